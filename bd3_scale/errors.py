@@ -1,0 +1,31 @@
+"""Errors a person can mend: one line that names what is wrong and what to do about it.
+
+Invariant: whatever a user can cause (a recipe, a data folder, a checkpoint, a world size) raises a `UserError`;
+the commands print its text without a traceback and leave with `exit_code`. Anything else is a defect of ours.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Base of all errors that name a cause and a cure. `exit_code` is the status the command leaves with."""
+
+    exit_code = 1
+
+
+class RecipeError(UserError):
+    """A recipe or an override that cannot work; found before any process group exists."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data folder, shard, manifest or tokenizer that is missing, damaged or made for something else."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged, or of another model."""
+
+
+class TrainingError(UserError):
+    """A run that cannot go on: a non-finite loss, ranks that disagree."""

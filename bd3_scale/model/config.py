@@ -1,0 +1,48 @@
+"""The `model` section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the network. Nothing here depends on how many ranks hold it."""
+
+    context: int = 1024
+    """L, data tokens per row."""
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    key_value_heads: int | None = None
+    """Grouped-query attention when fewer than heads; default: heads."""
+    norm: str = "layernorm"
+    """layernorm (weight, no bias) | rmsnorm; computed in fp32."""
+    mlp: str = "gelu"
+    """gelu (tanh form) | swiglu."""
+    mlp_hidden: int | None = None
+    """Default: 4 x hidden for gelu, 8/3 x hidden rounded up to a multiple of 64 for swiglu."""
+    mlp_bias: bool = False
+    conditioning: str = "none"
+    """none | adaln (the paper's DiT form)."""
+    conditioning_size: int = 128
+    tied_head: bool = False
+    """Share the embedding with the head."""
+    head_bias: bool = False
+    dropout: float = 0.0
+    rotary_base: float = 10000.0
+    initial_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key_value_heads or self.heads
+
+    @property
+    def mlp_size(self) -> int:
+        if self.mlp_hidden:
+            return self.mlp_hidden
+        return 4 * self.hidden if self.mlp == "gelu" else -(-8 * self.hidden // 3 // 64) * 64

@@ -1,0 +1,21 @@
+"""The `parallel` section of a recipe: the layout (tensor, pipeline, context, data, zero) and the micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks share the work. The data-parallel size is what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    zero: int = 1
+    """DeepSpeed ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks."""
+    sequence: bool = False
+    """Sequence parallelism (needs tensor > 1)."""
+    micro_batch: int = 1
+    """Rows per forward on one replica; what is missing to training.global_batch is accumulated."""
+    timeout: int = 1800
+    """Seconds after which a collective that does not finish is an error."""

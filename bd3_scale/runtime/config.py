@@ -1,0 +1,74 @@
+"""The `run`, `training`, `validation` and `tracking` sections of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class RunConfig:
+    """Who this run is."""
+
+    name: str = "bd3"
+    dir: str = "runs/${run.name}"
+    seed: int = 0
+    resume: str = "auto"
+    """auto (continue the newest checkpoint) | never (refuse if there is one) | fresh (needs an empty directory)."""
+    device: str = "auto"
+    """auto (cuda where there is one) | cpu | cuda."""
+
+
+@dataclass
+class TrainingConfig:
+    """Budget and optimizer (AdamW)."""
+
+    steps: int | None = None
+    """Optimizer steps; this or `tokens`."""
+    tokens: int | None = None
+    """Data tokens; rounded up to whole steps."""
+    global_batch: int = 512
+    """Rows per optimizer step over all ranks and micro-batches."""
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    """Applied to matrices only."""
+    warmup: int = 2500
+    """Steps of linear warm-up."""
+    schedule: str = "constant"
+    """constant | cosine (to learning_rate * final_fraction at the last step)."""
+    final_fraction: float = 0.1
+    clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    ema: float = 0.9999
+    """Decay of the averaged weights, ramped as min(ema, (1 + n) / (10 + n)); 0 switches them off."""
+    precision: str = "auto"
+    """auto (bf16 on CUDA, fp32 on CPU) | bf16 | fp32."""
+    recompute: bool = False
+    """Activation checkpointing: keep only the input of each layer."""
+    compile: bool = False
+    """torch.compile of each layer."""
+
+
+@dataclass
+class ValidationConfig:
+    """NELBO on a fixed held-out set with fixed noise and the EMA weights."""
+
+    every: int = 5000
+    """Steps between validations; there is one after the last step. 0: only that one."""
+    rows: int = 512
+    """Held-out rows used (fewer if the set is smaller)."""
+
+
+@dataclass
+class TrackingConfig:
+    """What is written down and where."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl; nothing waits for the device in between."""
+    wandb: str = "disabled"
+    """online | offline | disabled."""
+    project: str = "bd3_scale"
+    entity: str | None = None
+    progress: bool = True
+    """A progress line on the terminal."""
