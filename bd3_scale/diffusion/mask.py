@@ -1,0 +1,154 @@
+"""Who may attend to whom: the block-diffusion mask, one definition with three uses.
+
+`visible` is the definition (Arriola et al. 2025, section 3.3 and appendix B.6). Everything else is derived from it:
+the dense boolean matrix (reference, tests), the mask of one tile (CPU kernel), and the block-sparse indices in closed
+form (FlexAttention on CUDA). They agree for every (length, block size); the tests hold them to it.
+
+Invariants: a clean row never sees a noisy one; a noisy row of block b and its clean twin both see (b + 1) L' keys, so
+that L^2 + L L' of the 4 L^2 pairs are visible; nothing here depends on the data, so a mask is made once per pattern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Hashable description of a mask. `length` is L (data tokens), `block_size` is L'.
+
+    kind `block_diffusion`: 2L rows, the noisy half first; `causal` and `full`: L rows.
+    `clean_half` says how clean rows of one block see each other: block_causal (all) or causal.
+    """
+
+    kind: Literal["block_diffusion", "causal", "full"]
+    length: int
+    block_size: int
+    clean_half: Literal["block_causal", "causal"] = "block_causal"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the network's input per sample."""
+        return 2 * self.length if self.kind == "block_diffusion" else self.length
+
+    @property
+    def scored_rows(self) -> int:
+        """Rows that can have a loss: the noisy half, or everything. They come first."""
+        return self.length
+
+    @property
+    def visible_pairs(self) -> int:
+        """Number of (query, key) pairs that may attend."""
+        n, block = self.length, self.block_size
+        if self.kind == "full":
+            return n * n
+        if self.kind == "causal":
+            return n * (n + 1) // 2
+        clean = n * (n + block) // 2 if self.clean_half == "block_causal" else n * (n + 1) // 2
+        return n * (n + block) // 2 + clean
+
+
+def visible(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
+    """The definition. `query`, `key`: integer row indices of any broadcastable shapes; returns bool of their joint shape."""
+    if pattern.kind == "full":
+        return (query >= 0) & (key >= 0)
+    if pattern.kind == "causal":
+        return key <= query
+    n, block = pattern.length, pattern.block_size
+    query_noisy, key_noisy = query < n, key < n
+    query_block, key_block = (query % n) // block, (key % n) // block
+    own_block = query_noisy & key_noisy & (query_block == key_block)
+    before = query_noisy & ~key_noisy & (key_block < query_block)
+    clean_order = key_block <= query_block if pattern.clean_half == "block_causal" else key <= query
+    return own_block | before | (~query_noisy & ~key_noisy & clean_order)
+
+
+def dense(pattern: AttentionPattern, device: torch.device | str = "cpu") -> Tensor:
+    """bool [rows, rows], True where the query row may see the key row. For tests and the naive form: O(L^2) memory."""
+    rows = torch.arange(pattern.rows, device=device)
+    return visible(pattern, rows[:, None], rows[None, :])
+
+
+def tile_length(pattern: AttentionPattern, target: int) -> int:
+    """The tile nearest to `target` positions that is a multiple of L' and divides L."""
+    blocks = pattern.length // pattern.block_size
+    sizes = [pattern.block_size * k for k in range(1, blocks + 1) if blocks % k == 0]
+    return min(sizes, key=lambda size: (abs(size - target), size))
+
+
+def tile_mask(pattern: AttentionPattern, tile: int, device: torch.device | str = "cpu") -> Tensor:
+    """bool [2 * tile, 2 * tile]: the mask among the rows (noisy, then clean) of one tile; the same for every tile."""
+    return dense(replace(pattern, length=tile), device)
+
+
+def decoding_mask(query_positions: Tensor, key_positions: Tensor, block_size: int, context: int) -> Tensor:
+    """bool [n, m] for decoding block by block on clean rows: block a sees blocks a' <= a with (a - a') L' < context.
+
+    Positions are int64 and may lie beyond the training context: a block then sees itself and the clean blocks that fit
+    into the `context` tokens that end with it.
+    """
+    distance = query_positions[:, None] // block_size - key_positions[None, :] // block_size
+    return (distance >= 0) & (distance * block_size < context)
+
+
+def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int = 128) -> dict[str, np.ndarray]:
+    """Closed form of the tiles that a block-sparse kernel visits, without ever making the dense mask.
+
+    Returns int32 arrays for `BlockMask.from_kv_blocks`: `kv_num_blocks` [q] and `kv_indices` [q, k] of partly visible
+    tiles, `full_kv_num_blocks` and `full_kv_indices` of wholly visible ones, for the first `query_rows` rows.
+    """
+    query_tiles, key_tiles = -(-query_rows // tile), -(-pattern.rows // tile)
+    some = np.zeros((query_tiles, key_tiles), bool)
+    every = np.ones((query_tiles, key_tiles), bool)
+    # A tile may straddle the two stream halves: judge it by segments that lie in one half each.
+    query_segments, key_segments = _segments(pattern, query_rows, tile), _segments(pattern, pattern.rows, tile)
+    any_visible, all_visible = _segment_visibility(pattern, query_segments, key_segments)
+    where = np.ix_(query_segments["tile"], key_segments["tile"])
+    np.logical_or.at(some, where, any_visible)
+    np.logical_and.at(every, where, all_visible)
+    # Rows beyond the end do not exist; a tile that reaches over the end cannot be taken as full.
+    if pattern.rows % tile:
+        every[:, -1] = False
+    if query_rows % tile:
+        every[-1, :] = False
+    full, part = some & every, some & ~every
+    return {
+        "kv_num_blocks": part.sum(1).astype(np.int32),
+        "kv_indices": np.argsort(~part, axis=1, kind="stable").astype(np.int32),
+        "full_kv_num_blocks": full.sum(1).astype(np.int32),
+        "full_kv_indices": np.argsort(~full, axis=1, kind="stable").astype(np.int32),
+    }
+
+
+def _segments(pattern: AttentionPattern, rows: int, tile: int) -> dict[str, np.ndarray]:
+    borders = {*range(0, rows, tile), rows}
+    if pattern.kind == "block_diffusion" and rows > pattern.length:
+        borders.add(pattern.length)
+    edge = np.array(sorted(borders))
+    first, last = edge[:-1], edge[1:] - 1
+    noisy = (first < pattern.length) & (pattern.kind == "block_diffusion")
+    return {"tile": first // tile, "noisy": noisy, "first": first % pattern.length, "last": last % pattern.length}
+
+
+def _segment_visibility(pattern: AttentionPattern, query: dict[str, Any], key: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    q = {name: value[:, None] for name, value in query.items()}
+    k = {name: value[None, :] for name, value in key.items()}
+    if pattern.kind == "full":
+        always = np.ones(np.broadcast_shapes(q["tile"].shape, k["tile"].shape), bool)
+        return always, always
+    causal = k["first"] <= q["last"], k["last"] <= q["first"]
+    if pattern.kind == "causal":
+        return causal
+    q_low, q_high, k_low, k_high = (x // pattern.block_size for x in (q["first"], q["last"], k["first"], k["last"]))
+    own = (k_low <= q_high) & (k_high >= q_low), (q_low == q_high) & (k_low == q_low) & (k_high == q_low)
+    before = k_low < q_high, k_high < q_low
+    clean = (k_low <= q_high, k_high <= q_low) if pattern.clean_half == "block_causal" else causal
+    cases = [q["noisy"] & k["noisy"], q["noisy"] & ~k["noisy"], ~q["noisy"] & ~k["noisy"]]
+    any_visible = np.select(cases, [own[0], before[0], clean[0]], False)
+    all_visible = np.select(cases, [own[1], before[1], clean[1]], False)
+    return any_visible, all_visible
