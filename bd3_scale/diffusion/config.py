@@ -17,3 +17,5 @@ class ObjectiveConfig:
     """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]."""
     clean_half: str = "block_causal"
     """How clean tokens see each other: block_causal | causal (inside a block, too)."""
+    schedule: str = "linear"
+    """Mask probability over time t: linear | cosine | square | sqrt | log. `interval` bounds t. The reported NELBO is always linear."""
