@@ -19,7 +19,7 @@ LARGEST_EXACT_BLOCK = 6
 
 def perplexity(nelbo: float) -> float:
     """exp of nats per data token; inf where that is beyond float64."""
-    return math.exp(nelbo) if nelbo < 709.0 else math.inf
+    return math.inf if nelbo > 709.0 else math.exp(nelbo)
 
 
 @dataclass(frozen=True)

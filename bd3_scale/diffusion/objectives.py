@@ -196,7 +196,7 @@ def _block_sums(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
     pattern = inputs.pattern
     rows, blocks = inputs.tokens.shape[0], pattern.length // pattern.block_size
     weights = inputs.weights.detach().cpu().double().numpy()
-    weighted = np.where(weights > 0, weights * nll.detach().cpu().double().numpy(), 0.0)
+    weighted = np.multiply(weights, nll.detach().cpu().double().numpy(), out=np.zeros_like(weights), where=weights > 0)
     block = inputs.selected.cpu().numpy() // pattern.block_size
     return np.bincount(block, weighted, minlength=rows * blocks).reshape(rows, blocks)
 
