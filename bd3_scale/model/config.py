@@ -32,6 +32,8 @@ class ModelConfig:
     dropout: float = 0.0
     rotary_base: float = 10000.0
     initial_std: float = 0.02
+    attention: str = "auto"
+    """The kernel: auto (flex on CUDA, tiled on CPU) | flex | tiled | dense (reference: four times the work). Changes no result."""
 
     @property
     def head_size(self) -> int:

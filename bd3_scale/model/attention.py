@@ -1,0 +1,97 @@
+"""Self-attention of one layer: projections, rotary positions by id, the kernel of the device, the cache.
+
+Query and key/value are two linears because the last layer's clean half needs keys and values only. Heads are laid
+out so that dividing a weight's rows keeps whole heads together: query [kv_head, group, d], key/value [kv_head, 2, d].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd3_scale.diffusion.mask import AttentionPattern
+from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.kernels import attend
+from bd3_scale.model.layers import Linears
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin, fp32 [rows, 1, 1, head_size / 2]."""
+
+
+def rotary_table(positions: Tensor, head_size: int, base: float) -> Rotary:
+    """Rotary angles of the given position ids (int64 [rows]); once per forward, shared by all layers."""
+    rate = base ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size)
+    angle = (positions.float()[:, None] * rate)[:, None, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the second half of the head dimension against the first. x [rows, batch, heads, d]."""
+    cos, sin = (t[: x.shape[0]] for t in rotary)
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """x [rows, batch, hidden] -> [query rows, batch, hidden]."""
+
+    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.kernel = config.attention
+        self.query = linears.column(config.hidden, config.heads * config.head_size)
+        self.key_value = linears.column(config.hidden, 2 * config.kv_heads * config.head_size)
+        self.output = linears.row(config.heads * config.head_size, config.hidden)
+
+    def project(self, x: Tensor, rotary: Rotary, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q of the first `query_rows` rows, rotated k and v of all: [rows, batch, heads, d]."""
+        q = self.query(x[:query_rows]).unflatten(-1, (-1, self.head_size))
+        k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_size)).unbind(-2)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def forward(self, x: Tensor, rotary: Rotary, pattern: AttentionPattern, query_rows: int) -> Tensor:
+        q, k, v = self.project(x, rotary, query_rows)
+        return self.output(attend(q, k, v, pattern, self.kernel).flatten(2))
+
+    def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend to the cached rows and to these. Returns (output, rotated k, v) of these rows; nothing is stored."""
+        q, k, v = self.project(x, rotary, x.shape[0])
+        seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k]), torch.cat([past[1], v]))
+        q, seen_k, seen_v = (t.permute(1, 2, 0, 3) for t in (q, seen_k, seen_v))
+        out = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=q.shape[1] != seen_k.shape[1])
+        return self.output(out.permute(2, 0, 1, 3).flatten(2)), k, v
+
+
+class KeyValueCache:
+    """Rotated K and V of the finished rows of all layers, in position order; at most `capacity` rows.
+
+    Rotary positions are relative, so that rows keep their place when older ones are dropped.
+    """
+
+    def __init__(self, layers: int, batch: int, capacity: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self.storage = torch.zeros(2, layers, capacity, batch, kv_heads, head_size, dtype=dtype, device=device)
+        self.positions = torch.zeros(0, dtype=torch.int64, device=device)
+
+    @property
+    def length(self) -> int:
+        return len(self.positions)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.storage[0, index, : self.length], self.storage[1, index, : self.length]
+
+    def append(self, keys: list[Tensor], values: list[Tensor], positions: Tensor) -> None:
+        """Add rows (one [n, batch, kv_heads, d] per layer). Raises ValueError beyond the capacity."""
+        start, stop = self.length, self.length + len(positions)
+        if stop > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} rows: {stop} do not fit; drop the oldest first")
+        self.storage[0, :, start:stop] = torch.stack(keys)
+        self.storage[1, :, start:stop] = torch.stack(values)
+        self.positions = torch.cat([self.positions, positions])
+
+    def drop(self, count: int) -> None:
+        """Forget the `count` oldest rows."""
+        left = self.length - count
+        self.storage[:, :, :left] = self.storage[:, :, count : self.length].clone()
+        self.positions = self.positions[count:]

@@ -1,0 +1,56 @@
+"""Initial weights as a function of (seed, canonical name): the same on every layout, rank by rank.
+
+Matrices are drawn in strips of rows, each from a generator of its own, so that a rank that holds some of the rows
+draws only those. Norms start at 1, biases and adaLN modulations at 0 (a layer starts unconditioned), projections back
+into the residual stream are scaled by 1 / sqrt(2 layers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from bd3_scale.model.config import ModelConfig
+
+STRIP = 1024
+"""Rows drawn at a time."""
+
+
+def initial_rows(name: str, shape: torch.Size, config: ModelConfig, seed: int, first: int, last: int) -> Tensor:
+    """fp32 rows [first, last) of the full (undivided) parameter `name` of `shape`."""
+    rows = torch.Size([last - first, *shape[1:]])
+    if "norm" in name.split(".")[-2]:
+        return torch.ones(rows)
+    if name.endswith("bias") or "modulation" in name:
+        return torch.zeros(rows)
+    std = config.initial_std
+    if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * config.layers)
+    strips = []
+    for strip in range(first // STRIP, -(-last // STRIP)):
+        begin, end = strip * STRIP, min((strip + 1) * STRIP, shape[0])
+        digest = hashlib.blake2b(f"{seed}/{name}/{strip}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        drawn = torch.empty(end - begin, *shape[1:]).normal_(0.0, std, generator=generator)
+        strips.append(drawn[max(first - begin, 0) : min(last, end) - begin])
+    return torch.cat(strips)
+
+
+@torch.no_grad()
+def initialise(model: torch.nn.Module, config: ModelConfig, seed: int, tensor_rank: int = 0, tensor: int = 1) -> None:
+    """Fill all parameters of this tensor rank in place."""
+    from bd3_scale.model.layers import parameter_partition
+
+    for name, parameter in model.named_parameters():
+        dimension, _ = parameter_partition(parameter)
+        full = list(parameter.shape)
+        if dimension >= 0:
+            full[dimension] *= tensor
+        first, last = (tensor_rank * parameter.shape[0], (tensor_rank + 1) * parameter.shape[0]) if dimension == 0 else (0, full[0])
+        values = initial_rows(name, torch.Size(full), config, seed, first, last)
+        if dimension > 0:
+            values = values.chunk(tensor, dimension)[tensor_rank]
+        parameter.copy_(values)

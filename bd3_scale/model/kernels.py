@@ -1,0 +1,213 @@
+"""Attention kernels under an `AttentionPattern`: tiled (CPU and anywhere), FlexAttention (CUDA), dense (reference).
+
+All take q [query_rows, batch, heads, d] and k, v [rows, batch, kv_heads, d], sequence first, with
+heads = groups x kv_heads (head h reads kv head h // groups; K and V are never repeated), and return
+[query_rows, batch, heads, d]. `query_rows` is all rows, or the scored half alone (the last layer needs no more).
+
+The tiled form rests on one observation: cut the L positions into tiles of T. Among the 2T rows of one tile the mask is
+the block-diffusion mask of a sequence of length T (small, the same for all tiles); every *earlier* tile is seen whole
+by both halves, and only its clean half. So attention = one masked call over all tiles at once + one unmasked call per
+tile, merged by their log-sum-exp. No K or V is copied for the long part and nothing of size L^2 exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bd3_scale.diffusion.mask import AttentionPattern, block_sparse_indices, dense, tile_length, tile_mask, visible
+
+CPU_TILE = 128
+"""Positions per tile of the tiled form, measured on two AVX-512 cores: 64 to 128 is best between L = 256 and 4096."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, kernel: str = "auto") -> Tensor:
+    """Attention by the kernel named, or by the one for q's device (`auto`)."""
+    if kernel == "auto":
+        kernel = "flex" if q.is_cuda else "tiled"
+    return KERNELS[kernel](q, k, v, pattern)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """Reference: one call with the dense boolean mask; O(rows^2) memory and four times the work that is needed."""
+    mask = _dense_mask(pattern, q.device)[: q.shape[0]]
+    return _sdpa(q, k, v, mask)
+
+
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """Exact attention that computes only the visible quarter; see the module's docstring."""
+    if pattern.kind != "block_diffusion":
+        return _sdpa(q, k, v, None, causal=pattern.kind == "causal")
+    return _TiledAttention.apply(q, k, v, pattern, tile_length(pattern, CPU_TILE))
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """FlexAttention with the closed-form BlockMask; compiled on CUDA (forward only where Flex has no backward: CPU)."""
+    if pattern.kind != "block_diffusion":
+        return _sdpa(q, k, v, None, causal=pattern.kind == "causal")
+    run = _flex(q.is_cuda)
+    mask = block_mask(pattern, q.shape[0], q.device)
+    heads_first = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    return run(*heads_first, block_mask=mask, enable_gqa=q.shape[2] != k.shape[2]).permute(2, 0, 1, 3)
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionPattern], Tensor]] = {
+    "tiled": tiled_attention,
+    "flex": flex_attention,
+    "dense": dense_attention,
+}
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.permute(2, 0, 1, 3)
+
+
+@lru_cache(maxsize=8)
+def _dense_mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
+    return dense(pattern, device)
+
+
+# -- FlexAttention -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _flex(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    return torch.compile(flex, dynamic=False) if compiled else flex
+
+
+@lru_cache(maxsize=32)
+def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device) -> Any:
+    """The `BlockMask` of a pattern, built once from closed-form indices (never from a dense mask)."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    indices = block_sparse_indices(pattern, query_rows, tile=128)
+    tensors = {name: torch.from_numpy(value)[None, None].to(device) for name, value in indices.items()}
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(pattern, query, key)
+
+    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.rows))
+
+
+# -- The tiled form ----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _additive_tile_mask(pattern: AttentionPattern, tile: int, halves: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """[groups * halves * tile, 2 * tile]: 0 where visible, -inf elsewhere, for query rows ordered (group, half, position)."""
+    mask = tile_mask(pattern, tile)[: halves * tile].repeat(groups, 1)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+
+
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    # With the merged `out` and `lse` this returns the part of the merged gradient that belongs to these keys.
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+
+
+class _Tiles:
+    """How rows are regrouped: q to [batch, tiles, parts, kv_heads, rows, d], k and v likewise.
+
+    Where tile = L', no mask is needed inside a tile if the halves are kept apart (parts = halves); otherwise both
+    halves of a tile are the rows of one small masked problem (parts = 1).
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, pattern: AttentionPattern, tile: int) -> None:
+        self.pattern, self.tile = pattern, tile
+        self.batch, self.kv_heads, self.head_size = k.shape[1:]
+        self.groups = q.shape[2] // self.kv_heads
+        self.halves = q.shape[0] // pattern.length
+        self.tiles = pattern.length // tile
+        self.apart = tile == pattern.block_size and pattern.clean_half == "block_causal"
+        self.mask = None if self.apart else _additive_tile_mask(pattern, tile, self.halves, self.groups, q.dtype)
+
+    def queries(self, q: Tensor) -> Tensor:
+        x = q.reshape(self.halves, self.tiles, self.tile, self.batch, self.kv_heads, self.groups, self.head_size)
+        if self.apart:
+            return x.permute(3, 1, 0, 4, 5, 2, 6).flatten(4, 5)
+        return x.permute(3, 1, 4, 5, 0, 2, 6).flatten(3, 5)[:, :, None]
+
+    def rows_of_queries(self, x: Tensor) -> Tensor:
+        """Inverse of `queries`: back to [query_rows, batch, heads, d]."""
+        if self.apart:
+            x = x.unflatten(4, (self.groups, self.tile)).permute(2, 1, 5, 0, 3, 4, 6)
+        else:
+            x = x[:, :, 0].unflatten(3, (self.groups, self.halves, self.tile)).permute(4, 1, 5, 0, 2, 3, 6)
+        return x.reshape(self.halves * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)
+
+    def keys(self, k: Tensor) -> Tensor:
+        x = k.reshape(2, self.tiles, self.tile, self.batch, self.kv_heads, self.head_size)
+        if self.apart:
+            return x[: self.halves].permute(3, 1, 0, 4, 2, 5)
+        return x.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)[:, :, None]
+
+    def rows_of_keys(self, x: Tensor) -> Tensor:
+        """Inverse of `keys`: back to [2L, batch, kv_heads, d]; the clean half is 0 where `keys` left it out."""
+        if self.apart:
+            x = x.permute(2, 1, 4, 0, 3, 5)
+            x = x if self.halves == 2 else torch.cat([x, torch.zeros_like(x)])
+        else:
+            x = x[:, :, 0].unflatten(3, (2, self.tile)).permute(3, 1, 4, 0, 2, 5)
+        return x.reshape(2 * self.pattern.length, self.batch, self.kv_heads, self.head_size)
+
+    def clean(self, k: Tensor) -> Tensor:
+        """View [batch, kv_heads, L, d] of the clean half."""
+        return k[self.pattern.length :].permute(1, 2, 0, 3)
+
+    def earlier(self) -> list[tuple[int, int, int]]:
+        """(tile, part, number of earlier clean positions) for all tiles that have earlier ones."""
+        parts = self.halves if self.apart else 1
+        return [(j, part, j * self.tile) for j in range(1, self.tiles) for part in range(parts)]
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, tile: int) -> Tensor:
+        tiles = _Tiles(q, k, pattern, tile)
+        queries = tiles.queries(q)
+        keys, values = tiles.keys(k), tiles.keys(v)
+        out, lse = _attend_with_lse(queries.flatten(0, 2), keys.flatten(0, 2), values.flatten(0, 2), tiles.mask)
+        out, lse = out.reshape(queries.shape), lse.reshape(queries.shape[:-1])
+        clean_k, clean_v = tiles.clean(k), tiles.clean(v)
+        for j, part, seen in tiles.earlier():
+            far_out, far_lse = _attend_with_lse(queries[:, j, part], clean_k[:, :, :seen], clean_v[:, :, :seen], None)
+            # softmax over the union of the keys = the two softmaxes weighted by their shares of the total mass.
+            share = torch.sigmoid(far_lse - lse[:, j, part])
+            out[:, j, part] = torch.lerp(out[:, j, part].float(), far_out.float(), share[..., None]).to(out.dtype)
+            lse[:, j, part] = torch.logaddexp(lse[:, j, part], far_lse)
+        ctx.save_for_backward(queries, k, v, out, lse)
+        ctx.tiles = tiles
+        return tiles.rows_of_queries(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, k, v, out, lse = ctx.saved_tensors
+        tiles: _Tiles = ctx.tiles
+        grad = tiles.queries(grads[0])
+        keys, values = tiles.keys(k), tiles.keys(v)
+        near = (t.flatten(0, 2) for t in (grad, queries, keys, values, out, lse))
+        grad_queries, grad_keys, grad_values = _attend_backward(*near, tiles.mask)
+        grad_queries = grad_queries.reshape(queries.shape)
+        grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape))
+        grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape))
+        clean_k, clean_v, clean_grad_k, clean_grad_v = (tiles.clean(t) for t in (k, v, grad_k, grad_v))
+        for j, part, seen in tiles.earlier():
+            far = clean_k[:, :, :seen], clean_v[:, :, :seen]
+            row = (t[:, j, part] for t in (grad, queries))
+            dq, dk, dv = _attend_backward(*row, *far, out[:, j, part], lse[:, j, part], None)
+            grad_queries[:, j, part] += dq
+            clean_grad_k[:, :, :seen] += dk
+            clean_grad_v[:, :, :seen] += dv
+        return tiles.rows_of_queries(grad_queries), grad_k, grad_v, None, None

@@ -1,0 +1,133 @@
+"""The network: embedding, pre-norm blocks, head. Reads like single-device code; parallelism is applied from outside.
+
+Hidden states are [rows, batch, hidden], sequence first. Training rows are the two stream halves [x_t ; x_0], both with
+positions 0..L-1. Invariants: only scored (noisy) rows reach the head, and there only the selected positions; in the
+last block the clean half yields keys and values and nothing else; a forward keeps no state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bd3_scale.diffusion.mask import AttentionPattern
+from bd3_scale.diffusion.objectives import NetworkInputs
+from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_table
+from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.layers import MLP, KeyedDropout, Linears, Modulation, NoiseCondition, Norm, modulate
+from bd3_scale.model.loss import Head
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with adaLN each branch is shifted, scaled and gated."""
+
+    def __init__(self, config: ModelConfig, linears: Linears, index: int) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, linears)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config, linears)
+        self.modulation = Modulation(config, 6) if config.conditioning == "adaln" else None
+        self.attention_dropout = KeyedDropout(config.dropout, 2 * index)
+        self.mlp_dropout = KeyedDropout(config.dropout, 2 * index + 1)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, pattern: AttentionPattern, query_rows: int, condition: Tensor | None, dropout_keys: Tensor
+    ) -> Tensor:
+        """x [rows, batch, hidden] -> the first `query_rows` rows."""
+        attention_in, attention_gate, mlp_modulation = self._modulated(x, condition)
+        y = self.attention(attention_in, rotary, pattern, query_rows)
+        x = gated_add(x[:query_rows], self.attention_dropout(y, dropout_keys), attention_gate)
+        return self._mlp(x, mlp_modulation, dropout_keys)
+
+    def decode(
+        self, x: Tensor, rotary: Rotary, condition: Tensor | None, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same on rows that attend to a cache: (x, rotated k, v)."""
+        attention_in, attention_gate, mlp_modulation = self._modulated(x, condition)
+        y, k, v = self.attention.decode(attention_in, rotary, mask, past)
+        return self._mlp(gated_add(x, y, attention_gate), mlp_modulation, None), k, v
+
+    def _modulated(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        normed = self.attention_norm(x)
+        if self.modulation is None or condition is None:
+            return normed, None, ()
+        shift, scale, gate, *mlp = self.modulation(condition)
+        return modulate(normed, shift, scale), gate, tuple(mlp)
+
+    def _mlp(self, x: Tensor, modulation: tuple[Tensor, ...], dropout_keys: Tensor | None) -> Tensor:
+        normed = self.mlp_norm(x)
+        y = self.mlp(modulate(normed, modulation[0], modulation[1]) if modulation else normed)
+        if dropout_keys is not None:
+            y = self.mlp_dropout(y, dropout_keys)
+        return gated_add(x, y, modulation[2] if modulation else None)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    return x + y if gate is None else torch.addcmul(x, gate, y)
+
+
+class Transformer(nn.Module):
+    """A BD3-LM. `vocabulary` is V, MASK included; weights are empty until `initialise` or a checkpoint fills them."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int, mask_id: int, linears: Linears | None = None) -> None:
+        super().__init__()
+        linears = linears or Linears()
+        self.config = config
+        self.embedding = linears.embedding(vocabulary, config.hidden)
+        self.blocks = nn.ModuleList(Block(config, linears, index) for index in range(config.layers))
+        self.final_norm = Norm(config)
+        self.condition = NoiseCondition(config) if config.conditioning == "adaln" else None
+        self.final_modulation = Modulation(config, 2) if config.conditioning == "adaln" else None
+        self.head = Head(config, linears, vocabulary, mask_id, self.embedding.weight if config.tied_head else None)
+
+    def forward(self, inputs: NetworkInputs) -> tuple[Tensor, Tensor]:
+        """The objective's sum over the micro-batch: (sum of weight * nll as fp32 scalar, nll fp32 [n] without gradient)."""
+        pattern = inputs.pattern
+        x = self.embedding(inputs.tokens.t())
+        rotary = rotary_table(inputs.positions, self.config.head_size, self.config.rotary_base)
+        condition = self._condition(x)
+        for index, block in enumerate(self.blocks):
+            query_rows = pattern.rows if index + 1 < len(self.blocks) else pattern.scored_rows
+            x = block(x, rotary, pattern, query_rows, condition, inputs.dropout_keys)
+        scored = x[: pattern.scored_rows].transpose(0, 1).flatten(0, 1)
+        return self.head(self._final(scored[inputs.selected], condition), inputs.targets, inputs.weights)
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Tensor, positions: Tensor, cache: KeyValueCache | None, mask: Tensor | None, commit: bool = False, last: int = 0
+    ) -> Tensor:
+        """Run rows against the cache: tokens int64 [b, n], positions int64 [n] -> logits fp32 [b, last, V] of the last rows.
+
+        `mask` bool [n, cached + n] (cached rows first); None: everything is visible. `commit` appends the K and V of
+        these rows to the cache; with last = 0 the head does not run.
+        """
+        x = self.embedding(tokens.t())
+        rotary = rotary_table(positions, self.config.head_size, self.config.rotary_base)
+        condition = self._condition(x)
+        keys, values = [], []
+        for index, block in enumerate(self.blocks):
+            x, k, v = block.decode(x, rotary, condition, mask, cache.layer(index) if cache is not None else None)
+            keys.append(k)
+            values.append(v)
+        if commit:
+            if cache is None:
+                raise ValueError("commit needs a cache")
+            cache.append(keys, values, positions)
+        if last == 0:
+            return x.new_zeros((tokens.shape[0], 0, 0), dtype=torch.float32)
+        wanted = self._final(x[-last:], condition).transpose(0, 1)
+        return self.head(wanted.flatten(0, 1)).unflatten(0, (tokens.shape[0], last))
+
+    def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `capacity` rows of `batch` sequences, on the network's device."""
+        weight, config = self.embedding.weight, self.config
+        return KeyValueCache(config.layers, batch, capacity, config.kv_heads, config.head_size, weight.dtype, weight.device)
+
+    def _condition(self, x: Tensor) -> Tensor | None:
+        # Block diffusion is not conditioned on time (paper, appendix): sigma = 0 for every row.
+        return None if self.condition is None else self.condition(torch.zeros(1, device=x.device))
+
+    def _final(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        x = self.final_norm(x)
+        return x if self.final_modulation is None or condition is None else modulate(x, *self.final_modulation(condition))

@@ -1,0 +1,103 @@
+"""The world as tensor x pipeline x data ranks: process groups, who reads what, who writes, the device.
+
+megatron.core.parallel_state is the only source of process groups, on gloo and on NCCL. Invariants: all ranks of one
+data-parallel replica have the same `data_rank` and so read the same rows; rank 0 is the leader, the only one that logs;
+a single process needs no launcher, no port and no network.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from bd3_scale.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands. Also the `communicator` of the checkpoint code: rank, world_size, all_gather, barrier."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor: int
+    tensor_rank: int
+    pipeline: int
+    pipeline_rank: int
+    data: int
+    """Data-parallel replicas."""
+    data_rank: int
+
+    @property
+    def leader(self) -> bool:
+        """The one rank that logs, prints and decides."""
+        return self.rank == 0
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The leader's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum in place over the data-parallel ranks."""
+        if self.data > 1:
+            dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
+
+
+def start(config: ParallelConfig, device: str) -> Layout:
+    """Join the world that torchrun started (or a world of one) and make the groups of the layout."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        # On CUDA, objects and barriers of the host still go through gloo.
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=config.timeout)
+        if world_size == 1 and "RANK" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=place,
+        tensor=config.tensor,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=config.pipeline,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def stop() -> None:
+    """Leave the world in order; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,23 @@
+"""What all tests share: quiet single-threaded torch, and a world of one process for code that needs process groups."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def world_of_one() -> Iterator[object]:
+    """A `Layout` of one CPU process (gloo, no port)."""
+    from bd3_scale.parallel import layout
+    from bd3_scale.parallel.config import ParallelConfig
+
+    yield layout.start(ParallelConfig(), "cpu")
+    layout.stop()
