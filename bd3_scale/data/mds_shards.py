@@ -1,0 +1,122 @@
+"""Rows in MDS shards, written by mosaicml-streaming's writer and decoded by its reader.
+
+One column, `tokens`, of fixed shape (`ndarray:uint16:L` or `ndarray:uint32:L`): any MDS tool can read the folder. What is not
+used of streaming is its iteration (StreamingDataset): that ends an epoch early, without an exception, when a shard is bad, and
+needs shared memory. Invariant: a shard opened here has the rows, columns and row length that its index and the manifest say;
+an index with other columns (pickled objects among them) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bd3_scale.data.manifest import PREPARE_AGAIN, FileEntry, Manifest, Split, check_plain_name
+from bd3_scale.data.streaming_compat import import_streaming
+from bd3_scale.errors import DataError
+
+COLUMN = "tokens"
+
+
+def xxh64(data: bytes) -> str:
+    """streaming's own xxh64 of `data`, hexadecimal."""
+    return import_streaming("streaming.base.hashing").get_hash("xxh64", data)
+
+
+def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
+    """`count` bytes of an open file (called `path`) from `offset`. Raises DataError where it ends before."""
+    data = os.pread(descriptor, count, offset)
+    if len(data) != count:
+        raise DataError(
+            f"{path}: ends before byte {offset + count}, it was cut after it had been checked; restore it or prepare the folder again"
+        )
+    return data
+
+
+class MDSRows:
+    """Writes rows into MDS shards of at most `shard_bytes` in an existing, empty `folder`."""
+
+    def __init__(self, folder: Path, context: int, dtype: str, shard_bytes: int) -> None:
+        self._folder = folder
+        self._writer = import_streaming().MDSWriter(
+            columns={COLUMN: f"ndarray:{dtype}:{context}"}, out=str(folder), hashes=["xxh64"], size_limit=shard_bytes, max_workers=1
+        )
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append `rows`, [n, L] of the dtype."""
+        for row in rows:
+            self._writer.write({COLUMN: row})
+
+    def finish(self) -> tuple[FileEntry, tuple[FileEntry, ...]]:
+        """Write the last shard and the index; their entries for the manifest."""
+        self._writer.finish()
+        shards = tuple(
+            FileEntry(shard["raw_data"]["basename"], shard["raw_data"]["bytes"], shard["samples"], shard["raw_data"]["hashes"]["xxh64"])
+            for shard in self._writer.shards
+        )
+        index = (self._folder / "index.json").read_bytes()
+        return FileEntry("index.json", len(index), 0, xxh64(index)), shards
+
+    def abort(self) -> None:
+        """Give up without an index; ends streaming's writer threads."""
+        self._writer.cancel_future_jobs()
+
+
+class MDSIndex:
+    """The index of one split, checked against the manifest; opens its shards."""
+
+    def __init__(self, content: bytes, folder: Path, manifest: Manifest, split: Split) -> None:
+        path = folder / split.index.file
+        self._folder, self._context, self._dtype = folder, manifest.context, np.dtype(manifest.dtype)
+        try:
+            self._shards: list[dict[str, Any]] = json.loads(content)["shards"]
+            found = [self._entry(shard, path) for shard in self._shards]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: is not an MDS index; delete the folder and prepare it again") from None
+        if tuple(found) != split.shards:
+            raise DataError(f"{path}: does not describe the shards that the manifest names; delete the folder and prepare it again")
+
+    def _entry(self, shard: dict[str, Any], path: Path) -> FileEntry:
+        raw = shard["raw_data"]
+        check_plain_name(raw["basename"], path)
+        columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+        wanted = {COLUMN: f"ndarray:{self._dtype.name}:{self._context}"}
+        if columns != wanted or shard["format"] != "mds" or shard["compression"]:
+            raise DataError(f"{path}: {raw['basename']} has the columns {columns}, needed are {wanted}, uncompressed; {PREPARE_AGAIN}")
+        return FileEntry(raw["basename"], raw["bytes"], shard["samples"], raw["hashes"]["xxh64"])
+
+    def open(self, shard: int, descriptor: int, content: bytes | None) -> OpenMDSShard:
+        """The shard over an open file, which stays the caller's. `content`: the whole file where it was just read."""
+        return OpenMDSShard(self._shards[shard], self._folder, descriptor, self._context * self._dtype.itemsize)
+
+
+class OpenMDSShard:
+    """Random access to the rows of one open shard: streaming's decoder over positioned reads of one file descriptor.
+
+    streaming's own `get_item` opens the file again for every row, which costs a metadata operation each on a network file system.
+    """
+
+    def __init__(self, described: dict[str, Any], folder: Path, descriptor: int, row_bytes: int) -> None:
+        from streaming.base.format.mds import MDSReader  # type: ignore[import-untyped,unused-ignore]
+
+        try:
+            self._reader = MDSReader.from_json(str(folder), None, described)
+        except (TypeError, ValueError, KeyError) as error:
+            raise DataError(f"{folder / 'index.json'}: streaming cannot read its shards ({error}); prepare the folder again") from None
+        self._path, self._descriptor, self._row_bytes = folder / self._reader.raw_data.basename, descriptor, row_bytes
+        rows = len(self._reader)
+        header = np.frombuffer(self._read(4 * (rows + 2), 0), np.uint32)
+        self._offsets = header[1:].astype(np.int64)
+        if header[0] != rows or self._offsets[-1] != self._reader.raw_data.bytes or (np.diff(self._offsets) != row_bytes).any():
+            raise DataError(f"{self._path}: its table of rows does not fit its index; delete the folder and prepare it again")
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows `numbers` (in this shard), [n, L] of the stored dtype."""
+        return np.stack([self._reader.decode_sample(self._read(self._row_bytes, int(self._offsets[number])))[COLUMN] for number in numbers])
+
+    def _read(self, count: int, offset: int) -> bytes:
+        return read_exactly(self._descriptor, count, offset, self._path)

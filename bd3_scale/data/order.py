@@ -1,0 +1,85 @@
+"""Which sample stands at which place of the run: the global order, a pure function of (seed, epoch).
+
+Every epoch visits every row once. The shards are taken in an order of their own each epoch, `window` of them at a time, and the
+rows of such a window are permuted together: whoever reads the order from anywhere needs `window` shards at hand, not the data set.
+Nothing depends on ranks, workers or restarts; a run's place in the data is one number, `position`, the samples consumed so far.
+
+Random numbers are the raw words of Philox, keyed by (seed, purpose, epoch[, window]), and a permutation is their stable argsort:
+NumPy promises that raw words never change, but not what its `permutation` makes of them.
+Purposes used here: shard order (epoch); row order (epoch, window).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bd3_scale.diffusion.noise import generator
+from bd3_scale.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    shards: np.ndarray
+    """Shard numbers in the order of the epoch."""
+    starts: np.ndarray
+    """Place in the epoch of the first sample of each window, and the end: int64 [windows + 1]."""
+
+
+class GlobalOrder:
+    """Places -> sample ids (row numbers through `shard_rows`). O(shards + rows of a window) time and memory to jump anywhere."""
+
+    def __init__(self, shard_rows: Sequence[int], seed: int, window: int) -> None:
+        """`shard_rows`: rows of each shard; `window`: shards that are shuffled together. Raises DataError where there are no rows."""
+        self._rows = np.asarray(shard_rows, np.int64)
+        self._first_row = np.concatenate([[0], np.cumsum(self._rows)]).astype(np.int64)
+        self.epoch_samples = int(self._first_row[-1])
+        """Samples per epoch."""
+        if self.epoch_samples == 0:
+            raise DataError("the training split has no rows; prepare more text, or rows of a smaller model.context")
+        self._seed, self._window = seed, window
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def sample_ids(self, position: int, count: int) -> np.ndarray:
+        """The samples at places position ... position + count - 1 of the run, which counts on over epochs: int64 [count]."""
+        pieces = []
+        while count > 0:
+            epoch_number, place = divmod(position, self.epoch_samples)
+            epoch = self._epoch(epoch_number)
+            window = int(np.searchsorted(epoch.starts, place, side="right")) - 1
+            start = place - int(epoch.starts[window])
+            piece = self._window_ids(epoch_number, window)[start : start + count]
+            pieces.append(piece)
+            position, count = position + len(piece), count - len(piece)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            shards = _permutation(self._seed, "shard order", len(self._rows), number)
+            starts = np.concatenate([[0], np.cumsum(np.add.reduceat(self._rows[shards], np.arange(0, len(shards), self._window)))])
+            _keep_two(self._epochs, number, _Epoch(shards, starts))
+        return self._epochs[number]
+
+    def _window_ids(self, epoch: int, window: int) -> np.ndarray:
+        if (epoch, window) not in self._windows:
+            shards = self._epoch(epoch).shards[window * self._window : (window + 1) * self._window]
+            ids = np.concatenate([np.arange(self._first_row[shard], self._first_row[shard + 1]) for shard in shards])
+            _keep_two(self._windows, (epoch, window), ids[_permutation(self._seed, "row order", len(ids), epoch, window)])
+        return self._windows[epoch, window]
+
+
+def _permutation(seed: int, purpose: str, count: int, *indices: int) -> np.ndarray:
+    """A permutation of 0 ... count-1, a function of the other arguments: int64 [count]."""
+    return np.argsort(generator(seed, purpose, *indices).bit_generator.random_raw(count), kind="stable")
+
+
+def _keep_two(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """The neighbouring epoch or window stays at hand: a global batch may lie across a border."""
+    kept[key] = value
+    if len(kept) > 2:
+        kept.popitem(last=False)

@@ -1,0 +1,85 @@
+"""Documents -> rows of exactly L tokens.
+
+The end of text follows every document, documents follow one another without a gap, and the stream is cut into rows; what
+is left of a document begins the next row. Invariants: concatenating the rows (without their own special tokens) gives the
+stream back; only the last, incomplete row is dropped, and its tokens are counted; no row holds MASK.
+
+Row specials (Begin of sequence is the end-of-text id, as in GPT-2 and in the paper's code):
+    none     L tokens of the stream
+    bos      [BOS] + L-1 tokens: position 0, which is never masked and never scored, costs no text
+    bos_eos  [BOS] + L-2 tokens + [EOS] (the paper: Arriola et al. 2025, bd3lms `_group_texts`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bd3_scale.errors import RecipeError
+
+ROW_SPECIAL = {"none": 0, "bos": 1, "bos_eos": 2}
+"""Kind -> special tokens in each row."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tokenized document: its name, its ids (1-D, without end of text) and whether it is held out for validation."""
+
+    name: str
+    tokens: np.ndarray
+    held_out: bool
+
+
+def storage_dtype(vocabulary_size: int) -> str:
+    """The smallest type that holds every id of text: uint16 | uint32."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
+
+class Packer:
+    """Packs a stream of documents; feed `add`, take the complete rows it returns. `dropped_tokens` is what waits for a full row."""
+
+    def __init__(self, context: int, vocabulary_size: int, end_of_text: int, row_special: str) -> None:
+        if row_special not in ROW_SPECIAL:
+            raise RecipeError(f"data.row_special must be one of {', '.join(ROW_SPECIAL)}, got {row_special!r}")
+        self.payload = context - ROW_SPECIAL[row_special]
+        if self.payload < 1:
+            raise RecipeError(
+                f"model.context {context} leaves no room for text with data.row_special={row_special}; set model.context=3 or more"
+            )
+        self.context, self.vocabulary_size, self.end_of_text, self.row_special = context, vocabulary_size, end_of_text, row_special
+        self.dtype = np.dtype(storage_dtype(vocabulary_size))
+        self.documents = 0
+        self.tokens = 0
+        """Tokens of the stream so far: documents with their end of text."""
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+
+    @property
+    def rows(self) -> int:
+        """Complete rows so far."""
+        return self.tokens // self.payload
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens that do not fill a row (yet)."""
+        return self._pending_tokens
+
+    def add(self, tokens: np.ndarray) -> np.ndarray:
+        """Append one document (1-D ids); the rows that it completes, [n, L] of `dtype`. Raises ValueError for ids that are no text."""
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary_size:
+            raise ValueError(f"a document has ids {tokens.min()} to {tokens.max()}, the vocabulary has 0 to {self.vocabulary_size - 1}")
+        self._pending += [tokens.astype(self.dtype), np.array([self.end_of_text], self.dtype)]
+        self._pending_tokens += len(tokens) + 1
+        self.documents += 1
+        self.tokens += len(tokens) + 1
+        count = self._pending_tokens // self.payload
+        if count == 0:
+            return np.empty((0, self.context), self.dtype)
+        stream = np.concatenate(self._pending)
+        used = count * self.payload
+        self._pending, self._pending_tokens = [stream[used:].copy()], len(stream) - used
+        rows = np.full((count, self.context), self.end_of_text, self.dtype)
+        start = 0 if self.row_special == "none" else 1
+        rows[:, start : start + self.payload] = stream[:used].reshape(count, self.payload)
+        return rows

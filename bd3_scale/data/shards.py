@@ -1,0 +1,243 @@
+"""Random access to the rows of a data folder, whatever they are stored in (MDS or tar), every byte checked before it is used.
+
+Invariants:
+- a manifest, index or shard that is missing, cut or changed in one bit is a DataError of one line, at the latest when its first row is
+  asked for; there is no other outcome, and nothing is skipped;
+- size and xxh64 hash of a shard are checked the first time that this process opens it, and again if the file has changed since;
+- at most `open_shards` files are open; a shard in use costs its table of rows, not its content;
+- rows are those of the expected context, tokenizer and vocabulary, and no id is outside the vocabulary (so MASK never comes from data);
+- with a `remote`, missing and bad files are fetched into the folder (fetch.py); without one nothing is written, it may be read-only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from bd3_scale.data.fetch import fetch
+from bd3_scale.data.lock import exclusive
+from bd3_scale.data.manifest import MANIFEST, PREPARE_AGAIN, FileEntry, Manifest, Split
+from bd3_scale.data.mds_shards import MDSIndex, MDSRows, xxh64
+from bd3_scale.data.tar_shards import TarIndex, TarRows
+from bd3_scale.data.tokenizer import Tokenizer
+from bd3_scale.errors import DataError
+
+
+class RowWriter(Protocol):
+    """What writes the shards of one split; see MDSRows."""
+
+    def write(self, rows: np.ndarray) -> None: ...
+    def finish(self) -> tuple[FileEntry, tuple[FileEntry, ...]]: ...
+    def abort(self) -> None: ...
+
+
+class OpenShard(Protocol):
+    """One open shard: `rows(numbers)` gives [n, L] of the stored dtype."""
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray: ...
+
+
+class Index(Protocol):
+    """The index of a split, checked against its manifest; opens shards over file descriptors."""
+
+    def open(self, shard: int, descriptor: int, content: bytes | None) -> OpenShard: ...
+
+
+WRITERS: dict[str, Callable[[Path, int, str, int], RowWriter]] = {"mds": MDSRows, "webdataset": TarRows}
+"""Format -> writer of rows; called with an existing, empty folder, the context, the dtype and the largest size of a shard in bytes."""
+INDEXES: dict[str, Callable[[bytes, Path, Manifest, Split], Index]] = {"mds": MDSIndex, "webdataset": TarIndex}
+"""Format -> reader of an index; called with its content, the folder of the split, the manifest and its split."""
+
+
+class ShardReader:
+    """The rows of one split of a data folder, numbered through its shards. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        context: int,
+        tokenizer: Tokenizer,
+        remote: str | None = None,
+        manifest: Manifest | None = None,
+        open_shards: int = 32,
+    ) -> None:
+        """Read and check manifest and index. `manifest`: the folder's, where the caller has loaded it. Raises DataError."""
+        self.manifest = Manifest.load(folder / MANIFEST) if manifest is None else manifest
+        self.manifest.require(folder, context=context, tokenizer=tokenizer)
+        self._split_name, self._split = split, self.manifest.split(split)
+        self._folder, self._remote, self._open_limit = folder / split, remote, max(1, open_shards)
+        self.context = context
+        self.shard_rows: list[int] = [shard.rows for shard in self._split.shards]
+        """Rows of each shard, in order."""
+        self._first_row = np.concatenate([[0], np.cumsum(self.shard_rows, dtype=np.int64)])
+        self._lock = threading.RLock()
+        self._open: OrderedDict[int, tuple[int, OpenShard]] = OrderedDict()
+        self._checked: dict[int, tuple[int, ...]] = {}
+        descriptor, content = self._checked_file(self._split.index)
+        os.close(descriptor)
+        self._index = INDEXES[self.manifest.format](content, self._folder, self.manifest, self._split)
+        if remote is None:
+            self._require_files([shard.file for shard in self._split.shards])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files. The reader stays usable."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1][0])
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The rows numbered `indices` (any order, repeats allowed): int64 [n, L].
+
+        Raises IndexError for a number outside the split, DataError for a file that is missing or not what the manifest says.
+        """
+        numbers = np.asarray(indices, np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {self._folder}, which has {len(self)}")
+        shards = np.searchsorted(self._first_row, numbers, side="right") - 1
+        result = np.empty((len(numbers), self.context), np.int64)
+        with self._lock:
+            for shard in np.unique(shards):
+                chosen = np.flatnonzero(shards == shard)
+                result[chosen] = self._shard(int(shard)).rows(numbers[chosen] - self._first_row[shard])
+        if result.size and not 0 <= result.min() <= result.max() < self.manifest.vocabulary_size:
+            raise DataError(
+                f"{self._folder}: has token id {result.max()}, outside the vocabulary of {self.manifest.vocabulary_size}; {PREPARE_AGAIN}"
+            )
+        return result
+
+    def verify(self) -> None:
+        """Check every file of the split, whether it was opened before or not. Raises DataError."""
+        for shard in self._split.shards:
+            descriptor, _ = self._checked_file(shard)
+            os.close(descriptor)
+
+    def _shard(self, shard: int) -> OpenShard:
+        """Shard number `shard`, open, the most recently used of those that are."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard][1]
+        while len(self._open) >= self._open_limit:
+            os.close(self._open.popitem(last=False)[1][0])
+        entry = self._split.shards[shard]
+        path = self._folder / entry.file
+        descriptor, content = -1, None
+        if shard in self._checked:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                descriptor = -1  # gone since: found, fetched or reported below
+            if descriptor >= 0 and _identity(descriptor) != self._checked[shard]:
+                os.close(descriptor)
+                descriptor = -1
+        if descriptor < 0:
+            descriptor, content = self._checked_file(entry)
+        try:
+            opened = self._index.open(shard, descriptor, content)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._checked[shard] = _identity(descriptor)
+        self._open[shard] = (descriptor, opened)
+        return opened
+
+    def _checked_file(self, entry: FileEntry) -> tuple[int, bytes]:
+        """An open descriptor of a file of the split and its content, both checked; fetched first where that is needed and possible."""
+        path = self._folder / entry.file
+        descriptor, content, problem = _read_checked(path, entry)
+        if problem is not None and self._remote is not None:
+            fetch(self._remote, f"{self._split_name}/{entry.file}", path, lambda file: _problem(file, entry))
+            descriptor, content, problem = _read_checked(path, entry)
+        if problem is not None:
+            cure = "prepare the folder again" if self._remote is None else "check data.remote"
+            raise DataError(f"{path}: {problem}; restore it or {cure}")
+        return descriptor, content
+
+    def _require_files(self, names: list[str]) -> None:
+        """One look at the folder, so that a missing shard is known before the first step and not hours later."""
+        missing = sorted(set(names) - set(os.listdir(self._folder)))
+        if missing:
+            share = f"{len(missing)} of {len(names)} shards are"
+            raise DataError(f"{self._folder / missing[0]}: is missing ({share}); restore it, set data.remote or prepare the folder again")
+
+
+def fetch_manifest(remote: str, folder: Path) -> Manifest:
+    """The manifest at `remote`, put into `folder` where that has none. Raises DataError where `folder` holds other data than `remote`."""
+    local, latest = folder / MANIFEST, folder / f".remote-{MANIFEST}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / f".{MANIFEST}.lock"):
+        latest.unlink(missing_ok=True)  # of a process that was killed; the lock is ours
+        fetch(remote, MANIFEST, latest, _manifest_problem)
+        manifest = Manifest.load(latest)
+        if not local.exists() or _manifest_problem(local) is not None:
+            latest.replace(local)
+            return manifest
+        latest.unlink()
+        if Manifest.load(local).fingerprint != manifest.fingerprint:
+            raise DataError(f"{folder}: holds other data than data.remote={remote}; set data.path to another folder, to become its cache")
+        return manifest
+
+
+def _manifest_problem(path: Path) -> str | None:
+    try:
+        Manifest.load(path)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _problem(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with the file at `path` that should be `entry`; None: nothing."""
+    descriptor, _, problem = _read_checked(path, entry)
+    if descriptor >= 0:
+        os.close(descriptor)
+    return problem
+
+
+def _read_checked(path: Path, entry: FileEntry) -> tuple[int, bytes, str | None]:
+    """(descriptor, content, problem); where there is a problem the file is closed again and the descriptor is -1."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1, b"", "is missing"
+    except OSError as error:
+        return -1, b"", f"cannot be read ({error.strerror})"
+    problem, content = None, b""
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != entry.bytes:
+            problem = f"has {size} bytes instead of {entry.bytes} (truncated or replaced)"
+        else:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                content = file.read()
+            if (found := xxh64(content)) != entry.xxh64:
+                problem = f"is damaged, its xxh64 is {found} instead of {entry.xxh64}"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    if problem is not None:
+        os.close(descriptor)
+        return -1, b"", problem
+    return descriptor, content, None
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    """Changes when a file is replaced or written to."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
