@@ -1,0 +1,283 @@
+"""The index of a checkpoint: what it holds, in which file, and how to tell that nothing of it has changed. JSON, format 1.
+
+    {"format": "bd3_scale checkpoint", "format_version": 1, "step": 100, "samples_consumed": 51200,
+     "run": {...free-form: tuned interval, wandb id ...}, "versions": {"torch": "2.13.0", ...},
+     "files": {"state-00000-of-00002.safetensors": {"bytes": 4096, "sha256": "..."}, ..., "recipe.yaml": {...}},
+     "tensors": {"weight": {"layers.0.norm.weight": {"shape": [64], "parts": [
+         {"file": "state-00000-of-00002.safetensors", "key": "weight/layers.0.norm.weight@0,0,64,0,64",
+          "region": {"dim": 0, "offset": 0, "size": 64, "start": 0, "stop": 64}}]}}},
+     "checksum": "sha256 of the canonical JSON of all other fields"}
+
+Invariants: the same state of the same layout gives the same bytes (sorted keys, no time, no host); only "files" and "parts"
+depend on the layout; the parts of a tensor tile it exactly once; file names are those this module makes, so no index,
+however it was made, leads out of its folder. Reading trusts nothing: whatever is not as described is a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from bd3_scale.checkpoint.state import KINDS, Region, tiling_fault
+from bd3_scale.errors import CheckpointError
+
+FORMAT = "bd3_scale checkpoint"
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+RECIPE_NAME = "recipe.yaml"
+REGION_FIELDS = ("dim", "offset", "size", "start", "stop")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hexadecimal) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A region of a tensor and the file that holds its elements, as a 1-D fp32 tensor named by `part_key`."""
+
+    file: str
+    region: Region
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of one kind: the shape of the unsharded tensor, and the parts that tile it, in the order of their elements."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """All that index.json says, in Python."""
+
+    step: int
+    samples_consumed: int
+    run: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    tensors: dict[str, dict[str, Tensor]]
+    """kind -> canonical name -> tensor."""
+
+
+def state_name(writer: int, writers: int) -> str:
+    """File name of the `writer`-th of `writers` ranks that write."""
+    return f"state-{writer:05d}-of-{writers:05d}.safetensors"
+
+
+def part_key(kind: str, name: str, region: Region) -> str:
+    """The name of a part inside its file: it says by itself what the elements are."""
+    return f"{kind}/{name}@" + ",".join(str(getattr(region, field)) for field in REGION_FIELDS)
+
+
+def build(
+    step: int,
+    samples_consumed: int,
+    run: Mapping[str, Any],
+    versions: Mapping[str, str],
+    files: Mapping[str, FileRecord],
+    parts: Sequence[tuple[str, str, str, Region]],
+) -> Index:
+    """The index of (file, kind, name, region) parts from all ranks. Raises CheckpointError where they do not tile every tensor."""
+    grouped: dict[str, dict[str, list[Part]]] = {}
+    for file, kind, name, region in parts:
+        grouped.setdefault(kind, {}).setdefault(name, []).append(Part(file, region))
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for kind, names in grouped.items():
+        tensors[kind] = {}
+        for name, members in names.items():
+            members.sort(key=lambda part: (part.region.span, part.file, part.region.dim, part.region.offset, part.region.start))
+            shapes = sorted({part.region.shape for part in members})
+            if len(shapes) > 1:
+                raise CheckpointError(f"{kind} of {name} has shape {list(shapes[0])} on one rank and {list(shapes[1])} on another")
+            tensors[kind][name] = Tensor(shapes[0], tuple(members))
+    index = Index(step, samples_consumed, dict(run), dict(versions), dict(files), tensors)
+    check_tiling(index)
+    return index
+
+
+def check_tiling(index: Index) -> None:
+    """Raise CheckpointError unless the parts of every tensor cover each of its elements exactly once."""
+    for kind, names in index.tensors.items():
+        for name, tensor in names.items():
+            fault = tiling_fault(tensor.shape, [part.region for part in tensor.parts])
+            if fault is not None:
+                raise CheckpointError(f"the parts of {kind} of {name} {list(tensor.shape)} do not make it up: {fault}")
+
+
+def canonical_json(document: Any) -> str:
+    """JSON that is the same for equal documents: sorted keys, no spaces, ASCII. Raises ValueError or TypeError for what JSON has not."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def normalise_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """`run` as it will be read again (tuples become lists, keys text), so that saving what was loaded gives the same bytes."""
+    try:
+        return json.loads(canonical_json(dict(run)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the run's own entries of a checkpoint must be plain JSON (no NaN, no tensors) but {error}; convert the value"
+        ) from error
+
+
+def render(index: Index) -> bytes:
+    """The text of index.json."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": index.step,
+        "samples_consumed": index.samples_consumed,
+        "run": index.run,
+        "versions": index.versions,
+        "files": {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in index.files.items()},
+        "tensors": {
+            kind: {
+                name: {
+                    "shape": list(tensor.shape),
+                    "parts": [
+                        {
+                            "file": part.file,
+                            "key": part_key(kind, name, part.region),
+                            "region": {field: getattr(part.region, field) for field in REGION_FIELDS},
+                        }
+                        for part in tensor.parts
+                    ],
+                }
+                for name, tensor in names.items()
+            }
+            for kind, names in index.tensors.items()
+        },
+    }
+    document["checksum"] = checksum(document)
+    return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def checksum(document: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of all fields but the checksum."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    return hashlib.sha256(canonical_json(rest).encode("ascii")).hexdigest()
+
+
+def parse(text: bytes) -> Index:
+    """Read index.json. Raises CheckpointError for anything that `render` would not have written; the tiling is not checked here."""
+    try:
+        document = json.loads(text.decode("ascii"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{INDEX_NAME} is not readable JSON ({error})") from None
+    _need(isinstance(document, dict) and document.get("format") == FORMAT, f"{INDEX_NAME} is not the index of a {FORMAT}")
+    version = document.get("format_version")
+    _need(
+        version == FORMAT_VERSION and type(version) is int,
+        f"{INDEX_NAME} has format version {version!r}, this program reads {FORMAT_VERSION}; use the bd3_scale version that wrote it",
+    )
+    try:
+        expected = checksum(document)
+    except (ValueError, RecursionError):
+        expected = None
+    _need(document.get("checksum") == expected, f"{INDEX_NAME} was changed after it was written (its checksum does not match)")
+    _fields(document, "index", "format", "format_version", "step", "samples_consumed", "run", "versions", "files", "tensors", "checksum")
+    run, versions = document["run"], _mapping(document["versions"], "versions")
+    _need(isinstance(run, dict), f"{INDEX_NAME}: run is not a mapping")
+    _need(all(isinstance(value, str) for value in versions.values()), f"{INDEX_NAME}: versions are not all text")
+    files = {name: _file_record(name, record) for name, record in _mapping(document["files"], "files").items()}
+    # The one rule on file names: exactly the names that a save makes, none with a separator.
+    writers = sum(name != RECIPE_NAME for name in files)
+    expected_names = {RECIPE_NAME, *(state_name(writer, writers) for writer in range(writers))}
+    odd = _first(set(files) ^ expected_names)
+    _need(set(files) == expected_names, f"{INDEX_NAME}: {odd!r} is not a file of this checkpoint, or is missing from the list")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for kind, names in _mapping(document["tensors"], "tensors").items():
+        _need(kind in KINDS, f"{INDEX_NAME}: kind {kind!r} is not one of {', '.join(KINDS)}")
+        tensors[kind] = {name: _tensor(kind, name, entry, files) for name, entry in _mapping(names, kind).items()}
+    _need(any(tensors.values()), f"{INDEX_NAME}: it lists no tensor")
+    held = sum(math.prod(tensor.shape) for names in tensors.values() for tensor in names.values())
+    _need(
+        4 * held <= sum(record.bytes for record in files.values()),
+        f"{INDEX_NAME}: the tensors have {held} elements, more than the files have room for",
+    )
+    return Index(
+        step=_count(document["step"], "step"),
+        samples_consumed=_count(document["samples_consumed"], "samples_consumed"),
+        run=run,
+        versions=versions,
+        files=files,
+        tensors=tensors,
+    )
+
+
+def _tensor(kind: str, name: str, entry: Any, files: Mapping[str, FileRecord]) -> Tensor:
+    where = f"{kind} of {name!r}"
+    _fields(entry, where, "shape", "parts")
+    _need(isinstance(entry["shape"], list) and isinstance(entry["parts"], list), f"{INDEX_NAME}: shape or parts of {where} is not a list")
+    parts = []
+    for part in entry["parts"]:
+        _fields(part, f"a part of {where}", "file", "key", "region")
+        _fields(part["region"], f"a region of {where}", *REGION_FIELDS)
+        try:
+            region = Region(tuple(entry["shape"]), *(part["region"][field] for field in REGION_FIELDS))
+        except ValueError as error:
+            raise CheckpointError(f"{INDEX_NAME}: a part of {where} is impossible: {error}") from None
+        _need(region.numel > 0, f"{INDEX_NAME}: a part of {where} is empty")
+        _need(isinstance(part["file"], str) and part["file"] in files, f"{INDEX_NAME}: {where} lies in the unknown file {part['file']!r}")
+        _need(part["file"] != RECIPE_NAME, f"{INDEX_NAME}: {where} cannot lie in {RECIPE_NAME}")
+        _need(part["key"] == part_key(kind, name, region), f"{INDEX_NAME}: the key {part['key']!r} is not that of its part of {where}")
+        parts.append(Part(part["file"], region))
+    _need(len(parts) > 0, f"{INDEX_NAME}: {where} has no parts")
+    shape = parts[0].region.shape
+    _need(
+        sum(part.region.numel for part in parts) == math.prod(shape),
+        f"{INDEX_NAME}: the parts of {where} {list(shape)} do not make it up",
+    )
+    return Tensor(shape, tuple(parts))
+
+
+def _file_record(name: str, record: Any) -> FileRecord:
+    _fields(record, f"file {name!r}", "bytes", "sha256")
+    sha256 = record["sha256"]
+    _need(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None, f"{INDEX_NAME}: file {name!r} has no SHA-256")
+    return FileRecord(_count(record["bytes"], f"bytes of {name!r}"), sha256)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    _need(isinstance(value, dict), f"{INDEX_NAME}: {what} is not a mapping")
+    return value
+
+
+def _fields(value: Any, what: str, *names: str) -> None:
+    _need(isinstance(value, dict), f"{INDEX_NAME}: {what} is not a mapping")
+    _need(set(value) == set(names), f"{INDEX_NAME}: {what} has the field {_first(set(value) ^ set(names))!r} too many or too few")
+
+
+def _count(value: Any, what: str) -> int:
+    _need(type(value) is int and value >= 0, f"{INDEX_NAME}: {what} is {value!r}, not a count")
+    return value
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
+
+
+def _first(names: set[str]) -> str:
+    return min(names, default="")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a key stands twice")
+    return mapping
+
+
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
