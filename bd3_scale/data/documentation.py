@@ -29,11 +29,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bd3_scale.data.packing import Document
+from bd3_scale.data.packing import Document, held_out
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError
 
-HELD_OUT = 0.04
 PACKAGES = ("torch", "numpy", "networkx", "matplotlib", "sympy", "mpmath", "huggingface_hub", "transformers")
 GENERATED = frozenset({"oci", "azure", "google", "botocore", "boto3", "identify", "googleapis_common_protos"})
 """Clients and tables written by programs: many megabytes, hardly a sentence that is said once."""
@@ -69,11 +68,6 @@ class Module:
 
     name: str
     docstrings: list[str]
-
-
-def held_out(name: str, fraction: float = HELD_OUT) -> bool:
-    """Whether the document called `name` belongs to validation: a function of the name and `fraction` alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2.0**64
 
 
 def source_files() -> Iterator[tuple[str, Path]]:
@@ -137,7 +131,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
                 yield text
         elif isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Call) and "doc" in _name(node.value.func):
             yield from _literals(node.value.args)
-        for block in ("body", "orelse", "finalbody", "handlers"):
+        for block in ("finalbody", "orelse", "handlers", "body"):  # the last one is read first
             statements = getattr(node, block, None)
             if isinstance(statements, list):
                 waiting.extend(reversed(statements))

@@ -141,6 +141,13 @@ class Manifest:
                 f"data.tokenizer={tokenizer.name} is {tokenizer.fingerprint[:12]}; {PREPARE_AGAIN}"
             )
 
+    def require_preparation(self, path: Path, **asked: object) -> None:
+        """Raises DataError, naming both values, where the folder `path` was prepared with other values than `asked` (keys as in data.*)."""
+        for key, wanted in asked.items():
+            if (held := getattr(self, key)) != wanted:
+                cure = f"set data.path to another folder, or data.{key}={held}"
+                raise DataError(f"{path}: was prepared with {key}={held}, asked for is {key}={wanted}; {cure}")
+
 
 def check_plain_name(name: object, path: Path) -> str:
     """`name`, if it is a plain file name. Raises DataError (found in the file `path`) for anything that could leave its folder."""

@@ -29,7 +29,10 @@ def xxh64(data: bytes) -> str:
 
 def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
     """`count` bytes of an open file (called `path`) from `offset`. Raises DataError where it ends before."""
-    data = os.pread(descriptor, count, offset)
+    try:
+        data = os.pread(descriptor, count, offset)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk or restore the file") from None
     if len(data) != count:
         raise DataError(
             f"{path}: ends before byte {offset + count}, it was cut after it had been checked; restore it or prepare the folder again"

@@ -76,26 +76,12 @@ def open_data(config: DataConfig, context: int, *, leader: bool, barrier: Callab
         )
     manifest = Manifest.load(folder / MANIFEST)
     manifest.require(folder, context=context, tokenizer=tokenizer)
-    _require_recipe(manifest, config, folder)
+    manifest.require_preparation(folder, format=config.format, row_special=config.row_special)
+    if config.source is not None:
+        manifest.require_preparation(folder, source=config.source, source_tokens=config.source_tokens)
     open_shards = min(max(2 * config.window + 2, 8), 256)  # two windows meet in a batch
     train, validation = (
         ShardReader(folder, split, context=context, tokenizer=tokenizer, remote=config.remote, manifest=manifest, open_shards=open_shards)
         for split in ("train", "validation")
     )
     return Data(folder, tokenizer, manifest, train, validation)
-
-
-def _require_recipe(manifest: Manifest, config: DataConfig, folder: Path) -> None:
-    """Raises DataError where the folder was prepared in another way than the recipe says."""
-    asked: dict[str, tuple[object, object]] = {
-        "format": (manifest.format, config.format),
-        "row_special": (manifest.row_special, config.row_special),
-    }
-    if config.source is not None:
-        asked |= {"source": (manifest.source, config.source), "source_tokens": (manifest.source_tokens, config.source_tokens)}
-    for key, (held, wanted) in asked.items():
-        if held != wanted:
-            raise DataError(
-                f"{folder}: was prepared with {key}={held}, the recipe says data.{key}={wanted}; "
-                f"set data.path to another folder, or data.{key}={held}"
-            )

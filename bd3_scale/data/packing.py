@@ -12,6 +12,7 @@ Row specials (Begin of sequence is the end-of-text id, as in GPT-2 and in the pa
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ from bd3_scale.errors import RecipeError
 
 ROW_SPECIAL = {"none": 0, "bos": 1, "bos_eos": 2}
 """Kind -> special tokens in each row."""
+HELD_OUT = 0.04
+"""Share of the documents that is kept for validation."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Document:
     name: str
     tokens: np.ndarray
     held_out: bool
+
+
+def held_out(name: str, fraction: float = HELD_OUT) -> bool:
+    """Whether the document called `name` belongs to validation: a function of the name and `fraction` alone."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") < fraction * 2.0**64
 
 
 def storage_dtype(vocabulary_size: int) -> str:

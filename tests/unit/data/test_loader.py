@@ -1,0 +1,104 @@
+"""A global batch is the same whoever reads it: any number of replicas, any micro-batch, any restart, read ahead or not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bd3_scale.data.loader import Loader, validation_rows
+from bd3_scale.data.manifest import Manifest
+from bd3_scale.data.order import GlobalOrder
+from bd3_scale.data.shards import ShardReader
+from bd3_scale.data.tokenizer import ByteTokenizer
+from bd3_scale.errors import DataError, RecipeError
+
+GLOBAL_BATCH = 24
+
+
+@pytest.fixture
+def reader(prepared: dict[str, tuple[Path, Manifest]]) -> ShardReader:
+    return ShardReader(prepared["mds"][0], "train", context=64, tokenizer=ByteTokenizer())
+
+
+def loader(reader: ShardReader, micro_batch: int, replica: int = 0, replicas: int = 1, prefetch: int = 2) -> Loader:
+    order = GlobalOrder(reader.shard_rows, 1, 2)
+    return Loader(reader, order, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, replica=replica, replicas=replicas, prefetch=prefetch)
+
+
+@pytest.mark.parametrize(("micro_batch", "replicas", "prefetch"), [(24, 1, 2), (1, 1, 0), (3, 2, 1), (2, 4, 3), (1, 12, 2)])
+def test_replicas_share_the_same_global_batch(reader: ShardReader, micro_batch: int, replicas: int, prefetch: int) -> None:
+    order = GlobalOrder(reader.shard_rows, 1, 2)
+    starts = [step * GLOBAL_BATCH for step in range(len(reader) // GLOBAL_BATCH + 2)]  # over the end of the epoch
+    seen = np.full((len(starts), GLOBAL_BATCH), -1)
+    for replica in range(replicas):
+        with loader(reader, micro_batch, replica, replicas, prefetch) as opened:
+            for step, start in enumerate(starts):
+                batches = opened.micro_batches(start)
+                expected = reader.rows(order.sample_ids(start, GLOBAL_BATCH))
+                assert len(batches) == GLOBAL_BATCH // (micro_batch * replicas)
+                for number, batch in enumerate(batches):
+                    first = number * micro_batch * replicas + replica * micro_batch
+                    assert batch.slots.tolist() == list(range(first, first + micro_batch))
+                    assert batch.slots.dtype == batch.rows.dtype == np.int64 and (batch.rows == expected[batch.slots]).all()
+                    assert (seen[step, batch.slots] == -1).all()
+                    seen[step, batch.slots] = replica
+    assert (seen >= 0).all()
+
+
+def test_a_restart_continues_and_a_jump_is_followed(reader: ShardReader) -> None:
+    with loader(reader, 4) as first, loader(reader, 4) as second:
+        for start in (0, 24, 48, 240, 24, 24):
+            here = first.micro_batches(start)
+            assert all((a.rows == b.rows).all() for a, b in zip(here, loader(reader, 4, prefetch=0).micro_batches(start), strict=True))
+        assert (second.micro_batches(48)[0].rows == first.micro_batches(48)[0].rows).all()
+
+
+def test_errors_of_the_thread_reach_the_caller_and_it_ends(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of("mds")
+    reader = ShardReader(folder, "train", context=64, tokenizer=ByteTokenizer())
+    for shard in (folder / "train").glob("*.mds"):
+        shard.unlink()
+    before = threading.active_count()
+    with loader(reader, 4) as opened:
+        for _ in range(2):
+            with pytest.raises(DataError, match="is missing"):
+                opened.micro_batches(0)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_reading_is_ahead_of_need(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    done = threading.Semaphore(0)
+    original = Loader._read
+
+    def noted(self: Loader, position: int) -> object:
+        try:
+            return original(self, position)
+        finally:
+            read.append(position)
+            done.release()
+
+    monkeypatch.setattr(Loader, "_read", noted)
+    with loader(reader, 4, prefetch=2) as opened:
+        opened.micro_batches(0)
+        for _ in range(3):
+            assert done.acquire(timeout=30)
+        assert read == [0, 24, 48]
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(reader: ShardReader) -> None:
+    with pytest.raises(RecipeError, match=r"training\.global_batch 24 must be a multiple of parallel\.micro_batch 5 x 2"):
+        loader(reader, 5, 0, 2)
+
+
+def test_validation_rows_are_interleaved(reader: ShardReader) -> None:
+    parts = [validation_rows(reader, 11, replica, 3) for replica in range(3)]
+    assert [part[0].tolist() for part in parts] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
+    assert all((rows == reader.rows(indices)).all() for indices, rows in parts)
+    assert len(validation_rows(reader, 10**9, 0, 1)[0]) == len(reader)
+    assert validation_rows(reader, 1, 2, 3)[1].shape == (0, 64)

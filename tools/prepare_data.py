@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Prepare a data folder from text, look into one, or check one.
+
+    python tools/prepare_data.py --source documentation --path DATA --context 256
+    python tools/prepare_data.py --source corpus.jsonl --path DATA --context 1024 --row-special bos_eos --format webdataset
+    python tools/prepare_data.py --path DATA --inspect 3
+    python tools/prepare_data.py --path DATA --verify
+
+Sources: `documentation` (docstrings of the installed Python packages), a .jsonl file (one object with a "text" a line) or a .txt
+file (an empty line ends a document). Prints for people, or one JSON document with --json. Exit code 0, or 1 with one line that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.data.config import DataConfig
+from bd3_scale.data.documentation import documentation
+from bd3_scale.data.manifest import FORMATS, MANIFEST, SPLITS, Manifest
+from bd3_scale.data.packing import HELD_OUT, ROW_SPECIAL, Document
+from bd3_scale.data.prepare import SHARD_BYTES, Packing, prepare
+from bd3_scale.data.shards import ShardReader
+from bd3_scale.data.text_files import file_documents
+from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.errors import DataError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", required=True, type=Path, help="the data folder")
+    parser.add_argument("--source", help="documentation, FILE.jsonl or FILE.txt; without it, the folder is only looked at")
+    parser.add_argument("--context", type=int, default=1024, help="tokens per row, model.context (default %(default)s)")
+    parser.add_argument("--tokenizer", help="gpt2, bytes or a `tokenizers` JSON file (default: the folder's, or gpt2)")
+    parser.add_argument("--format", choices=FORMATS, default=defaults.format, help="(default %(default)s)")
+    parser.add_argument(
+        "--row-special", choices=ROW_SPECIAL, default=defaults.row_special, help="special tokens of a row (default %(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, help=f"prepare at most so many (documentation: {defaults.source_tokens:,}; files: all)")
+    parser.add_argument(
+        "--validation", type=float, default=HELD_OUT, help="share of a file's documents that is held out (default %(default)s)"
+    )
+    parser.add_argument("--text-key", default="text", help="where a line of .jsonl has its text (default %(default)s)")
+    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest size of a shard (default %(default)s)")
+    parser.add_argument("--inspect", type=int, metavar="N", default=0, help="print the first N rows of each split as text")
+    parser.add_argument("--verify", action="store_true", help="check the size and hash of every file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args(arguments)
+    try:
+        report = _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(report) if options.json else _for_people(report))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    folder = options.path.expanduser().absolute()
+    if options.source is not None:
+        manifest = _prepare(folder, options)
+    elif (folder / MANIFEST).exists():
+        manifest = Manifest.load(folder / MANIFEST)
+    else:
+        raise DataError(f"{folder}: holds no {MANIFEST}; give --source to prepare it")
+    tokenizer = load_tokenizer(options.tokenizer or manifest.tokenizer)
+    report: dict[str, Any] = {"path": str(folder), "fingerprint": manifest.fingerprint, **asdict(manifest)}
+    for name in SPLITS:
+        with ShardReader(folder, name, context=manifest.context, tokenizer=tokenizer, manifest=manifest) as reader:
+            if options.verify:
+                reader.verify()
+            report[name]["shards"] = len(reader.shard_rows)
+            if options.inspect:
+                report[name]["text"] = [tokenizer.decode(row) for row in reader.rows(range(min(options.inspect, len(reader))))]
+    report["verified"] = bool(options.verify)
+    return report
+
+
+def _prepare(folder: Path, options: argparse.Namespace) -> Manifest:
+    tokenizer = load_tokenizer(options.tokenizer or DataConfig().tokenizer)
+    packing = Packing(tokenizer, options.context, options.row_special, options.format, options.shard_bytes)
+    progress = not options.json
+    source, tokens = options.source, options.tokens
+
+    def documents() -> Iterable[Document]:
+        if source == "documentation":
+            return documentation(tokenizer, tokens, progress=progress)
+        return file_documents(
+            Path(source).expanduser(), tokenizer, budget=tokens, validation=options.validation, text_key=options.text_key, progress=progress
+        )
+
+    if source == "documentation":
+        tokens = DataConfig().source_tokens if tokens is None else tokens
+    name = source if source == "documentation" else Path(source).name
+    manifest = prepare(folder, packing, name, tokens, documents)
+    manifest.require(folder, context=options.context, tokenizer=tokenizer)  # it may have been there before
+    manifest.require_preparation(folder, format=options.format, row_special=options.row_special, source=name, source_tokens=tokens)
+    return manifest
+
+
+def _for_people(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['path']}: {report['format']} rows of {report['context']} tokens ({report['tokenizer']}, {report['row_special']}) "
+        f"from {report['source']}"
+    ]
+    for name in SPLITS:
+        split = report[name]
+        lines.append(
+            f"  {name}: {split['rows']:,} rows, {split['tokens']:,} tokens of {split['documents']:,} documents "
+            f"({split['dropped_tokens']} did not fill a row), {split['shards']} shards"
+        )
+        for number, text in enumerate(split.get("text", [])):
+            lines.append(f"--- {name} row {number}\n{text}")
+    if report["verified"]:
+        lines.append("  every file has the size and the hash that the manifest says")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
