@@ -104,10 +104,8 @@ class OpenMDSShard:
     """
 
     def __init__(self, described: dict[str, Any], folder: Path, descriptor: int, row_bytes: int) -> None:
-        from streaming.base.format.mds import MDSReader  # type: ignore[import-untyped,unused-ignore]
-
         try:
-            self._reader = MDSReader.from_json(str(folder), None, described)
+            self._reader = import_streaming("streaming.base.format.mds").MDSReader.from_json(str(folder), None, described)
         except (TypeError, ValueError, KeyError) as error:
             raise DataError(f"{folder / 'index.json'}: streaming cannot read its shards ({error}); prepare the folder again") from None
         self._path, self._descriptor, self._row_bytes = folder / self._reader.raw_data.basename, descriptor, row_bytes

@@ -87,8 +87,12 @@ def test_bad_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"content": "b"}\n')
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     (tmp_path / "c.csv").write_text("a,b")
-    for name, message in (("a.jsonl", "line 2 is not an object with a string"), ("b.jsonl", "line 2 is not UTF-8"), ("c.csv", "kind is not known"),
-                          ("d.txt", "cannot be read")):  # fmt: skip
+    for name, message in (
+        ("a.jsonl", "line 2 is not an object with a string"),
+        ("b.jsonl", "line 2 is not UTF-8"),
+        ("c.csv", "kind is not known"),
+        ("d.txt", "cannot be read"),
+    ):
         assert run("--source", tmp_path / name, "--path", tmp_path / "out", "--context", 16, "--tokenizer", "bytes") == 1
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert run("--path", tmp_path / "out") == 1
