@@ -89,6 +89,8 @@ def build(
     parts: Sequence[tuple[str, str, str, Region]],
 ) -> Index:
     """The index of (file, kind, name, region) parts from all ranks. Raises CheckpointError where they do not tile every tensor."""
+    if not parts:
+        raise CheckpointError("no rank has a tensor to save")
     grouped: dict[str, dict[str, list[Part]]] = {}
     for file, kind, name, region in parts:
         grouped.setdefault(kind, {}).setdefault(name, []).append(Part(file, region))
@@ -123,7 +125,7 @@ def canonical_json(document: Any) -> str:
 def normalise_run(run: Mapping[str, Any]) -> dict[str, Any]:
     """`run` as it will be read again (tuples become lists, keys text), so that saving what was loaded gives the same bytes."""
     try:
-        return json.loads(canonical_json(dict(run)))
+        return json.loads(json.dumps(dict(run), allow_nan=False))
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"the run's own entries of a checkpoint must be plain JSON (no NaN, no tensors) but {error}; convert the value"

@@ -17,12 +17,14 @@ import torch
 
 from bd3_scale.checkpoint.communicator import Communicator, Solo, one_line, together
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, Index, Tensor, check_tiling, parse, part_key
-from bd3_scale.checkpoint.shards import ShardReader, check_content, check_size
+from bd3_scale.checkpoint.shards import ShardReader, check_content, check_size, read_text
 from bd3_scale.checkpoint.state import KINDS, Fragment, Region, intersect
 from bd3_scale.errors import CheckpointError
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 """A checkpoint folder; nothing else is ever taken for one."""
+LARGEST_INDEX = 1 << 30
+"""Bytes; some million parts."""
 OPEN_FILES = 32
 """Files kept open while many tensors are read."""
 HASHING_THREADS = 4
@@ -80,13 +82,7 @@ class Checkpoint:
     def _open(self) -> Index:
         if not self.path.is_dir():
             raise CheckpointError("there is no such folder")
-        try:
-            text = (self.path / INDEX_NAME).read_bytes()
-        except FileNotFoundError:
-            raise CheckpointError(f"{INDEX_NAME} is missing, so it was never finished") from None
-        except OSError as error:
-            raise CheckpointError(f"{INDEX_NAME} cannot be read ({error.strerror})") from None
-        index = parse(text)
+        index = parse(read_text(self.path / INDEX_NAME, LARGEST_INDEX))
         for name, record in index.files.items():
             check_size(self.path / name, record)
         # Only now: the sizes of real files bound what the check of the parts has to hold in memory.
@@ -141,8 +137,8 @@ class Checkpoint:
         """The resolved recipe, YAML text."""
         self.verify_files([RECIPE_NAME])
         try:
-            return (self.path / RECIPE_NAME).read_bytes().decode("utf-8")
-        except (OSError, ValueError) as error:
+            return read_text(self.path / RECIPE_NAME, self._index.files[RECIPE_NAME].bytes).decode("utf-8")
+        except (CheckpointError, UnicodeDecodeError) as error:
             raise CheckpointError(f"checkpoint {self.path}: {RECIPE_NAME} cannot be read ({one_line(error)})") from None
 
     @property

@@ -84,8 +84,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_size(path: Path, record: FileRecord) -> None:
-    """Raise CheckpointError unless `path` is a regular file (no link: its content must lie in the folder) of the recorded size."""
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file; CheckpointError for anything else (a link leads out of the folder, a device never ends)."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -94,8 +94,26 @@ def check_size(path: Path, record: FileRecord) -> None:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path.name} is not a regular file")
-    if status.st_size != record.bytes:
-        raise CheckpointError(f"{path.name} has {status.st_size} bytes instead of {record.bytes}")
+    return status.st_size
+
+
+def check_size(path: Path, record: FileRecord) -> None:
+    """Raise CheckpointError unless `path` is a regular file of the recorded size."""
+    size = regular_size(path)
+    if size != record.bytes:
+        raise CheckpointError(f"{path.name} has {size} bytes instead of {record.bytes}")
+
+
+def read_text(path: Path, largest: int) -> bytes:
+    """A small regular file. Raises CheckpointError where it is none, above `largest` bytes, or unreadable."""
+    size = regular_size(path)
+    if size > largest:
+        raise CheckpointError(f"{path.name} has {size} bytes, which is more than it can have")
+    try:
+        with open(path, "rb") as file:
+            return file.read(largest)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror})") from None
 
 
 def check_content(path: Path, record: FileRecord) -> None:

@@ -30,7 +30,7 @@ import bd3_scale
 from bd3_scale.checkpoint.communicator import Communicator, Solo, together
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render, state_name
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
-from bd3_scale.checkpoint.shards import check_size, sync_directory, write_shard, write_text
+from bd3_scale.checkpoint.shards import check_size, read_text, sync_directory, write_shard, write_text
 from bd3_scale.checkpoint.state import Fragment, Region
 from bd3_scale.errors import CheckpointError
 
@@ -295,13 +295,12 @@ def _is_whole(path: Path) -> bool:
 def _read_latest(folder: Path) -> str | None:
     """The folder name in `latest`, or None without that file. Raises CheckpointError where it holds anything else."""
     path = folder / LATEST_NAME
-    try:
-        with open(path, "rb") as file:
-            text = file.read(1000)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(path):
         return None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it a text file with a checkpoint's name") from None
+    try:
+        text = read_text(path, 1000)
+    except CheckpointError as error:
+        raise CheckpointError(f"in {folder}, {error}; make it a text file that holds a checkpoint's name") from None
     name = text.decode("ascii", errors="replace").strip()
     if STEP_NAME.fullmatch(name) is None:
         whole = newest_whole(folder)
