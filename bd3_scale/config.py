@@ -70,13 +70,13 @@ CHOICES = {
 }
 
 POSITIVE = (
-    "model.context", "model.layers", "model.hidden", "model.heads", "model.conditioning_size", "objective.block_size",
+    "model.context", "model.layers", "model.hidden", "model.heads", "model.conditioning_size",
     "data.source_tokens", "data.window", "training.global_batch", "training.learning_rate", "training.epsilon",
     "validation.rows", "parallel.tensor", "parallel.pipeline", "parallel.micro_batch", "parallel.timeout", "tracking.every",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "run.seed", "training.weight_decay", "training.warmup", "training.clip", "training.ema", "validation.every",
-    "checkpoint.every", "checkpoint.keep", "data.prefetch", "model.dropout",
+    "checkpoint.every", "checkpoint.keep", "data.prefetch", "model.dropout", "tracking.sample_tokens",
 )  # fmt: skip
 
 FREE_TO_CHANGE = {

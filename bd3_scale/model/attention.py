@@ -69,7 +69,9 @@ class KeyValueCache:
     Rotary positions are relative, so that rows keep their place when older ones are dropped.
     """
 
-    def __init__(self, layers: int, batch: int, capacity: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, batch: int, capacity: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.capacity = capacity
         self.storage = torch.zeros(2, layers, capacity, batch, kv_heads, head_size, dtype=dtype, device=device)
         self.positions = torch.zeros(0, dtype=torch.int64, device=device)

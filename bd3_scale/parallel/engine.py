@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,8 @@ class ZeroEngine:
         if self.zero in (1, 2):
             self.optimizer.update_lp_params()
         elif self.zero == 3:
+            # Small weights stay gathered between steps, and gathering skips what is: let go of the old values first.
+            self.optimizer._partition_all_parameters()
             for group in range(len(self.masters)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if self.optimizer.persistent_parameters:
@@ -260,9 +262,9 @@ def _deepspeed_config(
     }
 
 
-def apply_outside(model: nn.Module, *, recompute: bool, compile: bool, blocks: Callable[[nn.Module], Sequence[nn.Module]]) -> None:
+def apply_outside(blocks: Iterable[nn.Module], *, recompute: bool, compile: bool) -> None:
     """What surrounds the layers, in this order: activation checkpointing, then compile. (Tensor before, ZeRO after.)"""
-    for block in blocks(model):
+    for block in blocks:
         if recompute:
             block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
         if compile:

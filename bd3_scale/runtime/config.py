@@ -72,3 +72,5 @@ class TrackingConfig:
     entity: str | None = None
     progress: bool = True
     """A progress line on the terminal."""
+    sample_tokens: int = 0
+    """Tokens sampled from the last checkpoint and printed when the run ends; 0: none."""

@@ -1,0 +1,171 @@
+"""The training run: fetch, forward-backward, step, EMA, log, validate, save, stop - and nothing else.
+
+All state that a resume needs is (weights, moments, EMA, step, samples consumed, a small dictionary): none of it depends
+on the number of ranks. Everything random is keyed by (seed, step, place in the global batch). Nothing waits for the
+device between logging steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bd3_scale import config as recipes
+from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.reader import Checkpoint
+from bd3_scale.checkpoint.state import Fragment, share
+from bd3_scale.config import Recipe
+from bd3_scale.data.loader import Loader
+from bd3_scale.data.open import Data
+from bd3_scale.data.order import GlobalOrder
+from bd3_scale.data.unigram import unigram_perplexity
+from bd3_scale.diffusion.objectives import build_objective
+from bd3_scale.errors import TrainingError
+from bd3_scale.parallel.build import build_engine
+from bd3_scale.parallel.layout import Layout
+from bd3_scale.runtime import resume
+from bd3_scale.runtime.ema import ExponentialAverage
+from bd3_scale.runtime.learning_rate import learning_rate
+from bd3_scale.runtime.report import Reporter, flops_per_token
+from bd3_scale.runtime.signals import StopRequest
+from bd3_scale.runtime.validation import Validation, Validator
+
+
+class Trainer:
+    """One run on one rank. `run()` returns when the budget is spent or all ranks agreed to stop."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, data: Data) -> None:
+        self.recipe, self.layout, self.data = recipe, layout, data
+        self.folder = Path(recipe.run.dir)
+        self.step, self.samples = 0, 0
+        self.total_steps = recipe.total_steps
+        pad_to = 256 if layout.device.type == "cuda" else 1  # CUDA wants shapes that repeat
+        self.objective = build_objective(recipe.objective, recipe.model.context, data.tokenizer.mask_id, pad_to)
+        self.tokens_per_step = recipe.training.global_batch * self.objective.scored_tokens_per_row
+        self.saved = checkpoint = resume.find(recipe, self.folder, data, layout)
+        self.engine = build_engine(recipe, layout, data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id)
+        decay = recipe.training.ema
+        self.ema = ExponentialAverage(self.engine.masters, decay, self.engine.publish) if decay else None
+        self.run_state: dict[str, Any] = resume.new_run_state(recipe, data)
+        if checkpoint is not None:
+            checkpoint.load_into(self._fragments(), layout)
+            self.engine.resume(checkpoint.step)
+            self.step, self.samples, self.run_state = checkpoint.step, checkpoint.samples_consumed, checkpoint.run
+        self.loader = Loader(
+            data.train,
+            GlobalOrder(data.train.shard_rows, recipe.run.seed, recipe.data.window),
+            global_batch=recipe.training.global_batch,
+            micro_batch=recipe.parallel.micro_batch,
+            replica=layout.data_rank,
+            replicas=layout.data,
+            prefetch=recipe.data.prefetch,
+        )
+        self.validator = Validator(
+            data.validation,
+            self.objective,
+            layout,
+            rows=recipe.validation.rows,
+            micro_batch=recipe.parallel.micro_batch,
+            seed=recipe.run.seed,
+        )
+        self.stop = StopRequest(layout)
+        flops = flops_per_token(recipe, self.objective.pattern, data.tokenizer.model_vocabulary_size)
+        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=flops)
+        self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
+        self.validated: Validation | None = None
+
+    def run(self) -> Path:
+        """Train to the end of the budget, or to an agreed stop; the state is saved either way. Returns the last checkpoint."""
+        recipe = self.recipe
+        while self.step < self.total_steps and not self.stop.agreed():
+            loss, norm = self.update()
+            self.report.add(loss, norm)
+            if self.due(recipe.tracking.every):
+                self.log()
+            if self.due(recipe.validation.every):
+                self.validate()
+            if self.due(recipe.checkpoint.every):
+                self.save()
+        if self.saved is None or self.saved.step != self.step:
+            self.save()
+        self.close()
+        assert self.saved is not None
+        return self.saved.path
+
+    def due(self, every: int) -> bool:
+        """Every so many steps (0: never), and after the last one."""
+        return self.step == self.total_steps or (every > 0 and self.step % every == 0)
+
+    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
+        recipe, seed = self.recipe, self.recipe.run.seed
+        inputs = [
+            self.objective.training_inputs(batch.rows, batch.slots, self.step, seed, recipe.training.global_batch)
+            for batch in self.loader.micro_batches(self.samples)
+        ]
+        loss = self.engine.forward_backward(inputs, self.tokens_per_step)
+        norm = self.engine.step(learning_rate(recipe.training, self.step, self.total_steps))
+        self.step += 1
+        self.samples += recipe.training.global_batch
+        if self.ema is not None:
+            self.ema.update(self.step)
+        return loss, norm
+
+    def log(self) -> None:
+        """Write a training line; a loss that is not a number ends the run."""
+        line = self.report.train(
+            step=self.step,
+            learning_rate=learning_rate(self.recipe.training, self.step - 1, self.total_steps),
+            interval=self.run_state["interval"],
+            reduce=self.layout.sum_over_data,
+        )
+        if not math.isfinite(line["loss"]):
+            raise TrainingError(
+                f"the train loss is {line['loss']} at step {self.step}; lower training.learning_rate or resume from the last checkpoint"
+            )
+
+    def validate(self) -> None:
+        """NELBO on the held-out rows, with the averaged weights where there are any."""
+        start = time.perf_counter()
+        with self.ema.swapped() if self.ema is not None else nullcontext():
+            self.validated = self.validator(self.engine.evaluate)
+        seconds = time.perf_counter() - start
+        self.report.validation(step=self.step, result=self.validated, seconds=seconds, unigram_perplexity=self.unigram)
+
+    def save(self) -> None:
+        """A checkpoint of this step; every rank writes its share."""
+        path = store.save(
+            self.folder / "checkpoints",
+            self.step,
+            share(self._fragments(), *self.engine.replicas),
+            samples_consumed=self.samples,
+            run=self.run_state,
+            recipe=recipes.to_yaml(self.recipe),
+            communicator=self.layout,
+        )
+        self.saved = Checkpoint(path)
+        if self.layout.leader:
+            store.retain(self.folder / "checkpoints", self.recipe.checkpoint.keep)
+
+    def close(self) -> None:
+        """End threads and files; the signals are the caller's again."""
+        self.loader.close()
+        self.stop.close()
+        self.report.close()
+
+    def _fragments(self) -> list[Fragment]:
+        return self.engine.fragments(self.ema.tensors if self.ema is not None else None)
+
+
+def _unigram(data: Data, rows: int) -> float | None:
+    """Perplexity of a unigram model on the validation rows: what a model must beat. Counted over small sets only."""
+    if data.manifest.train.tokens > 20_000_000:
+        return None
+    held_out = data.validation.rows(np.arange(min(rows, len(data.validation))))
+    return unigram_perplexity(data.train.rows(np.arange(len(data.train))), held_out, data.tokenizer.model_vocabulary_size)

@@ -1,0 +1,81 @@
+"""What a run directory says before training starts: continue, refuse, or begin.
+
+Invariants: nothing is overwritten by a run that is refused; every rank comes to the same answer or the same error; a
+continued run has the recipe of the run it continues in everything that defines it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bd3_scale import config as recipes
+from bd3_scale.checkpoint.reader import Checkpoint
+from bd3_scale.checkpoint.store import find_latest
+from bd3_scale.config import Recipe
+from bd3_scale.data.open import Data
+from bd3_scale.errors import CheckpointError, RecipeError, UserError
+from bd3_scale.parallel.layout import Layout
+
+
+def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Checkpoint | None:
+    """The verified checkpoint to continue from, or None for a new run. Raises RecipeError or CheckpointError on all ranks."""
+    answer: tuple[str | None, UserError | None] = (None, None)
+    if layout.leader:
+        try:
+            path = _decide(recipe, folder)
+            answer = (str(path) if path else None, None)
+        except UserError as error:
+            answer = (None, error)
+    name, failure = layout.broadcast(answer)
+    if failure is not None:
+        raise failure
+    if name is None:
+        return None
+    checkpoint = Checkpoint(name)
+    checkpoint.verify_files(communicator=layout)
+    recipes.compare(saved_recipe(checkpoint), recipe)
+    _check_data(checkpoint.run, data)
+    return checkpoint
+
+
+def new_run_state(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """The free-form part of a checkpoint: what training decided, and what it was trained on."""
+    return {
+        "interval": list(recipe.objective.interval),
+        "tokenizer": {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint},
+        "data": {"fingerprint": data.fingerprint},
+        "wandb": None,
+    }
+
+
+def saved_recipe(checkpoint: Checkpoint) -> Recipe:
+    """The recipe a checkpoint was written under. Raises CheckpointError where this version cannot read it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(checkpoint.recipe)
+        file.flush()
+        try:
+            return recipes.load(file.name)
+        except RecipeError as error:
+            raise CheckpointError(f"checkpoint {checkpoint.path}: its recipe.yaml cannot be read by this version: {error}") from None
+
+
+def _decide(recipe: Recipe, folder: Path) -> Path | None:
+    latest = find_latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+    if recipe.run.resume == "never" and latest is not None:
+        raise RecipeError(
+            f"run.resume is never, but {folder} holds {latest.name}; set run.resume=auto to continue it or run.dir to another folder"
+        )
+    if recipe.run.resume == "fresh" and folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"run.resume is fresh, but {folder} is not empty; set run.dir to a new folder or empty it yourself")
+    return latest
+
+
+def _check_data(run: dict[str, Any], data: Data) -> None:
+    saved = run.get("data", {}).get("fingerprint")
+    if saved != data.fingerprint:
+        raise CheckpointError(
+            f"the checkpoint was trained on other data (fingerprint {str(saved)[:12]}) than {data.folder} holds "
+            f"({data.fingerprint[:12]}), and continuing would repeat and skip rows; set data.path to the data it was trained on"
+        )

@@ -1,0 +1,79 @@
+"""`python -m bd3_scale.train RECIPE [key=value ...]`, alone or under torchrun: build the parts, run the loop.
+
+Exit status: 0 when the budget is spent or the run was asked to stop (its state is saved), 2 for a recipe that cannot work
+(found before any process group exists), 1 for data or checkpoints that cannot be used. Errors are one line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from bd3_scale import config as recipes
+from bd3_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from bd3_scale.parallel.layout import Layout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bd3_scale.train", description="Train a block-diffusion language model.")
+    parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example training.steps=100")
+    options = parser.parse_args(arguments)
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
+    try:
+        recipe = recipes.load(options.recipe, options.overrides)
+        device = recipes.resolve_device(recipe)
+        recipes.validate(recipe, world_size, device)
+    except UserError as error:
+        if rank == 0:  # every rank finds the same
+            print(f"bd3_scale: error: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        run(recipe, device)
+    except UserError as error:
+        where = f"[rank {rank}] " if world_size > 1 else ""
+        print(f"\nbd3_scale: error: {where}{error}", file=sys.stderr, flush=True)
+        if world_size > 1:
+            # Others may wait for this rank in a collective that will not come: the launcher ends them when it leaves.
+            os._exit(error.exit_code)
+        return error.exit_code
+    return 0
+
+
+def run(recipe: recipes.Recipe, device: str) -> None:
+    """Join the world, train, leave it."""
+    from bd3_scale.parallel import layout
+
+    here = layout.start(recipe.parallel, device)
+    train(recipe, here)
+    here.barrier()
+    layout.stop()
+
+
+def train(recipe: recipes.Recipe, here: Layout) -> None:
+    """The run itself, on this rank of a world that exists."""
+    from bd3_scale.data.open import open_data
+    from bd3_scale.runtime.loop import Trainer
+    from bd3_scale.runtime.summary import sample_text, summary
+
+    local_leader = int(os.environ["LOCAL_RANK"]) == 0
+    with open_data(recipe.data, recipe.model.context, leader=local_leader, barrier=here.barrier, progress=here.leader) as data:
+        trainer = Trainer(recipe, here, data)
+        checkpoint = trainer.run()
+    if not here.leader:
+        return
+    stopped = (trainer.stop.requested or "another rank") if trainer.step < trainer.total_steps else None
+    print(
+        summary(recipe, step=trainer.step, checkpoint=checkpoint, validated=trainer.validated, unigram=trainer.unigram, stopped=stopped),
+        flush=True,
+    )
+    if recipe.tracking.sample_tokens and not stopped:
+        print(f"\na sample of {recipe.tracking.sample_tokens} tokens:\n{sample_text(checkpoint, recipe, here.device.type)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""A tiny recipe and its data, shared by all distributed tests of a session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.launch import launch
+
+RECIPE = """
+run: {name: tiny, dir: unset, seed: 7}
+model: {context: 32, layers: 2, hidden: 32, heads: 4, key_value_heads: 2, dropout: 0.1}
+objective: {block_size: 8}
+data: {path: DATA, tokenizer: bytes, window: 2}
+training: {steps: 20, global_batch: 8, learning_rate: 3.0e-3, warmup: 5, weight_decay: 0.01, clip: 0.5, ema: 0.9}
+validation: {every: 10, rows: 10}
+parallel: {zero: 1, micro_batch: 2, timeout: 120}
+checkpoint: {every: 10, keep: 0}
+tracking: {every: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder: bytes of this project's own sources, rows of 32, several shards."""
+    from bd3_scale.data.packing import Document
+    from bd3_scale.data.prepare import Packing, prepare
+    from bd3_scale.data.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    sources = sorted((Path(__file__).resolve().parents[2] / "bd3_scale").rglob("*.py"))
+    tokenizer = load_tokenizer("bytes")
+    documents = [
+        Document(path.name, np.array(tokenizer.encode(path.read_text()[:3000])), held_out=index % 5 == 0)
+        for index, path in enumerate(sources)
+    ]
+    packing = Packing(tokenizer, 32, shard_bytes=8192)
+    prepare(folder, packing, "tests", None, lambda: documents)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE.replace("DATA", str(tiny_data)))
+    return path
+
+
+def train_all(world_size: int, recipe: Path, runs: dict[Path, list[str]], folder: Path) -> dict[Path, list[dict]]:
+    """Train every run (directory -> overrides) on `world_size` processes of one group; returns their metrics."""
+    plan = folder / f"plan-{world_size}-{len(list(folder.iterdir()))}.json"
+    plan.write_text(json.dumps([[str(recipe), [f"run.dir={run}", *overrides]] for run, overrides in runs.items()]))
+    finished = launch(world_size, ["tests/distributed/worker.py", str(plan)], plan.with_suffix(".log"), timeout=400)
+    assert finished.status == 0, finished.output[-6000:]
+    return {run: metrics(run) for run in runs}
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,52 @@
+"""Start torchrun for a test: output to a file, a time limit, and the whole process group ended whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Finished:
+    status: int
+    output: str
+
+
+class Job:
+    """A running `python -m torch.distributed.run`, or a plain `python` for one process."""
+
+    def __init__(self, world_size: int, arguments: list[str], log: Path) -> None:
+        launcher = [sys.executable]
+        if world_size > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+        self.log = log
+        # A pipe would stay open as long as any orphan lives; a file does not.
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [*launcher, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+
+    def wait(self, timeout: float) -> Finished:
+        """The result; after `timeout` seconds the job is ended and an AssertionError shows its output."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"not finished after {timeout} s:\n{self.log.read_text()[-4000:]}") from None
+        return Finished(status, self.log.read_text())
+
+    def kill(self) -> None:
+        """kill -9 to every process of the job."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def launch(world_size: int, arguments: list[str], log: Path, timeout: float = 300) -> Finished:
+    return Job(world_size, arguments, log).wait(timeout)
