@@ -1,0 +1,328 @@
+"""Text from a network, block by block: denoise a block given the clean blocks before it, commit it, go on.
+
+Two ways to the same tokens (objective.md section 5). With the cache a block's forwards run on its L' rows only and one
+more forward on the finished block stores its K and V; without, every forward recomputes the whole prefix under the same
+mask. A block sees itself and the clean blocks that fit into the `context` tokens that end with it, at any length.
+
+Invariants: MASK is never drawn and never left; a row's tokens depend on (seed, row index) and on its own prompt, not on
+the batch; every call of the network is counted. A network of the next-token loss (`shifted`) goes the same way with
+L' = 1, its forward of token i being both the commitment of i and the prediction of i + 1.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_scale.diffusion.decoding import DEFAULT_THRESHOLD, SamplingOptions, draw, histogram_entropy, keyed_uniforms, top_probabilities
+from bd3_scale.diffusion.mask import AttentionPattern, decoding_mask
+from bd3_scale.errors import RecipeError
+
+ENTROPY_WINDOW = 256
+"""Generated tokens whose histogram tells a text that repeats itself."""
+
+
+class Cache(Protocol):
+    """Rotated K and V of finished rows; see model.attention.KeyValueCache."""
+
+    @property
+    def length(self) -> int: ...
+
+    def drop(self, count: int) -> None: ...
+
+
+class Network(Protocol):
+    """All that sampling knows of a network; see model.transformer.Transformer."""
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None, commit: bool = False, last: int = 0) -> Tensor:
+        """tokens int64 [b, n], positions int64 [n], mask bool [n, cached + n] or None -> logits [b, last, V], -inf at MASK."""
+
+    def new_cache(self, batch: int, capacity: int) -> Cache: ...
+
+
+class Trained(Protocol):
+    """What sampling needs of the objective the network was trained with: any of diffusion.objectives."""
+
+    @property
+    def mask_id(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def shifted(self) -> bool: ...
+    @property
+    def pattern(self) -> AttentionPattern: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """Texts of one call, row by row."""
+
+    tokens: list[np.ndarray]
+    """int64, BOS and prompt included, the token that ended the text not."""
+    prompt_lengths: list[int]
+    """Tokens given at the beginning, BOS included: tokens[row][prompt_lengths[row]:] is new."""
+    stops: list[str]
+    """end_of_text | entropy | length."""
+    nfe: int
+    """Calls of the network for the whole batch, the committing ones too."""
+    seconds: float
+
+    @property
+    def generated(self) -> int:
+        """New tokens of all rows."""
+        return sum(len(tokens) - prompt for tokens, prompt in zip(self.tokens, self.prompt_lengths, strict=True))
+
+
+@torch.inference_mode()
+def generate(
+    network: Network,
+    objective: Trained,
+    tokens: np.ndarray,
+    known: np.ndarray,
+    options: SamplingOptions,
+    *,
+    seed: int,
+    end_of_text: int | None,
+    first_row: int = 0,
+    use_cache: bool = True,
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Fill in the tokens that are not `known` (bool [B, N]) in `tokens` (int64 [B, N]); position 0 of every row is known.
+
+    `end_of_text` ends a row's text where it is drawn (None: nothing does). Row r is sampled as row `first_row` + r of `seed`.
+    Raises RecipeError for what this objective cannot sample, CheckpointError for a network that gives no numbers.
+    """
+    started = time.perf_counter()
+    check(objective, options, known.shape[1])
+    if tokens.shape != known.shape or not known.shape[0] or not known[:, :1].all():
+        raise ValueError("tokens and known must both be [B, N] with position 0 of every row known")
+    text = _Texts(tokens, known, objective, options, end_of_text)
+    reader = _Reader(network, objective.pattern, text.width, len(tokens), use_cache, torch.device(device))
+    run = _next_token if objective.shifted else _block_by_block
+    run(text, reader, _Chooser(options, objective.block_size, seed, range(first_row, first_row + len(tokens)), reader.device))
+    prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
+    return Result(
+        tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
+        prompt_lengths=prompts,
+        stops=text.stops,
+        nfe=reader.nfe,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def check(objective: Trained, options: SamplingOptions, length: int) -> None:
+    """Raise RecipeError where a network of this objective cannot make texts of `length` tokens with these options."""
+    context = objective.pattern.length
+    if length < 1:
+        raise RecipeError(f"length is {length} but a text has at least the token that begins it; set 1 or more")
+    if objective.shifted and options.sampler != "first_hitting":
+        raise RecipeError(f"sampler {options.sampler} needs a diffusion model, and this one predicts the next token; set first_hitting")
+    if objective.block_size == context and length > context:
+        raise RecipeError(
+            f"length is {length}, but this model denoises one block of {context} tokens and cannot go on from it; set at most {context}"
+        )
+
+
+def _block_by_block(text: _Texts, reader: _Reader, chooser: _Chooser) -> None:
+    size, start = text.block_size, 0
+    while text.open():
+        stop = start + text.known_blocks(start) * size
+        if stop > start:
+            reader.run(text.tokens, start, stop, clean=True)
+            start = stop
+            continue
+        stop = start + size
+        _denoise(text, reader, chooser, start)
+        text.finish(stop)
+        if text.open():
+            reader.run(text.tokens, start, stop, clean=True)
+        start = stop
+
+
+def _denoise(text: _Texts, reader: _Reader, chooser: _Chooser, start: int) -> None:
+    """Reveal the masked tokens of one block. The last block is a whole one, as in training, even where the text ends inside it."""
+    block, size = slice(start, start + text.block_size), text.block_size
+    masked, wanted = ~text.known[:, block], text.length - start
+    chooser.begin_block(start // size, masked)
+    while masked[:, :wanted].any():
+        logits = reader.run(text.tokens, start, start + size, clean=False, last=size)
+        revealed = chooser.reveal(masked, logits)
+        text.tokens[:, block][revealed] = chooser.draw(logits, revealed)
+        masked &= ~revealed
+    text.known[:, block] |= ~masked
+
+
+def _next_token(text: _Texts, reader: _Reader, chooser: _Chooser) -> None:
+    read = position = 0
+    while text.open():
+        position += text.known_blocks(position)
+        logits = reader.run(text.tokens, read, position, clean=True, last=1)
+        masked = ~text.known[:, position : position + 1]
+        chooser.begin_block(position, masked)
+        text.tokens[:, position : position + 1][masked] = chooser.draw(logits, masked)
+        text.known[:, position] = True
+        read, position = position, position + 1
+        text.finish(position)
+
+
+class _Texts:
+    """The rows while they grow: tokens int64 and known bool [B, width], the length rounded up to whole blocks."""
+
+    def __init__(
+        self, tokens: np.ndarray, known: np.ndarray, objective: Trained, options: SamplingOptions, end_of_text: int | None
+    ) -> None:
+        rows, self.length = known.shape
+        self.block_size = objective.block_size
+        self.width = -(-self.length // self.block_size) * self.block_size
+        self.known = np.zeros((rows, self.width), bool)
+        self.known[:, : self.length] = known
+        self.tokens = np.full((rows, self.width), objective.mask_id, np.int64)
+        self.tokens[self.known] = tokens[known]
+        self.given = self.known.copy()
+        self.options, self.end_of_text = options, end_of_text
+        self.ends = [self.length] * rows
+        self.stops = [""] * rows
+        self._checked = 0
+        for row in np.flatnonzero(known.all(1)):
+            self._end(int(row), "length", self.length)
+
+    def open(self) -> bool:
+        """Whether any row is unfinished."""
+        return "" in self.stops
+
+    def known_blocks(self, start: int) -> int:
+        """How many blocks from `start` on are known in all rows."""
+        whole = self.known[:, start:].all(0).reshape(-1, self.block_size).all(1)
+        return len(whole) if whole.all() else int(whole.argmin())
+
+    def finish(self, stop: int) -> None:
+        """Everything before `stop` is known now: end the rows that came to an end."""
+        stop = min(stop, self.length)
+        for row, reason in enumerate(self.stops):
+            if reason:
+                continue
+            drawn = ~self.given[row, :stop]
+            ends = np.flatnonzero(drawn[self._checked :] & (self.tokens[row, self._checked : stop] == self.end_of_text))
+            if len(ends):
+                self._end(row, "end_of_text", self._checked + int(ends[0]))
+            elif self._repeats(row, stop):
+                self._end(row, "entropy", stop)
+            elif stop == self.length or self.known[row, : self.length].all():
+                self._end(row, "length", self.length)
+        self._checked = stop
+
+    def _repeats(self, row: int, stop: int) -> bool:
+        if self.options.minimum_entropy is None:
+            return False
+        generated = self.tokens[row, :stop][~self.given[row, :stop]]
+        window = generated[-ENTROPY_WINDOW:]
+        return len(window) == ENTROPY_WINDOW and histogram_entropy(window) < self.options.minimum_entropy
+
+    def _end(self, row: int, reason: str, end: int) -> None:
+        self.stops[row], self.ends[row] = reason, end
+        # The others may go on: what this row holds from here on is nobody's text, but it must be known and no MASK.
+        unknown = ~self.known[row]
+        self.tokens[row, unknown] = self.tokens[row, 0]
+        self.known[row] = True
+
+
+class _Chooser:
+    """Which masked tokens of a block a forward reveals, and what they become.
+
+    First hitting and ancestral sampling know the order beforehand. Ancestral: a masked token is revealed between t and s
+    with probability (t - s) / t, so that its step is uniform among the T; steps that reveal nothing need no forward.
+    """
+
+    def __init__(self, options: SamplingOptions, block_size: int, seed: int, rows: range, device: torch.device) -> None:
+        self.options, self.block_size, self.seed, self.rows, self.device = options, block_size, seed, rows, device
+        self._step = self._uniforms = np.zeros((len(rows), block_size))
+
+    def begin_block(self, block: int, masked: np.ndarray) -> None:
+        """`masked`: bool [B, L']. Rows with nothing to reveal need no random numbers."""
+        waiting = masked.any(1)
+        rows = [row for row, waits in zip(self.rows, waiting, strict=True) if waits]
+        self._uniforms = np.zeros(masked.shape)
+        self._uniforms[waiting] = keyed_uniforms(self.seed, "token", rows, block, masked.shape[1])
+        self._step = np.zeros(masked.shape)
+        if self.options.sampler != "confidence" and self.block_size > 1:
+            self._step[waiting] = keyed_uniforms(self.seed, "order", rows, block, masked.shape[1])
+        if self.options.sampler == "ancestral":
+            self._step = np.floor(self._step * (self.options.steps or self.block_size))
+
+    def reveal(self, masked: np.ndarray, logits: Tensor) -> np.ndarray:
+        """bool [B, L'], at least one of every row that has masked tokens; logits [B, L', V]."""
+        if self.options.sampler == "confidence":
+            confidence = np.where(masked, top_probabilities(logits).cpu().numpy(), -1.0)
+            threshold = DEFAULT_THRESHOLD if self.options.threshold is None else self.options.threshold
+            most = np.arange(masked.shape[1]) == confidence.argmax(1)[:, None]
+            return masked & ((confidence > threshold) | most)
+        step = np.where(masked, self._step, np.inf)
+        return masked & (step == step.min(1, keepdims=True))
+
+    def draw(self, logits: Tensor, revealed: np.ndarray) -> np.ndarray:
+        """A token for every revealed position, int64 in row-major order; logits [B, L', V]."""
+        chosen = logits.flatten(0, 1)[torch.from_numpy(np.flatnonzero(revealed)).to(logits.device)]
+        uniforms = torch.from_numpy(self._uniforms[revealed]).to(logits.device)
+        return draw(chosen, uniforms, self.options).cpu().numpy()
+
+
+class _Reader:
+    """The network with what it has read: runs rows after the clean ones before them, from the cache or all over again."""
+
+    def __init__(self, network: Network, pattern: AttentionPattern, width: int, rows: int, use_cache: bool, device: torch.device) -> None:
+        self.network, self.device, self.nfe = network, device, 0
+        self.block_size, self.context = pattern.block_size, pattern.length
+        self.causal = pattern.clean_half == "causal"
+        self.window = (self.context - 1) // self.block_size * self.block_size
+        """Rows before its own block that a row sees."""
+        # Room beyond the window: blocks that nobody sees any more are dropped many at a time.
+        spare = max(1, self.context // 4 // self.block_size) * self.block_size
+        self.capacity = min(width, self.window + spare)
+        self.cache = network.new_cache(rows, self.capacity) if use_cache else None
+        self.first = 0
+        """Position of the oldest row in the cache."""
+
+    def run(self, tokens: np.ndarray, start: int, stop: int, *, clean: bool, last: int = 0) -> Tensor:
+        """Positions [start, stop) of int64 [B, width] given the clean ones before: logits [B, last, V] of the last rows.
+
+        `clean` rows are read for good: later ones see them. Otherwise they are one noisy block.
+        """
+        if self.cache is None:
+            return self._forward(tokens, 0, stop, start if not clean else stop, False, last) if last else torch.empty(0)
+        while True:
+            part = min(stop - start, self.capacity - min(start, self.window)) if clean else stop - start
+            if clean:
+                self._make_room(start, part)
+            final = start + part == stop
+            logits = self._forward(tokens, start, start + part, start if not clean else stop, clean, last if final else 0)
+            if final:
+                return logits
+            start += part
+
+    def _make_room(self, start: int, rows: int) -> None:
+        assert self.cache is not None
+        unseen = start - self.window - self.first
+        if unseen > 0 and self.cache.length + rows > self.capacity:
+            self.cache.drop(unseen)
+            self.first += unseen
+
+    def _forward(self, tokens: np.ndarray, start: int, stop: int, noisy_from: int, commit: bool, last: int) -> Tensor:
+        positions = torch.arange(start, stop)
+        seen = torch.arange(self.first if self.cache is not None else start, stop)
+        mask = decoding_mask(positions, seen, self.block_size, self.context)
+        if self.causal:  # inside a clean block, too; a noisy one sees itself whole
+            mask &= (seen <= positions[:, None]) | (positions[:, None] >= noisy_from)
+        self.nfe += 1
+        return self.network.decode(
+            torch.from_numpy(tokens[:, start:stop].copy()).to(self.device),
+            positions.to(self.device),
+            self.cache,
+            None if bool(mask.all()) else mask.to(self.device),
+            commit=commit,
+            last=last,
+        )
