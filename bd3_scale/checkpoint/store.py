@@ -100,9 +100,11 @@ def save(
             parts = [part for _, some in written for part in some]
             _finish(temporary, files, parts, step, samples_consumed, run, recipe)
             replaced = _move_in(temporary, target)
-            _point_latest(folder, target.name)
-            if replaced is not None:
-                shutil.rmtree(replaced)
+            try:
+                _point_latest(folder, target.name)
+            finally:
+                if replaced is not None:
+                    shutil.rmtree(replaced)
 
     temporary = None
     try:
@@ -246,7 +248,7 @@ def retain(folder: str | Path, keep: int) -> list[Path]:
     for path in step_folders(folder):
         if int(path.name.removeprefix("step_")) > newest:
             continue
-        if kept < keep or path.name == latest:
+        if kept < keep:  # true of the first, which is the one that `latest` names
             kept += _is_whole(path)
             continue
         try:

@@ -246,6 +246,8 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "foreign kind": lambda d: d["tensors"].update({"gradient": d["tensors"]["weight"]}),
     "part twice": lambda d: first(d)["parts"].append(first(d)["parts"][0]),
     "part gone": lambda d: first(d)["parts"].pop(),
+    "one part for both": lambda d: halves(d, "weight").__setitem__(1, halves(d, "weight")[0]),
+    "elements of another kind": lambda d: halves(d, "weight")[0].update(key=halves(d, "ema")[0]["key"]),
     "no parts": lambda d: first(d).update(parts=[], shape=[1]),
     "no tensors": lambda d: d.update(tensors={}),
     "empty kinds": lambda d: d.update(tensors={"weight": {}}),
@@ -263,6 +265,11 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def first(document: dict[str, Any]) -> dict[str, Any]:
     return document["tensors"]["weight"]["embedding.weight"]
+
+
+def halves(document: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Two parts of one size."""
+    return document["tensors"][kind]["layers.0.output.weight"]["parts"]
 
 
 def part(kind: str, name: str, *numbers: int) -> dict[str, Any]:
@@ -333,6 +340,25 @@ def test_a_shard_that_is_not_what_its_index_says(synthetic: Any, tmp_path: Path,
     (path / "index.json").write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=file.name):
         load(synthetic, path)
+
+
+def test_short_files_and_links_are_seen_when_opening(synthetic: Any, tmp_path: Path) -> None:
+    """`find_latest` offers nothing that would fail at once; a link is refused even where it leads to the right bytes."""
+    for name in ("state-00001-of-00002.safetensors", "recipe.yaml", "index.json"):
+        path = synthetic.save(tmp_path, "flat2", 200)
+        shutil.move(path / name, tmp_path / "outside")
+        (path / name).symlink_to(tmp_path / "outside")
+        with pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
+            store.Checkpoint(path)
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
+            store.Checkpoint(path)
+        (path / name).unlink()
+        shutil.move(tmp_path / "outside", path / name)
+        os.truncate(path / name, (path / name).stat().st_size - 3)
+        with pytest.raises(CheckpointError, match=name):
+            store.find_latest(tmp_path)
 
 
 def test_a_file_damaged_after_it_was_verified_is_not_a_crash(synthetic: Any, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_copy_carries_exactly_the_shared_elements(pair: tuple[Region, Region], s
     shared = torch.isin(wanted, source)
     assert torch.equal(target, torch.where(shared, wanted, 0))
     assert count == int(shared.sum())
+    assert (intersect(source_region, target_region).length > 0).all()
 
 
 def test_rows_of_a_column_slice_are_one_strided_copy() -> None:

@@ -192,6 +192,7 @@ def test_a_failed_move_puts_back_what_was_there(synthetic: Any, tmp_path: Path, 
         with pytest.raises(CheckpointError, match="Permission denied; make the folder writable"):
             synthetic.save(tmp_path, "flat2", 100, seed=1)
     assert synthetic.holds(store.find_latest(tmp_path), 1 if failing == "latest.tmp-" else 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000100"]
     synthetic.save(tmp_path, "flat2", 200)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000100", "step_00000200"]
 
