@@ -1,21 +1,85 @@
-"""The `objective` section of a recipe."""
+"""The `objective` and `tuner` sections of a recipe, and what `objective.block_size` may be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from bd3_scale.errors import RecipeError
+
+DEFAULT_BLOCK_SIZE = 16
+"""L' of kind bd3 where the recipe sets none."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """What is trained. Source: Arriola et al. 2025 (arXiv 2503.09573), sections 3 and 4."""
+    """What is trained. Source: Arriola et al. 2025 (arXiv 2503.09573), sections 3 and 4.
+
+    A key that its kind does not use must be left out: a value that would do nothing is a RecipeError.
+    """
 
     kind: str = "bd3"
-    """bd3 (block diffusion)."""
-    block_size: int = 16
-    """L', tokens per block; divides model.context. 1 is autoregressive in the limit, model.context is plain masked diffusion."""
+    """bd3 (block diffusion) | mdlm (masked diffusion: one block, one stream) | ar (the next-token loss)."""
+    block_size: Any = None
+    """L', tokens per block; divides model.context. Default 16. For bd3 only. Or its schedule over training: a list of
+    [from step, block size], such as [[0, 1024], [850000, 16]]; the first starts at step 0."""
     interval: tuple[float, float] = (1e-3, 1.0)
-    """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]."""
+    """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]. Not for ar."""
     clean_half: str = "block_causal"
-    """How clean tokens see each other: block_causal | causal (inside a block, too)."""
+    """How clean tokens see each other: block_causal | causal (inside a block, too). For bd3 only."""
     schedule: str = "linear"
-    """Mask probability over time t: linear | cosine | square | sqrt | log. `interval` bounds t. The reported NELBO is always linear."""
+    """Mask probability over time t: linear | cosine | square | sqrt | log. `interval` bounds t. The reported NELBO is always
+    linear. Not for ar."""
+    resample: bool = False
+    """Keep the *realised* masked fraction of a block, not only its t, inside `interval`. Training only. With omega < 1 the
+    fully masked block is then never trained, although every block starts sampling in that state; and the expected train
+    loss is no longer the bound over the interval. Not for ar, not for L' = 1."""
+
+
+@dataclass
+class TunerConfig:
+    """The search for [beta, omega] during training (objective.md section 4), by the variance that validation sees."""
+
+    enabled: bool = False
+    """Off: objective.interval is never changed. On: it is where the search starts, and must be one of the candidates."""
+    every: int = 5000
+    """Steps between tunings; each takes a validation pass on the averaged weights."""
+    start_step: int = 5000
+    """No tuning before this step: clipping lowers the variance but can raise the perplexity of young models."""
+    margin: float = 0.02
+    """The interval changes only where the variance falls by more than this fraction."""
+    rows: int | None = None
+    """The first so many held-out rows are used; default: all that validation uses."""
+
+
+def block_sizes(value: Any) -> tuple[tuple[int, int], ...]:
+    """`objective.block_size` as ((0, size), (from step, size), ...), steps ascending. Raises RecipeError for anything else."""
+    if value is None:
+        return ((0, DEFAULT_BLOCK_SIZE),)
+    if _whole(value):
+        return ((0, _positive(value)),)
+    shape = "a whole number or a list of [from step, block size], such as [[0, 1024], [850000, 16]]"
+    if not isinstance(value, (list, tuple)) or not value:
+        raise RecipeError(f"objective.block_size is {value!r}; set {shape}")
+    stages: list[tuple[int, int]] = []
+    for stage in value:
+        if not isinstance(stage, (list, tuple)) or len(stage) != 2 or not all(_whole(number) for number in stage):
+            raise RecipeError(f"objective.block_size has the entry {stage!r}; set {shape}")
+        stages.append((int(stage[0]), _positive(stage[1])))
+    if stages[0][0] != 0:
+        raise RecipeError(f"objective.block_size starts at step {stages[0][0]}, which leaves the steps before without one; start at step 0")
+    for (earlier, _), (later, _) in pairwise(stages):
+        if later <= earlier:
+            raise RecipeError(f"objective.block_size has step {later} after step {earlier}; put the steps in ascending order")
+    return tuple(stages)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(size: int) -> int:
+    if size < 1:
+        raise RecipeError(f"objective.block_size is {size}, but a block has at least one token; set 1 or more")
+    return size

@@ -12,7 +12,7 @@ bit generator never changes, but not what `Generator.random` or `permutation` ma
 tests/golden/noise.json: a change here makes every older checkpoint resume as another run.
 
 Purposes and indices in use here ("slot": row's position in its global batch; "row": index in the held-out set):
-    strata (step); jitter, mask, dropout (step, slot); validation strata, validation jitter, validation mask (row).
+    strata (step); jitter, mask, mask count, dropout (step, slot); validation strata, validation jitter, validation mask (row).
 """
 
 from __future__ import annotations
@@ -124,6 +124,27 @@ def _masked(seed: int, purpose: str, keys: list[tuple[int, ...]], probabilities:
     masked = _uniform(words) < np.repeat(probabilities, block_size, axis=1)
     masked[:, 0] = False
     return masked
+
+
+def count_uniforms(seed: int, step: int, slots: np.ndarray, blocks: int) -> np.ndarray:
+    """One number in [0, 1) for every block, float64 [m, blocks], from which a masked count can be made."""
+    words = _per_row((_words(seed, "mask count", (step, int(slot)), blocks) for slot in slots), len(slots), blocks)
+    return _uniform(words)
+
+
+def masked_subsets(seed: int, step: int, slots: np.ndarray, counts: np.ndarray, block_size: int) -> np.ndarray:
+    """Which tokens are masked where their number is given, bool [m, blocks * block_size]: those with the smallest words.
+
+    `counts`: int64 [m, blocks], at most block_size, one less in the first block: token 0 of a row is never masked. Every
+    subset of a size is equally probable. The words are those of `masked_tokens`, of which only one is used in a step.
+    """
+    blocks = counts.shape[1]
+    words = _per_row((_words(seed, "mask", (step, int(slot)), blocks * block_size) for slot in slots), len(slots), blocks * block_size)
+    words[:, 0] = _WORD - 1
+    order = np.argsort(words.reshape(-1, blocks, block_size), axis=-1, kind="stable")
+    masked = np.empty(order.shape, bool)
+    np.put_along_axis(masked, order, np.arange(block_size) < counts[..., None], axis=-1)
+    return masked.reshape(-1, blocks * block_size)
 
 
 def dropout_keys(seed: int, step: int, slots: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What goes into the network, what is scored, and with which weight.
+"""What goes into the network, what is scored, and with which weight: block diffusion, masked diffusion, next token.
 
 An objective lays rows of data tokens out as `NetworkInputs` on the host; the network answers with one negative
 log-likelihood (nll) per selected position. Two numbers come of that and are never mixed:
@@ -6,88 +6,173 @@ log-likelihood (nll) per selected position. Two numbers come of that and are nev
     train loss = sum(weight * nll) / (global_batch * (L - 1)), over all ranks and micro-batches, at the training interval;
     NELBO      = the same quotient over the held-out rows at t ~ U[1e-3, 1], linear schedule, fixed noise: nats per data token.
 
-Invariants: targets are not shifted (position i predicts token i); one t per block; token 0 of a row is never masked and
-never counted; division is by data tokens, never by masked ones; nothing here depends on rank or micro-batch.
+Invariants: diffusion targets are not shifted (position i predicts token i), those of `ar` are (i predicts i + 1); one t
+per block; token 0 of a row is never masked and never counted; division is by data tokens, never by masked ones; nothing
+here depends on rank or micro-batch. An objective is a value without state: a run changes its block size or interval by
+taking another one from `objective_at`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import ClassVar, Literal, Protocol, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bd3_scale.diffusion import noise
-from bd3_scale.diffusion.config import ObjectiveConfig
+from bd3_scale.diffusion.config import ObjectiveConfig, block_sizes
+from bd3_scale.diffusion.inputs import (
+    BlockSamples,
+    NetworkInputs,
+    block_losses,
+    checked_rows,
+    counted_tokens,
+    masked_counts,
+    network_inputs,
+    row_nelbo,
+)
 from bd3_scale.diffusion.mask import AttentionPattern
+from bd3_scale.diffusion.resample import resampled_tokens
 from bd3_scale.diffusion.schedule import LINEAR, Schedule, check_interval, schedule_named
-from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.errors import RecipeError
 
-
-@dataclass(frozen=True)
-class NetworkInputs:
-    """One micro-batch of m rows of L data tokens, ready for the network. Made on the host, then moved.
-
-    `selected` ascends over its first entries; padding entries follow with position 0, target 0, weight 0. There is always
-    at least one entry, so that no kernel meets an empty tensor.
-    """
-
-    tokens: Tensor
-    """int64 [m, pattern.rows]: [x_t ; x_0] for block diffusion."""
-    positions: Tensor
-    """int64 [pattern.rows]: rotary position of each row of the network, 0..L-1 in both halves."""
-    selected: Tensor
-    """int64 [n]: flat index b * L + i of each scored position of sample b in the noisy half (the first L rows)."""
-    targets: Tensor
-    """int64 [n]: the token at each selected position."""
-    weights: Tensor
-    """float32 [n]: loss weight of each selected position; 0 marks padding."""
-    dropout_keys: Tensor
-    """int64 [m] in [0, 2^32): seed for the dropout of each row."""
-    pattern: AttentionPattern
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> NetworkInputs:
-        """A copy on `device`. `non_blocking` to CUDA goes through pinned memory, without which it would block."""
-        pin = non_blocking and torch.device(device).type == "cuda"
-
-        def move(value: Tensor) -> Tensor:
-            value = value.pin_memory() if pin and not value.is_cuda else value
-            return value.to(device, non_blocking=non_blocking)
-
-        return NetworkInputs(
-            tokens=move(self.tokens),
-            positions=move(self.positions),
-            selected=move(self.selected),
-            targets=move(self.targets),
-            weights=move(self.weights),
-            dropout_keys=move(self.dropout_keys),
-            pattern=self.pattern,
-        )
+__all__ = ["NetworkInputs", "Objective", "build_objective", "objective_at", "row_nelbo"]
 
 
 class Objective(Protocol):
-    """What the training loop, the evaluation and the network need to know of an objective."""
+    """What the training loop, the evaluation, the sampler and the network need to know of an objective."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+
+    @property
+    def block_size(self) -> int:
+        """L': tokens that are generated at a time. 1 for ar, L for mdlm."""
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the logits of row i predict token i + 1 (else token i)."""
 
     @property
     def pattern(self) -> AttentionPattern: ...
 
     @property
-    def scored_tokens_per_row(self) -> int: ...
+    def scored_tokens_per_row(self) -> int:
+        """Data tokens that a row contributes to every denominator: all but token 0."""
 
-    def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs: ...
+    def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
+        """Lay out rows int64 [m, L] that fill `slots` int64 [m] of step `step`'s global batch.
 
-    def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs: ...
+        Raises DataError for a token that equals MASK or lies beyond it, ValueError for shapes that do not fit.
+        """
+
+    def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
+        """Lay out held-out rows int64 [m, L] with the noise that (seed, row index) fixes for ever; raises as `training_inputs`."""
+
+    def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
+        """What a validation pass says about single blocks: `inputs` of `validation_inputs` for these rows, and their nll [n]."""
+
+
+class _Diffusion:
+    """What block and masked diffusion share: everything but the fields and the attention pattern."""
+
+    shifted: ClassVar[bool] = False
+
+    mask_id: int
+    context: int
+    block_size: int
+    interval: tuple[float, float]
+    schedule: str
+    pad_to: int
+    resample: bool
+    pattern: AttentionPattern
+
+    def _check(self) -> None:
+        _check_shape(self.context, self.pad_to)
+        schedule_named(self.schedule)
+        object.__setattr__(self, "interval", check_interval(self.interval))
+        if self.resample and self.block_size == 1:
+            raise RecipeError(
+                "objective.resample is on, but a block of one token is masked wholly or not at all; set objective.resample=false"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """B = L / L', blocks per row."""
+        return self.context // self.block_size
+
+    @property
+    def scored_tokens_per_row(self) -> int:
+        return self.context - 1
+
+    def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
+        """As `Objective.training_inputs`: t ~ U[beta, omega], the schedule's mask probability and weight."""
+        schedule = schedule_named(self.schedule)
+        times = noise.block_times(seed, step, slots, global_batch, self.blocks, self.interval)
+        probabilities = schedule.mask_probability(times)
+        if self.resample:
+            low, high = schedule.mask_probability(np.array(self.interval))
+            maskable = counted_tokens(self.pattern)
+            masked = resampled_tokens(seed, step, slots, probabilities, maskable, self.block_size, (float(low), float(high)))
+        else:
+            masked = noise.masked_tokens(seed, step, slots, probabilities, self.block_size)
+        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots))
+
+    def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
+        """As `Objective.validation_inputs`: t ~ U[1e-3, 1] and weight 1/t, whatever training does.
+
+        With L' = 1 the likelihood is exact: t = 1, every token but token 0 masked, weight 1.
+        """
+        exact = self.block_size == 1
+        return self.evaluation_inputs(rows, row_indices, seed, (1.0, 1.0) if exact else noise.VALIDATION_INTERVAL)
+
+    def evaluation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int, interval: tuple[float, float]) -> NetworkInputs:
+        """Held-out rows at t ~ U[beta, omega] of one's own choice, linear schedule, weight 1/t: for studies of an interval."""
+        times = noise.validation_times(seed, row_indices, self.blocks, check_interval(interval))
+        masked = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), self.block_size)
+        return self._inputs(rows, masked, times, LINEAR, np.zeros(len(row_indices), np.int64))
+
+    def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
+        """As `Objective.block_samples`: the B blocks of each row with t ~ U[1e-3, 1].
+
+        With L' = 1 validation is exact, and the nll of a token given the clean tokens before it does not depend on t: what
+        a pass at t ~ U[1e-3, 1] would give is nll / t where the token is masked and 0 elsewhere, without another forward.
+        Then there are 2B draws a row: those, and the exact ones with t = 1. (Drawn t lie below 1.)
+        """
+        losses, masked, maskable = block_losses(inputs, nll), masked_counts(inputs), counted_tokens(self.pattern)
+        times = noise.validation_times(seed, row_indices, self.blocks)
+        if self.block_size > 1:
+            return BlockSamples(times, losses, masked, maskable)
+        drawn = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), 1)
+        weighted = losses * np.where(drawn, LINEAR.weight(times), 0.0)
+        return BlockSamples(
+            times=np.concatenate([times, np.ones_like(times)], axis=1),
+            losses=np.concatenate([weighted, losses], axis=1),
+            masked=np.concatenate([drawn.astype(np.int64), masked], axis=1),
+            maskable=np.concatenate([maskable, maskable]),
+        )
+
+    def _inputs(
+        self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray
+    ) -> NetworkInputs:
+        rows = checked_rows(rows, len(masked), masked.shape[1], self.mask_id)
+        noisy = np.where(masked, self.mask_id, rows)
+        selected = np.flatnonzero(masked)
+        # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
+        weights = schedule.weight(times.ravel()[selected // self.block_size])
+        tokens = np.concatenate([noisy, rows], axis=1) if self.pattern.kind == "block_diffusion" else noisy
+        return network_inputs(tokens, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to)
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
+class BlockDiffusion(_Diffusion):
     """Block diffusion (Arriola et al. 2025): [x_t ; x_0] in one pass, masked noisy positions scored with the schedule's weight.
 
-    Raises RecipeError when block size, interval, schedule or clean half cannot work. A tuner makes a new one with
-    `dataclasses.replace(objective, interval=...)`.
+    Raises RecipeError when block size, interval, schedule or clean half cannot work.
     """
 
     kind: ClassVar[str] = "bd3"
@@ -103,6 +188,8 @@ class BlockDiffusion:
     schedule: str = "linear"
     pad_to: int = 1
     """The number of selected positions is padded to a multiple of this, so that shapes repeat."""
+    resample: bool = False
+    """Training keeps the masked fraction of every block inside the interval, too (see `resample`)."""
     pattern: AttentionPattern = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,125 +200,162 @@ class BlockDiffusion:
                 f"objective.block_size is {self.block_size} but must divide model.context = {self.context}, because a row is cut "
                 f"into equal blocks; set it to {nearest}"
             )
-        if self.context < 2:
-            raise RecipeError(f"model.context is {self.context}, but token 0 is never scored; set it to 2 or more")
         if self.clean_half not in ("block_causal", "causal"):
             raise RecipeError(f"objective.clean_half is {self.clean_half!r}; set block_causal or causal")
-        if self.pad_to < 1:
-            raise ValueError(f"pad_to must be at least 1, got {self.pad_to}")
-        schedule_named(self.schedule)
-        object.__setattr__(self, "interval", check_interval(self.interval))
+        self._check()
         clean_half = cast(Literal["block_causal", "causal"], self.clean_half)
         object.__setattr__(self, "pattern", AttentionPattern("block_diffusion", self.context, self.block_size, clean_half))
 
-    @property
-    def blocks(self) -> int:
-        """B = L / L', blocks per row."""
-        return self.context // self.block_size
+
+@dataclass(frozen=True)
+class MaskedDiffusion(_Diffusion):
+    """Masked diffusion (MDLM, Sahoo et al. 2024): one block and one t per row, and x_t alone in the network.
+
+    It is block diffusion with L' = L: the same noise, weights and losses, without the clean stream, of which nothing is
+    visible there. That halves the rows.
+    """
+
+    kind: ClassVar[str] = "mdlm"
+
+    mask_id: int
+    context: int
+    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
+    schedule: str = "linear"
+    pad_to: int = 1
+    resample: bool = False
+    block_size: int = field(init=False)
+    pattern: AttentionPattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", self.context)
+        self._check()
+        object.__setattr__(self, "pattern", AttentionPattern("full", self.context, self.context))
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """The next-token loss: x_0 under a causal mask, row i predicts token i + 1, weight 1. Its NELBO is the exact likelihood."""
+
+    kind: ClassVar[str] = "ar"
+    block_size: ClassVar[int] = 1
+    shifted: ClassVar[bool] = True
+
+    mask_id: int
+    context: int
+    pad_to: int = 1
+    pattern: AttentionPattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_shape(self.context, self.pad_to)
+        object.__setattr__(self, "pattern", AttentionPattern("causal", self.context, 1))
 
     @property
     def scored_tokens_per_row(self) -> int:
-        """Data tokens that a row contributes to every denominator: all but token 0."""
         return self.context - 1
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
-        """Lay out rows int64 [m, L] that fill `slots` int64 [m] of step `step`'s global batch.
-
-        Raises DataError for a token that equals MASK or lies beyond it, ValueError for shapes that do not fit.
-        """
-        schedule = schedule_named(self.schedule)
-        times = noise.block_times(seed, step, slots, global_batch, self.blocks, self.interval)
-        masked = noise.masked_tokens(seed, step, slots, schedule.mask_probability(times), self.block_size)
-        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots))
+        """As `Objective.training_inputs`; the only noise is that of dropout."""
+        return self._inputs(rows, noise.dropout_keys(seed, step, slots))
 
     def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
-        """Lay out held-out rows int64 [m, L] with the noise that (seed, row index) fixes for ever; raises as `training_inputs`.
+        """As `Objective.validation_inputs`, without any noise."""
+        return self._inputs(rows, np.zeros(len(row_indices), np.int64))
 
-        t ~ U[1e-3, 1] and weight 1/t, whatever training does. With L' = 1 the likelihood is exact: t = 1, every token but
-        token 0 masked, weight 1.
-        """
-        exact = self.block_size == 1
-        times = np.ones((len(row_indices), self.blocks)) if exact else noise.validation_times(seed, row_indices, self.blocks)
-        masked = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), self.block_size)
-        return self._inputs(rows, masked, times, LINEAR, np.zeros(len(row_indices), np.int64))
+    def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
+        """As `Objective.block_samples`: every token is a block with t = 1."""
+        losses = block_losses(inputs, nll)
+        return BlockSamples(np.ones_like(losses), losses, masked_counts(inputs), counted_tokens(self.pattern))
 
-    def _inputs(
-        self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray
-    ) -> NetworkInputs:
-        rows = np.asarray(rows, np.int64)
-        if rows.shape != masked.shape:
-            raise ValueError(f"rows have shape {rows.shape}, their noise {masked.shape}; both must be [rows, model.context]")
-        if rows.size and not (rows.min() >= 0 and rows.max() < self.mask_id):
-            raise DataError(
-                f"rows hold token ids {rows.min()}..{rows.max()}, but data ids must lie in [0, {self.mask_id}) because "
-                f"{self.mask_id} is MASK; pack the data with the recipe's tokenizer"
-            )
-        selected = np.flatnonzero(masked)
-        # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
-        weights = schedule.weight(times.ravel()[selected // self.block_size])
-        targets = rows.ravel()[selected]
-        capacity = -(-max(len(selected), 1) // self.pad_to) * self.pad_to
-        padding = (0, capacity - len(selected))
-        positions = np.arange(self.context)
-        return NetworkInputs(
-            tokens=torch.from_numpy(np.concatenate([np.where(masked, self.mask_id, rows), rows], axis=1)),
-            positions=torch.from_numpy(np.concatenate([positions, positions])),
-            selected=torch.from_numpy(np.pad(selected, padding)),
-            targets=torch.from_numpy(np.pad(targets, padding)),
-            weights=torch.from_numpy(np.pad(weights, padding).astype(np.float32)),
-            dropout_keys=torch.from_numpy(dropout_keys),
-            pattern=self.pattern,
-        )
+    def _inputs(self, rows: np.ndarray, dropout_keys: np.ndarray) -> NetworkInputs:
+        rows = checked_rows(rows, len(dropout_keys), self.context, self.mask_id)
+        selected = np.arange(rows.size).reshape(rows.shape)[:, :-1].ravel()
+        return network_inputs(rows, selected, rows[:, 1:].ravel(), np.ones(len(selected)), dropout_keys, self.pattern, self.pad_to)
 
 
-def counted_tokens(pattern: AttentionPattern) -> np.ndarray:
-    """Data tokens of each block, int64 [B]: L', one less in the first block (0 there when L' = 1)."""
-    counts = np.full(pattern.length // pattern.block_size, pattern.block_size, np.int64)
-    counts[0] -= 1
-    return counts
+def _check_shape(context: int, pad_to: int) -> None:
+    if context < 2:
+        raise RecipeError(f"model.context is {context}, but token 0 is never scored; set it to 2 or more")
+    if pad_to < 1:
+        raise ValueError(f"pad_to must be at least 1, got {pad_to}")
 
 
-def _block_sums(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
-    """Sum of weight * nll of each block, float64 [m, B]; padding adds exactly nothing."""
-    pattern = inputs.pattern
-    rows, blocks = inputs.tokens.shape[0], pattern.length // pattern.block_size
-    weights = inputs.weights.detach().cpu().double().numpy()
-    weighted = np.multiply(weights, nll.detach().cpu().double().numpy(), out=np.zeros_like(weights), where=weights > 0)
-    block = inputs.selected.cpu().numpy() // pattern.block_size
-    return np.bincount(block, weighted, minlength=rows * blocks).reshape(rows, blocks)
-
-
-def block_losses(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
-    """Mean weighted loss of every block, float64 [m, B], in nats per data token.
-
-    `nll`: float [n], one per selected position, as the network returns it. Each block's sum is divided by its data tokens
-    (L', L' - 1 in the first block), not by its masked ones: a block without masked tokens has loss 0. With L' = 1 the first
-    block has no data token and its loss is nan: leave it out where `counted_tokens` is 0.
-    """
-    counts = counted_tokens(inputs.pattern).astype(np.float64)
-    sums = _block_sums(inputs, nll)
-    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-
-
-def row_nelbo(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
-    """NELBO of every row, float64 [m], in nats per data token (L - 1 of them), from `validation_inputs` and their nll [n].
-
-    The mean over rows is the set's NELBO (all rows have the same number of data tokens).
-    """
-    return _block_sums(inputs, nll).sum(axis=1) / (inputs.pattern.length - 1)
+# -- From a recipe -----------------------------------------------------------------------------------------------------
 
 
 def _block_diffusion(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int) -> Objective:
-    beta, omega = config.interval
-    return BlockDiffusion(mask_id, context, config.block_size, (beta, omega), config.clean_half, config.schedule, pad_to)
+    return BlockDiffusion(mask_id, context, config.block_size, config.interval, config.clean_half, config.schedule, pad_to, config.resample)
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveConfig, int, int, int], Objective]] = {BlockDiffusion.kind: _block_diffusion}
-"""objective.kind -> its constructor from (config, context, mask id, pad_to)."""
+def _masked_diffusion(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int) -> Objective:
+    return MaskedDiffusion(mask_id, context, config.interval, config.schedule, pad_to, config.resample)
+
+
+def _autoregressive(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int) -> Objective:
+    return Autoregressive(mask_id, context, pad_to)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    build: Callable[[ObjectiveConfig, int, int, int], Objective]
+    unused: tuple[str, ...] = ()
+    """Keys of ObjectiveConfig that mean nothing to this kind."""
+
+
+OBJECTIVES: dict[str, _Kind] = {
+    BlockDiffusion.kind: _Kind(_block_diffusion),
+    MaskedDiffusion.kind: _Kind(_masked_diffusion, ("block_size", "clean_half")),
+    Autoregressive.kind: _Kind(_autoregressive, ("block_size", "interval", "clean_half", "schedule", "resample")),
+}
+"""objective.kind -> how it is built from (config with one block size, context, mask id, pad_to)."""
 
 
 def build_objective(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int = 1) -> Objective:
-    """The objective that a recipe names, for rows of `context` tokens. Raises RecipeError for what cannot work."""
+    """The objective that a recipe starts with, for rows of `context` tokens. Raises RecipeError for what cannot work at any step."""
+    every_stage = [objective_at(config, context, mask_id, step, pad_to=pad_to) for step, _ in _stages(config)]
+    return every_stage[0]
+
+
+def objective_at(
+    config: ObjectiveConfig, context: int, mask_id: int, step: int, interval: tuple[float, float] | None = None, pad_to: int = 1
+) -> Objective:
+    """The objective of update `step` (updates done before it): its stage of `objective.block_size`, and the tuned `interval`.
+
+    `interval` None: the recipe's. Equal arguments give the same object, so that asking at every step costs nothing. Raises
+    RecipeError as `build_objective`.
+    """
+    beta_omega = tuple(float(value) for value in (config.interval if interval is None else interval))
+    size = [size for start, size in _stages(config) if start <= step][-1]
+    return _built(config.kind, size, beta_omega, config.clean_half, config.schedule, config.resample, context, mask_id, pad_to)
+
+
+@lru_cache(maxsize=64)
+def _built(
+    kind: str,
+    block_size: int | None,
+    interval: tuple[float, float],
+    clean_half: str,
+    schedule: str,
+    resample: bool,
+    context: int,
+    mask_id: int,
+    pad_to: int,
+) -> Objective:
+    config = ObjectiveConfig(kind, block_size, interval, clean_half, schedule, resample)
+    return OBJECTIVES[kind].build(config, context, mask_id, pad_to)
+
+
+def _stages(config: ObjectiveConfig) -> tuple[tuple[int, int | None], ...]:
+    """((from step, block size), ...). Raises RecipeError for an unknown kind and for keys that its kind does not use."""
     if config.kind not in OBJECTIVES:
         raise RecipeError(f"objective.kind is {config.kind!r}, which does not exist; set one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[config.kind](config, context, mask_id, pad_to)
+    unused = OBJECTIVES[config.kind].unused
+    for item in fields(ObjectiveConfig):
+        value, default = getattr(config, item.name), item.default
+        same = tuple(value) == default if isinstance(default, tuple) else value == default
+        if item.name in unused and not same:
+            neutral = "null" if default is None else str(list(default)) if isinstance(default, tuple) else str(default).lower()
+            raise RecipeError(
+                f"objective.{item.name} is {value!r}, which means nothing to objective.kind={config.kind}; remove objective.{item.name} "
+                f"or set objective.{item.name}={neutral}"
+            )
+    return block_sizes(config.block_size) if "block_size" not in unused else ((0, None),)

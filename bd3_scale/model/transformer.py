@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bd3_scale.diffusion.inputs import NetworkInputs
 from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import NetworkInputs
 from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_table
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.layers import MLP, KeyedDropout, Linears, Modulation, NoiseCondition, Norm, modulate

@@ -1,4 +1,4 @@
-"""Block diffusion as laid out for the network: properties 4 and 5 with a tabular model, and invariance to the split."""
+"""Objectives as laid out for the network: properties 4 and 5 with a tabular model, invariance to the split, recipes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from bd3_scale.diffusion import noise
 from bd3_scale.diffusion.config import ObjectiveConfig
+from bd3_scale.diffusion.inputs import NetworkInputs, block_losses, counted_tokens, row_nelbo
 from bd3_scale.diffusion.likelihood import exact_block_nelbo
-from bd3_scale.diffusion.objectives import BlockDiffusion, NetworkInputs, block_losses, build_objective, counted_tokens, row_nelbo
+from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, build_objective, objective_at
 from bd3_scale.diffusion.schedule import SCHEDULES
 from bd3_scale.errors import DataError, RecipeError
 
@@ -212,6 +214,124 @@ def test_build_objective_refuses_what_cannot_work() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             build_objective(config, 16, 5)
+
+
+def test_masked_diffusion_is_one_block_without_the_clean_stream() -> None:
+    """Same noise, weights, targets and losses as block diffusion with L' = L; half the rows."""
+    rows, slots = np.stack([_row(8, seed) for seed in range(5)]), np.array([3, 0, 4, 1, 2])
+    for settings in ({}, {"interval": (0.3, 0.8), "schedule": "cosine", "pad_to": 16}, {"interval": (0.3, 0.8), "resample": True}):
+        alone = MaskedDiffusion(MASK, 8, **settings)  # type: ignore[arg-type]
+        twin = BlockDiffusion(MASK, 8, 8, **settings)  # type: ignore[arg-type]
+        for inputs, reference in (
+            (alone.training_inputs(rows, slots, 2, 1, 5), twin.training_inputs(rows, slots, 2, 1, 5)),
+            (alone.validation_inputs(rows, slots, 1), twin.validation_inputs(rows, slots, 1)),
+        ):
+            assert inputs.pattern.kind == "full" and inputs.tokens.shape == (5, 8)
+            assert torch.equal(inputs.tokens, reference.tokens[:, :8]) and inputs.positions.tolist() == list(range(8))
+            for name in ("selected", "targets", "weights", "dropout_keys"):
+                assert torch.equal(getattr(inputs, name), getattr(reference, name)), name
+            nll = torch.rand(len(inputs.selected))
+            np.testing.assert_array_equal(block_losses(inputs, nll), block_losses(reference, nll))
+            np.testing.assert_array_equal(row_nelbo(inputs, nll), row_nelbo(reference, nll))
+    assert (alone.kind, alone.block_size, alone.shifted, alone.scored_tokens_per_row) == ("mdlm", 8, False, 7)
+
+
+def test_masked_diffusion_meets_the_exact_bound() -> None:
+    """Property 5 for L' = L: training at a clip and validation at U[1e-3, 1], by enumeration of all masks of the row."""
+    objective, count = MaskedDiffusion(MASK, 5, (0.3, 0.8)), 8000
+    model, row, indices = TabularModel(1, 5), _row(5), np.arange(count)
+    rows = np.tile(row, (count, 1))
+    for inputs, bounds in (
+        (objective.training_inputs(rows, indices, 0, 0, count), (0.3, 0.8)),
+        (objective.validation_inputs(rows, indices, 0), (1e-3, 1.0)),
+    ):
+        values = row_nelbo(inputs, model.nll(inputs))
+        exact = model.exact(row, bounds)[0] / (bounds[1] - bounds[0])
+        error = values.std(ddof=1) / np.sqrt(count)
+        assert abs(values.mean() - exact) < 4 * error and error / exact < 0.02
+
+
+def test_the_next_token_loss_as_laid_out() -> None:
+    """Row i predicts token i + 1, every token but token 0 once, with weight 1; no noise but that of dropout."""
+    rows, slots = np.stack([_row(6, seed) for seed in range(4)]), np.array([3, 0, 2, 1])
+    objective = Autoregressive(MASK, 6, pad_to=7)
+    inputs = objective.training_inputs(rows, slots, 9, 1, 4)
+    np.testing.assert_array_equal(inputs.tokens, rows)
+    assert inputs.pattern.kind == "causal" and inputs.pattern.rows == 6 and inputs.positions.tolist() == list(range(6))
+    assert len(inputs.selected) == 21 and inputs.weights.tolist() == [1.0] * 20 + [0.0]
+    flat = rows.ravel()
+    for where, target in zip(inputs.selected[:20].tolist(), inputs.targets[:20].tolist(), strict=True):
+        assert where % 6 < 5 and flat[where + 1] == target
+    np.testing.assert_array_equal(inputs.dropout_keys, noise.dropout_keys(1, 9, slots))
+    # Losses belong to the predicted token: each is a block of its own, and token 0 is none.
+    nll = torch.rand(21, dtype=torch.float64)
+    losses = block_losses(inputs, nll)
+    assert np.isnan(losses[:, 0]).all()
+    np.testing.assert_array_equal(losses[:, 1:], nll[:20].reshape(4, 5))
+    np.testing.assert_allclose(row_nelbo(inputs, nll), nll[:20].reshape(4, 5).mean(1), rtol=1e-15)
+    fixed = objective.validation_inputs(rows, np.array([8, 1, 5, 7]), 0)
+    assert all(torch.equal(getattr(fixed, name), getattr(inputs, name)) for name in ("tokens", "selected", "targets", "weights"))
+    assert (objective.kind, objective.block_size, objective.shifted, objective.scored_tokens_per_row) == ("ar", 1, True, 5)
+    with pytest.raises(DataError, match="is MASK"):
+        objective.training_inputs(np.full((1, 6), MASK), np.array([0]), 0, 0, 1)
+    with pytest.raises(ValueError, match="shape"):
+        objective.validation_inputs(rows[:, :5], slots, 0)
+
+
+def test_block_sizes_over_training() -> None:
+    config = ObjectiveConfig(block_size=[[0, 16], [100, 4], [150, 1]], interval=(0.3, 0.8))
+    assert build_objective(config, 16, 5) == BlockDiffusion(5, 16, 16, (0.3, 0.8))
+    sizes = [objective_at(config, 16, 5, step).block_size for step in (0, 99, 100, 149, 150, 10**6)]
+    assert sizes == [16, 16, 4, 4, 1, 1]
+    tuned = objective_at(config, 16, 5, 120, interval=(0.45, 0.95), pad_to=8)
+    assert tuned == BlockDiffusion(5, 16, 4, (0.45, 0.95), pad_to=8)
+    assert objective_at(config, 16, 5, 130, interval=(0.45, 0.95), pad_to=8) is tuned
+    assert build_objective(ObjectiveConfig(), 32, 5).block_size == 16
+    assert objective_at(ObjectiveConfig(kind="mdlm"), 32, 5, 7, interval=(0.3, 0.8)) == MaskedDiffusion(5, 32, (0.3, 0.8))
+    assert objective_at(ObjectiveConfig(kind="ar"), 32, 5, 7, interval=(1e-3, 1.0)) == Autoregressive(5, 32)
+    for value, message in (
+        ([[1, 16]], "starts at step 1"),
+        ([[0, 16], [100, 5]], "block_size is 5 but must divide model.context = 16"),
+        ([[0, 16], [100, 8], [100, 4]], "step 100 after step 100"),
+        ([[0, 16], [50, 8], [20, 4]], "step 20 after step 50"),
+        ([[0, 16], [100]], r"the entry \[100\]; set a whole number or a list"),
+        ([[0, 16], [100.5, 8]], r"the entry \[100.5, 8\]"),
+        ([0, 16], "the entry 0"),
+        ([], r"block_size is \[\]; set a whole number"),
+        ("four", "block_size is 'four'; set a whole number"),
+        (True, "block_size is True; set a whole number"),
+        (4.0, "block_size is 4.0; set a whole number"),
+        ([[0, 0]], "block_size is 0"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            build_objective(ObjectiveConfig(block_size=value), 16, 5)
+
+
+def test_keys_that_a_kind_does_not_use_are_refused() -> None:
+    for kind, settings in (
+        ("mdlm", {"block_size": 4, "clean_half": "causal"}),
+        ("ar", {"block_size": 1, "clean_half": "causal", "interval": [0.3, 0.8], "schedule": "log", "resample": True}),
+    ):
+        for key, value in settings.items():
+            with pytest.raises(
+                RecipeError, match=rf"objective\.{key} is .* means nothing to objective.kind={kind}; remove objective.{key}"
+            ):
+                build_objective(ObjectiveConfig(**{"kind": kind, key: value}), 16, 5)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match=r"or set objective\.block_size=null$"):
+            build_objective(ObjectiveConfig(kind=kind, block_size=4), 16, 5)
+        build_objective(ObjectiveConfig(kind=kind, interval=[1e-3, 1.0]), 16, 5)  # type: ignore[arg-type]  # as YAML gives it
+
+
+@pytest.mark.parametrize("text", ["block_size=8", "block_size=[[0,16],[100,4]]", "kind=ar", "block_size=null"])
+def test_block_sizes_through_yaml_and_the_command_line(text: str) -> None:
+    """OmegaConf must carry both forms, and its YAML must read back as the same objective."""
+    merged = OmegaConf.merge(OmegaConf.structured(ObjectiveConfig), OmegaConf.from_dotlist([text]))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, ObjectiveConfig)
+    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ObjectiveConfig), OmegaConf.create(OmegaConf.to_yaml(merged))))
+    assert again == config
+    sizes = [objective_at(config, 16, 5, step).block_size for step in (0, 100)]
+    assert sizes == {"block_size=8": [8, 8], "kind=ar": [1, 1], "block_size=null": [16, 16]}.get(text, [16, 4])
 
 
 def test_data_that_holds_mask_is_refused() -> None:
