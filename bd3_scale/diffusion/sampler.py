@@ -49,8 +49,6 @@ class Trained(Protocol):
     """What sampling needs of the objective the network was trained with: any of diffusion.objectives."""
 
     @property
-    def mask_id(self) -> int: ...
-    @property
     def block_size(self) -> int: ...
     @property
     def shifted(self) -> bool: ...
@@ -86,8 +84,9 @@ def generate(
     known: np.ndarray,
     options: SamplingOptions,
     *,
-    seed: int,
+    mask_id: int,
     end_of_text: int | None,
+    seed: int = 0,
     first_row: int = 0,
     use_cache: bool = True,
     device: torch.device | str = "cpu",
@@ -99,9 +98,13 @@ def generate(
     """
     started = time.perf_counter()
     check(objective, options, known.shape[1])
-    if tokens.shape != known.shape or not known.shape[0] or not known[:, :1].all():
-        raise ValueError("tokens and known must both be [B, N] with position 0 of every row known")
-    text = _Texts(tokens, known, objective, options, end_of_text)
+    if tokens.shape != known.shape or not known.shape[0] or not known[:, 0].all():
+        raise ValueError(
+            "tokens and known must both be [B, N] with position 0 of every row known: nothing precedes it that could predict it"
+        )
+    if not (tokens[known].min() >= 0 and tokens[known].max() < mask_id):
+        raise ValueError(f"known tokens must be ids of text, 0 to {mask_id - 1}")
+    text = _Texts(tokens, known, objective.block_size, mask_id, options, end_of_text)
     reader = _Reader(network, objective.pattern, text.width, len(tokens), use_cache, torch.device(device))
     run = _next_token if objective.shifted else _block_by_block
     run(text, reader, _Chooser(options, objective.block_size, seed, range(first_row, first_row + len(tokens)), reader.device))
@@ -174,14 +177,14 @@ class _Texts:
     """The rows while they grow: tokens int64 and known bool [B, width], the length rounded up to whole blocks."""
 
     def __init__(
-        self, tokens: np.ndarray, known: np.ndarray, objective: Trained, options: SamplingOptions, end_of_text: int | None
+        self, tokens: np.ndarray, known: np.ndarray, block_size: int, mask_id: int, options: SamplingOptions, end_of_text: int | None
     ) -> None:
         rows, self.length = known.shape
-        self.block_size = objective.block_size
+        self.block_size = block_size
         self.width = -(-self.length // self.block_size) * self.block_size
         self.known = np.zeros((rows, self.width), bool)
         self.known[:, : self.length] = known
-        self.tokens = np.full((rows, self.width), objective.mask_id, np.int64)
+        self.tokens = np.full((rows, self.width), mask_id, np.int64)
         self.tokens[self.known] = tokens[known]
         self.given = self.known.copy()
         self.options, self.end_of_text = options, end_of_text

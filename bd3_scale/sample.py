@@ -1,0 +1,232 @@
+"""`python -m bd3_scale.sample CHECKPOINT [--prompt TEXT ...]`: text from any checkpoint, for people or as JSON.
+
+Exit status: 0 when the texts are written, 2 for options that cannot work, 1 for a checkpoint or tokenizer that cannot be
+used. Errors are one line each. The same seed and options give the same texts, with the cache or without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from bd3_scale.diffusion.decoding import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
+from bd3_scale.diffusion.sampler import ENTROPY_WINDOW, Result, check, generate
+from bd3_scale.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    from bd3_scale.checkpoint.network import LoadedNetwork
+    from bd3_scale.data.tokenizer import Tokenizer
+
+
+def generate_tokens(
+    loaded: LoadedNetwork,
+    *,
+    prompts: Sequence[str] | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    sampler: str = "first_hitting",
+    steps: int | None = None,
+    top_p: float = 1.0,
+    nucleus: str = "keep",
+    temperature: float = 1.0,
+    threshold: float | None = None,
+    minimum_entropy: float | None = None,
+    stop_at_end_of_text: bool = True,
+    first_row: int = 0,
+    use_cache: bool = True,
+) -> Result:
+    """Texts of a loaded network; see `SamplingOptions` for how tokens are chosen.
+
+    `length`: tokens per text, with the BOS and the prompt; default: the training context; longer ones slide over it.
+    `batch`: texts, default one per prompt; a multiple of the prompts gives each of them as many texts, side by side.
+    Row r of the result is row `first_row` + r of `seed`, so that many texts can be made in several calls.
+    Raises RecipeError for options that cannot work, CheckpointError for a network that gives no numbers.
+    """
+    options = SamplingOptions(sampler, steps, threshold, temperature, top_p, nucleus, minimum_entropy)
+    length = loaded.recipe.model.context if length is None else length
+    check(loaded.objective, options, length)
+    if not 0 <= seed < 2**64:
+        raise RecipeError(f"seed is {seed} but must lie in [0, 2^64); set 0, for example")
+    tokens, known = _given(loaded.tokenizer, list(prompts or [""]), batch, length)
+    loaded.network.eval()
+    return generate(
+        loaded.network,
+        loaded.objective,
+        tokens,
+        known,
+        options,
+        mask_id=loaded.tokenizer.mask_id,
+        end_of_text=loaded.tokenizer.end_of_text if stop_at_end_of_text else None,
+        seed=seed,
+        first_row=first_row,
+        use_cache=use_cache,
+        device=loaded.device,
+    )
+
+
+def _given(tokenizer: Tokenizer, prompts: list[str], batch: int | None, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is known before: tokens int64 [B, length] with the BOS and the prompts, and bool [B, length] where they are."""
+    batch = len(prompts) if batch is None else batch
+    if batch < 1 or batch % len(prompts):
+        raise RecipeError(f"the batch size is {batch} but must be a multiple of the {len(prompts)} prompt(s); set {len(prompts)}")
+    tokens = np.full((batch, length), tokenizer.end_of_text, np.int64)
+    known = np.zeros((batch, length), bool)
+    known[:, 0] = True
+    copies = batch // len(prompts)
+    for place, ids in enumerate(tokenizer.encode_batch(prompts)):
+        if ids and len(ids) + 1 >= length:
+            raise RecipeError(
+                f"prompt {place + 1} has {len(ids)} tokens, and with the one that begins a text nothing of the length {length} is left; "
+                f"set length to {len(ids) + 2} or more"
+            )
+        rows = slice(place * copies, (place + 1) * copies)
+        tokens[rows, 1 : len(ids) + 1] = ids
+        known[rows, 1 : len(ids) + 1] = True
+    return tokens, known
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad options are errors of one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; see python -m bd3_scale.sample --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m bd3_scale.sample", description="Text from a checkpoint.")
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint folder, or a run directory (its latest checkpoint)")
+    add("--prompt", nargs="+", action="extend", metavar="TEXT", help="what the texts begin with; several give several texts")
+    add("--length", type=int, help="tokens per text, with its beginning and the prompt; default: the training context; may exceed it")
+    add("--batch-size", type=int, metavar="B", help="texts made together; a multiple of the prompts; default: one per prompt")
+    add("--sampler", default="first_hitting", help=f"{' | '.join(SAMPLERS)}; default first_hitting, one token per network call")
+    add("--steps", type=int, metavar="T", help="ancestral: steps per block; default: the block size")
+    add("--threshold", type=float, metavar="C", help=f"confidence: reveal what is more probable than this; default {DEFAULT_THRESHOLD}")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus: the smallest set of tokens whose mass reaches P")
+    add("--nucleus", default="keep", help="keep | strict: drop the token that crosses P, as the paper's code does")
+    add("--temperature", type=float, default=1.0, metavar="X", help="divides the logits; 0 takes the most probable token")
+    add(
+        "--minimum-entropy",
+        type=float,
+        metavar="H",
+        help=f"end a text whose last {ENTROPY_WINDOW} tokens have less entropy (nats; the paper: 4)",
+    )
+    add("--ignore-eos", action="store_true", help="go on after an end of text, to the full length")
+    add("--seed", type=int, default=0)
+    add("--no-cache", action="store_true", help="recompute everything in every network call (same texts, slower)")
+    add("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
+    add("--device", default="auto", help="auto | cpu | cuda")
+    add("--json", action="store_true", help="print one JSON document")
+    add("--output", type=Path, metavar="FILE.jsonl", help="also write one JSON line per text")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError("sampling runs as one process; start it without torchrun")
+        if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
+            raise RecipeError(f"--output {options.output} cannot be written; name a file in a folder that exists")
+        _run(options)
+    except UserError as error:
+        print(f"bd3_scale: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    # megatron-core says at import that it does without packages that only training on CUDA could use.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    import torch.distributed as dist
+
+    from bd3_scale.checkpoint.network import load_network
+    from bd3_scale.parallel import layout
+
+    alone = not dist.is_initialized()
+    try:
+        loaded = load_network(options.checkpoint, weights=options.weights, device=options.device)
+        result = generate_tokens(
+            loaded,
+            prompts=options.prompt,
+            batch=options.batch_size,
+            length=options.length,
+            seed=options.seed,
+            sampler=options.sampler,
+            steps=options.steps,
+            top_p=options.top_p,
+            nucleus=options.nucleus,
+            temperature=options.temperature,
+            threshold=options.threshold,
+            minimum_entropy=options.minimum_entropy,
+            stop_at_end_of_text=not options.ignore_eos,
+            use_cache=not options.no_cache,
+        )
+    finally:
+        if alone:
+            layout.stop()
+    texts = _texts(loaded, result)
+    if options.output is not None:
+        _write(options.output, texts)
+    if options.json:
+        print(json.dumps(_document(loaded, options, result, texts), indent=1))
+        return
+    for place, text in enumerate(texts):
+        print(f"--- text {place + 1} of {len(texts)}\n{text['text']}")
+        print(
+            f"[{len(text['tokens'])} tokens, {text['prompt_tokens']} given; stop: {text['stop']}; "
+            f"NFE {result.nfe}, {_speed(result):.1f} tokens/s for all texts]"
+        )
+
+
+def _texts(loaded: LoadedNetwork, result: Result) -> list[dict[str, Any]]:
+    """One entry per row. `text` leaves out the BOS; `tokens` and `prompt_tokens` have it."""
+    return [
+        {
+            "row": row,
+            "text": loaded.tokenizer.decode(tokens[1:].tolist()),
+            "stop": stop,
+            "prompt_tokens": prompt,
+            "tokens": tokens.tolist(),
+        }
+        for row, (tokens, prompt, stop) in enumerate(zip(result.tokens, result.prompt_lengths, result.stops, strict=True))
+    ]
+
+
+def _document(loaded: LoadedNetwork, options: argparse.Namespace, result: Result, texts: list[dict[str, Any]]) -> dict[str, Any]:
+    asked = {key: value for key, value in vars(options).items() if key not in ("checkpoint", "output", "json")}
+    return {
+        "checkpoint": str(loaded.checkpoint.path),
+        "step": loaded.checkpoint.step,
+        "weights": loaded.weights,
+        "device": str(loaded.device),
+        "options": asked,
+        "nfe": result.nfe,
+        "seconds": result.seconds,
+        "tokens_per_second": _speed(result),
+        "texts": texts,
+    }
+
+
+def _speed(result: Result) -> float:
+    return result.generated / max(result.seconds, 1e-9)
+
+
+def _write(path: Path, texts: list[dict[str, Any]]) -> None:
+    try:
+        path.write_text("".join(json.dumps(text) + "\n" for text in texts), "utf-8")
+    except OSError as error:
+        raise RecipeError(f"--output {path} cannot be written ({error.strerror}); name another file") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
