@@ -1,0 +1,507 @@
+"""Sampling: cached = uncached, the distribution it draws from, rows on their own, the count of calls, stops, nucleus.
+
+Two networks: the real one, tiny, in fp32; and a table, whose conditionals are exact rationals of small integers, so that
+the distribution of whole texts is known and nothing is rounded differently on two ways.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bd3_scale.diffusion.decoding import SamplingOptions, draw, histogram_entropy, nucleus
+from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, Objective
+from bd3_scale.diffusion.sampler import Result, generate
+from bd3_scale.errors import CheckpointError, RecipeError
+from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.transformer import Transformer
+
+WORDS = 11
+"""Ids of text in the tests on the transformer; the last one ends a text, MASK is the id after it."""
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "first_hitting": {"sampler": "first_hitting"},
+    "ancestral": {"sampler": "ancestral", "steps": 3},
+    "confidence": {"sampler": "confidence", "threshold": 0.3, "top_p": 0.9, "temperature": 0.8},
+}
+BOUND_1E4 = 3.719
+"""Standard normal quantile of the level 1e-4 at which the chi-square tests judge."""
+
+
+# -- Networks ----------------------------------------------------------------------------------------------------------
+
+
+class TableCache:
+    """What a network would keep as keys and values, here the tokens themselves."""
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        self.tokens = torch.zeros(batch, 0, dtype=torch.int64)
+        self.positions = torch.zeros(0, dtype=torch.int64)
+        self.capacity = capacity
+
+    @property
+    def length(self) -> int:
+        return len(self.positions)
+
+    def append(self, tokens: Tensor, positions: Tensor) -> None:
+        assert self.length + len(positions) <= self.capacity, "more rows than were asked for"
+        self.tokens = torch.cat([self.tokens, tokens], 1)
+        self.positions = torch.cat([self.positions, positions])
+
+    def drop(self, count: int) -> None:
+        self.tokens, self.positions = self.tokens[:, count:], self.positions[count:]
+
+
+class Table:
+    """A network whose logits are a function of what each row sees: `rule(query, positions [m], tokens [b, m]) -> logits [b, V]`.
+
+    `calls` counts. `held` is the most rows that a cache ever had.
+    """
+
+    def __init__(self, rule: Callable[[int, Tensor, Tensor], Tensor]) -> None:
+        self.rule, self.calls, self.held = rule, 0, 0
+        self.training = False
+
+    def new_cache(self, batch: int, capacity: int) -> TableCache:
+        return TableCache(batch, capacity)
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None, commit: bool = False, last: int = 0) -> Tensor:
+        self.calls += 1
+        seen, where = tokens, positions
+        if cache is not None:
+            seen, where = torch.cat([cache.tokens, tokens], 1), torch.cat([cache.positions, positions])
+        assert len(set(where.tolist())) == len(where), "a position is read twice"
+        if mask is not None:
+            assert mask.shape == (len(positions), len(where))
+        logits = []
+        for query in range(len(positions) - last, len(positions)):
+            visible = torch.ones(len(where), dtype=torch.bool) if mask is None else mask[query]
+            logits.append(self.rule(int(positions[query]), where[visible], seen[:, visible]))
+        if commit:
+            cache.append(tokens, positions)
+            self.held = max(self.held, cache.length)
+        return torch.stack(logits, 1) if logits else torch.zeros(len(tokens), 0, 0)
+
+
+def scrambled(query: int, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of V = WORDS + 1 that depend on every visible (position, token) pair; integers, so that nothing is rounded."""
+    mixed = ((tokens + 3) * (positions + 7) * 2654435761 % 1000003).sum(1)
+    ids = torch.arange(WORDS + 1)
+    logits = ((mixed[:, None] * (ids + 1) + query * 97) % 101 / 25).float()
+    logits[:, WORDS] = -torch.inf
+    return logits
+
+
+def tabular(probability: np.ndarray) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """The exact conditionals of a distribution over the tokens 1, 2, ... (position 0 is BOS): float64 [V0, V0, ...], MASK = V0."""
+    size, table = probability.shape[0], torch.from_numpy(probability)
+
+    def rule(query: int, positions: Tensor, tokens: Tensor) -> Tensor:
+        logits = torch.full((len(tokens), size + 1), -torch.inf)
+        place = {int(position) - 1: column for column, position in enumerate(positions) if position > 0}
+        if query == 0 or query - 1 >= probability.ndim:
+            logits[:, 0] = 0.0  # BOS, and what lies beyond the table
+            return logits
+        known = [tokens[:, place[axis]].tolist() if axis in place else [size] * len(tokens) for axis in range(probability.ndim)]
+        answers: dict[tuple[int, ...], Tensor] = {}
+        for row, context in enumerate(zip(*known, strict=True)):
+            if context not in answers:
+                chosen = table[tuple(slice(None) if token == size or axis == query - 1 else token for axis, token in enumerate(context))]
+                left = [axis for axis, token in enumerate(context) if token == size or axis == query - 1]
+                others = tuple(index for index, axis in enumerate(left) if axis != query - 1)
+                answers[context] = (chosen.sum(others) if others else chosen).log().float()
+            logits[row, :size] = answers[context]
+        return logits
+
+    return rule
+
+
+def transformer(context: int, **variant: Any) -> Transformer:
+    """A tiny network of the project's own, weights large enough for every path to matter."""
+    config = ModelConfig(context=context, layers=2, hidden=16, heads=2, **variant)
+    network = Transformer(config, WORDS + 1, WORDS)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    return network
+
+
+class Counted:
+    """A network seen through a hook that counts its calls."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.calls, self.new_cache = network, 0, network.new_cache
+
+    def decode(self, *arguments: Any, **options: Any) -> Tensor:
+        self.calls += 1
+        return self.network.decode(*arguments, **options)
+
+
+def blocks_of(block_size: int, context: int, clean_half: str = "block_causal", words: int = WORDS) -> BlockDiffusion:
+    return BlockDiffusion(words, context, block_size, clean_half=clean_half)
+
+
+def given(prompts: list[list[int]], length: int, begin: int = WORDS - 1) -> tuple[np.ndarray, np.ndarray]:
+    tokens, known = np.zeros((len(prompts), length), np.int64), np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt) + 1], known[row, : len(prompt) + 1] = [begin, *prompt], True
+    return tokens, known
+
+
+def sample(
+    network: Any,
+    objective: Objective,
+    prompts: list[list[int]],
+    length: int,
+    *,
+    words: int = WORDS,
+    stop: bool = False,
+    first_row: int = 0,
+    seed: int = 0,
+    use_cache: bool = True,
+    **options: Any,
+) -> Result:
+    """`words` ids of text: the last begins a text and, with `stop`, ends it."""
+    return generate(
+        network,
+        objective,
+        *given(prompts, length, words - 1),
+        SamplingOptions(**options),
+        mask_id=words,
+        end_of_text=words - 1 if stop else None,
+        seed=seed,
+        first_row=first_row,
+        use_cache=use_cache,
+    )
+
+
+def assert_same(one: Result, other: Result) -> None:
+    assert one.stops == other.stops
+    for a, b in zip(one.tokens, other.tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# -- With the cache and without ----------------------------------------------------------------------------------------
+
+PROMPTS = [[], [1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5]]
+LONG_PROMPT = [int(token) for token in np.random.default_rng(0).integers(0, WORDS - 1, 57)]
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_cache_changes_no_token(sampler: str, block_size: int) -> None:
+    """Prompts of several lengths, texts of 2.3 contexts that end inside a block, calls counted from outside."""
+    network = Counted(transformer(16))
+    objective = blocks_of(block_size, 16)
+    cached = sample(network, objective, PROMPTS, 37, **SAMPLERS[sampler])
+    assert cached.nfe == network.calls
+    uncached = sample(network, objective, PROMPTS, 37, use_cache=False, **SAMPLERS[sampler])
+    assert cached.nfe + uncached.nfe == network.calls
+    assert uncached.nfe < cached.nfe
+    assert_same(cached, uncached)
+    assert all(len(row) == 37 and row.max() < WORDS for row in cached.tokens)
+    assert len({tuple(row) for row in cached.tokens}) == 3
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("variant", ["causal clean half", "adaln, grouped queries", "next token", "one block"])
+def test_the_cache_changes_no_token_of_other_networks(variant: str) -> None:
+    context, length = 16, 33
+    objective: Objective = blocks_of(4, context)
+    network = transformer(context)
+    if variant == "next token":
+        objective = Autoregressive(WORDS, context)
+    elif variant == "one block":
+        objective, length = MaskedDiffusion(WORDS, context), context
+    elif variant == "causal clean half":
+        objective = blocks_of(4, context, "causal")
+    else:
+        network = transformer(context, conditioning="adaln", conditioning_size=8, key_value_heads=1)
+    cached = sample(network, objective, [[], [1, 2, 3, 4, 5, 6]], length)
+    assert_same(cached, sample(network, objective, [[], [1, 2, 3, 4, 5, 6]], length, use_cache=False))
+    if variant == "next token":
+        assert cached.nfe == length - 1  # a call per token but the last; the first is its own prefill
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_cache_forgets_what_nobody_sees(sampler: str, block_size: int) -> None:
+    """A prompt of 3.6 contexts and a text of 6, on a table whose logits tell every single token that is seen."""
+    network, context = Table(scrambled), 16
+    objective = blocks_of(block_size, context)
+    cached = sample(network, objective, [LONG_PROMPT, []], 97, **SAMPLERS[sampler])
+    assert 0 < network.held <= context + context // 4
+    assert_same(cached, sample(network, objective, [LONG_PROMPT, []], 97, use_cache=False, **SAMPLERS[sampler]))
+    short = Table(scrambled)
+    sample(short, objective, [[]], 97, **SAMPLERS[sampler])
+    assert 0 < short.held <= context + context // 4
+
+
+def test_a_prompt_is_read_in_one_call() -> None:
+    """16 known tokens of 4 blocks: one call to read them, then 8 tokens in 2 blocks and one call that commits the first."""
+    network = Table(scrambled)
+    assert sample(network, blocks_of(4, 32), [list(range(10)) + [1] * 5] * 2, 24).nfe == 1 + 4 + 1 + 4
+
+
+# -- MASK --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("length", [16, 22])
+def test_no_mask_is_left_after_any_number_of_steps(steps: int, length: int) -> None:
+    network = Table(scrambled)
+    result = sample(network, blocks_of(8, 16), [[], [1, 2]], length, sampler="ancestral", steps=steps)
+    assert all(len(row) == length and row.min() >= 0 and row.max() < WORDS for row in result.tokens)
+    blocks = -(-length // 8)
+    assert result.nfe == network.calls <= blocks * steps + blocks - 1
+
+
+def test_steps_that_reveal_nothing_call_no_network() -> None:
+    """T far above L': no more than a call per token, and each call reveals something."""
+    network = Table(scrambled)
+    result = sample(network, blocks_of(8, 16), [[]], 16, sampler="ancestral", steps=1000)
+    assert result.nfe <= 15 + 1
+
+
+def test_the_last_number_before_one_draws_no_impossible_token() -> None:
+    """u * total may round up to the total; MASK, last in the vocabulary, must not come out."""
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.7, 0.0], [1 / 3, 1 / 3, 1 / 3, 0.0], [0.0, 1.0, 0.0, 0.0]]))
+    for number, expected in ((1 - 2**-53, [2, 2, 1]), (0.0, [0, 0, 1])):
+        drawn = draw(logits, torch.full((3,), number, dtype=torch.float64), SamplingOptions())
+        assert drawn.tolist() == expected
+
+
+def test_a_diverged_network_is_an_error() -> None:
+    network = Table(lambda query, positions, tokens: torch.full((len(tokens), WORDS + 1), torch.nan))
+    for sampler in SAMPLERS:
+        with pytest.raises(CheckpointError, match="not finite"):
+            sample(network, blocks_of(4, 16), [[]], 8, sampler=sampler)
+
+
+# -- The distribution --------------------------------------------------------------------------------------------------
+
+
+def chi_square_excess(counts: np.ndarray, probability: np.ndarray) -> float:
+    """Pearson's statistic as a standard normal number (Wilson and Hilferty's cube root)."""
+    expected = probability * counts.sum()
+    assert expected.min() > 5
+    freedom = counts.size - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+
+
+def joint(rng_seed: int, axes: int) -> np.ndarray:
+    """A distribution over `axes` tokens of 3 words with strong dependence, no outcome rarer than 1/4000."""
+    weight = np.random.default_rng(rng_seed).integers(1, 4, (3,) * axes).astype(float) ** 2.5
+    return weight / weight.sum()
+
+
+def outcomes(result: Result, axes: int) -> np.ndarray:
+    counts = np.zeros((3,) * axes)
+    np.add.at(counts, tuple(np.stack([row[1:] for row in result.tokens], 1)), 1)
+    return counts
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ancestral", "steps": 4000}, {"sampler": "confidence", "threshold": 1.0}], ids=str)
+def test_texts_have_the_distribution_of_the_model(options: dict[str, Any]) -> None:
+    """Chi-square over all 243 texts of two blocks of three (BOS and five tokens), 20000 texts, level 1e-4."""
+    probability = joint(3, 5)
+    result = sample(Table(tabular(probability)), blocks_of(3, 6, words=3), [[]] * 20000, 6, words=3, **options)
+    assert chi_square_excess(outcomes(result, 5).ravel(), probability.ravel()) < BOUND_1E4
+
+
+def test_one_step_has_not_and_the_test_can_tell() -> None:
+    """T = 1 draws the tokens of a block independently: the product of the marginals, and not the model."""
+    probability = joint(3, 5)
+    counts = outcomes(
+        sample(Table(tabular(probability)), blocks_of(6, 6, words=3), [[]] * 20000, 6, words=3, sampler="ancestral", steps=1), 5
+    )
+    assert chi_square_excess(counts.ravel(), probability.ravel()) > 2 * BOUND_1E4
+    marginals = [probability.sum(tuple(other for other in range(5) if other != axis)) for axis in range(5)]
+    product = np.array([math.prod(m[i] for m, i in zip(marginals, text, strict=True)) for text in itertools.product(range(3), repeat=5)])
+    assert chi_square_excess(counts.ravel(), product) < BOUND_1E4
+
+
+def test_steps_are_revealed_as_the_posterior_says() -> None:
+    """Two equal tokens differ only if one step reveals both, with probability 1 / T, and then in two of three (level 1e-4)."""
+    steps, rows = 4, 20000
+    result = sample(
+        Table(tabular(np.eye(3) / 3)), blocks_of(3, 6, words=3), [[]] * rows, 3, words=3, sampler="ancestral", steps=steps
+    )  # fmt: skip
+    differ = sum(row[1] != row[2] for row in result.tokens)
+    share = 2 / 3 / steps
+    assert chi_square_excess(np.array([differ, rows - differ], float), np.array([share, 1 - share])) < BOUND_1E4
+
+
+def test_the_first_hit_is_uniform() -> None:
+    """Which of the seven masked tokens of a block is revealed first, 5000 rows, level 1e-4."""
+    seen: list[Tensor] = []
+
+    def rule(query: int, positions: Tensor, tokens: Tensor) -> Tensor:
+        if query == 7:
+            seen.append(tokens.clone())
+        return scrambled(query, positions, tokens)
+
+    sample(Table(rule), blocks_of(8, 16), [[]] * 5000, 8)
+    assert [int((tokens != WORDS).sum()) for tokens in seen] == [5000 * count for count in range(1, 8)]
+    counts = (seen[1][:, 1:] != WORDS).sum(0).numpy().astype(float)
+    assert chi_square_excess(counts, np.full(7, 1 / 7)) < BOUND_1E4
+
+
+def test_what_is_known_is_conditioned_on() -> None:
+    """A hole between known tokens: its token follows the conditional given both sides of its block (level 1e-4)."""
+    probability = joint(5, 3)
+    tokens, known = given([[0, 0, 1]] * 5000, 4, begin=2)
+    known[:, 2] = False
+    network, objective = Table(tabular(probability)), blocks_of(4, 4, words=3)
+    result = generate(network, objective, tokens, known, SamplingOptions(), mask_id=3, end_of_text=None)
+    counts = np.bincount([row[2] for row in result.tokens], minlength=3).astype(float)
+    conditional = probability[0, :, 1] / probability[0, :, 1].sum()
+    assert all(row[1] == 0 and row[3] == 1 for row in result.tokens)
+    assert chi_square_excess(counts, conditional) < BOUND_1E4
+
+
+# -- Rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_row_knows_nothing_of_the_others(sampler: str) -> None:
+    """Each row alone, at its own index, is the row of the batch, whatever prompts, lengths and stops the others have."""
+    network, objective = transformer(16), blocks_of(4, 16)
+    options = SAMPLERS[sampler]
+    together = sample(network, objective, PROMPTS, 30, seed=5, stop=True, **options)
+    for row, prompt in enumerate(PROMPTS):
+        alone = sample(network, objective, [prompt], 30, seed=5, stop=True, first_row=row, **options)
+        assert alone.stops[0] == together.stops[row]
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    assert len({together.stops[row] for row in range(3)} | {"end_of_text", "length"}) == 2
+
+
+def test_seeds_and_rows_differ_and_repeat() -> None:
+    network, objective = Table(scrambled), blocks_of(4, 16)
+    first, again, other = (sample(network, objective, [[]] * 3, 24, seed=seed) for seed in (0, 0, 1))
+    assert_same(first, again)
+    assert len({tuple(row) for result in (first, other) for row in result.tokens}) == 6
+
+
+# -- Stops -------------------------------------------------------------------------------------------------------------
+
+
+def reciting(text: dict[int, int], otherwise: int = 0) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A table that says one token at each position."""
+
+    def rule(query: int, positions: Tensor, tokens: Tensor) -> Tensor:
+        logits = torch.full((len(tokens), WORDS + 1), -torch.inf)
+        logits[:, text.get(query, otherwise)] = 0.0
+        return logits
+
+    return rule
+
+
+def test_a_text_ends_before_its_end_of_text() -> None:
+    """That of the prompt does not count; the batch goes on until every row has ended, and not a call further."""
+    end = WORDS - 1
+    network = Table(reciting({9: end, 11: end}, otherwise=3))
+    result = sample(network, blocks_of(4, 32), [[], [1, end, 2]], 32, stop=True)
+    assert result.stops == ["end_of_text", "end_of_text"]
+    assert result.tokens[0].tolist() == [end] + [3] * 8
+    assert result.tokens[1].tolist() == [end, 1, end, 2] + [3] * 5
+    # Row 0's first block: 3 calls. Two more of 4, each with one that commits the block before.
+    assert result.nfe == network.calls == 3 + (1 + 4) + (1 + 4)
+    ignored = sample(Table(reciting({9: end}, otherwise=3)), blocks_of(4, 32), [[]], 32)
+    assert ignored.stops == ["length"] and len(ignored.tokens[0]) == 32 and ignored.tokens[0][9] == end
+
+
+def test_a_finished_row_does_not_hold_up_or_change_the_others() -> None:
+    def rule(query: int, positions: Tensor, tokens: Tensor) -> Tensor:
+        logits = scrambled(query, positions, tokens)
+        logits[:, WORDS - 1] = -torch.inf
+        first = tokens[:, positions.tolist().index(1)] if 1 in positions else torch.zeros(len(tokens))
+        if query == 4:
+            logits[first == 5] = torch.where(torch.arange(WORDS + 1) == WORDS - 1, 0.0, -torch.inf)
+        return logits
+
+    objective = blocks_of(4, 16)
+    both = sample(Table(rule), objective, [[5], [6]], 24, stop=True)
+    assert both.stops == ["end_of_text", "length"] and len(both.tokens[0]) == 4
+    alone = sample(Table(rule), objective, [[6]], 24, stop=True, first_row=1)
+    np.testing.assert_array_equal(both.tokens[1], alone.tokens[0])
+
+
+def test_a_text_that_repeats_itself_ends() -> None:
+    """300 lively tokens, then one word for ever. Off by default; the uniform histogram of 8 words has log 8 nats."""
+    rule = reciting({position: position % 8 for position in range(300)}, otherwise=0)
+    dull = sample(Table(rule), blocks_of(4, 8), [[]], 800, minimum_entropy=1.0)
+    lively = sample(Table(rule), blocks_of(4, 8), [[]], 296, minimum_entropy=1.0)
+    assert dull.stops == ["entropy"] and len(dull.tokens[0]) < 560
+    assert lively.stops == ["length"]
+    assert sample(Table(rule), blocks_of(4, 8), [[]], 600).stops == ["length"]
+    assert histogram_entropy(np.arange(256) % 8) == pytest.approx(math.log(8))
+    assert histogram_entropy(np.zeros(256, np.int64)) == 0
+
+
+def test_nothing_to_do_calls_nothing() -> None:
+    result = sample(Table(scrambled), blocks_of(4, 16), [[1, 2, 3]], 4)
+    assert result.nfe == 0 and result.tokens[0].tolist() == [WORDS - 1, 1, 2, 3]
+
+
+# -- Nucleus and options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("top_p", "keep", "strict"),
+    [
+        (1e-9, {2}, {2}),  # never empty
+        (0.4, {2}, {2}),  # reached exactly: nothing crosses
+        (0.41, {2, 0}, {2}),
+        (0.7, {2, 0}, {2, 0}),
+        (0.75, {2, 0, 1}, {2, 0}),
+        (0.999, {2, 0, 1, 3}, {2, 0, 1}),
+    ],
+)
+def test_the_nucleus_keeps_the_token_that_crosses(top_p: float, keep: set[int], strict: set[int]) -> None:
+    probabilities = torch.tensor([[0.3, 0.2, 0.4, 0.1, 0.0]], dtype=torch.float64)
+    for drops, expected in ((False, keep), (True, strict)):
+        kept = nucleus(probabilities, top_p, strict=drops)
+        assert set(torch.nonzero(kept[0]).flatten().tolist()) == expected
+        torch.testing.assert_close(kept[0][sorted(expected)], probabilities[0][sorted(expected)], rtol=0, atol=0)
+
+
+def test_of_equal_tokens_the_nucleus_takes_the_first() -> None:
+    kept = nucleus(torch.full((1, 4), 0.25, dtype=torch.float64), 0.5)
+    assert kept[0].tolist() == [0.25, 0.25, 0, 0]
+
+
+def test_temperature() -> None:
+    """0 takes the most probable token; 2 draws in proportion to the square root (level 1e-4)."""
+    probabilities = torch.tensor([0.64, 0.04, 0.32])
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(20000))
+    logits = torch.cat([probabilities.log(), torch.tensor([-torch.inf])]).expand(20000, 4)
+    assert set(draw(logits, uniforms, SamplingOptions(temperature=0)).tolist()) == {0}
+    counts = np.bincount(draw(logits, uniforms, SamplingOptions(temperature=2)).numpy(), minlength=3)
+    root = probabilities.double().sqrt().numpy()
+    assert chi_square_excess(counts.astype(float), root / root.sum()) < BOUND_1E4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sampler": "gibbs"}, {"steps": 3}, {"sampler": "ancestral", "steps": 0}, {"threshold": 0.5}, {"top_p": 0.0}, {"top_p": 1.1},
+        {"sampler": "confidence", "threshold": 1.5}, {"temperature": -1.0}, {"temperature": math.nan}, {"nucleus": "loose", "top_p": 0.5},
+        {"minimum_entropy": -1.0}, {"top_p": math.nan},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        SamplingOptions(**wrong)
+    assert "\n" not in str(refused.value)
