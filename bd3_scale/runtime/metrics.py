@@ -2,7 +2,7 @@
 
 Invariants: between logging steps numbers stay on the device and nobody waits for them; a logging step makes one small
 reduction over the replicas; tokens are data tokens, counted once although the network's input is 2L long; metrics.jsonl
-never holds a step twice, however often the run was killed and continued.
+is strict JSON, grows by whole lines, and never holds a step twice, however often the run was killed and continued.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,38 @@ import psutil
 import torch
 from torch import Tensor
 
+from bd3_scale.errors import TrainingError
+
 
 class Meter:
     """Collects the steps since the last reading."""
 
     def __init__(self, device: torch.device, data_tokens: int, flops_per_token: float, peak_flops: float | None) -> None:
-        """`peak_flops`: of all ranks together, or None where unknown (then MFU is None)."""
-        self.device, self.flops_per_token, self.peak_flops = device, flops_per_token, peak_flops
-        self.losses: list[Tensor] = []
-        self.norm: Tensor | None = None
-        self.tokens, self.clock = data_tokens, time.perf_counter()
+        """`data_tokens`: of the run so far. `flops_per_token`: model FLOPs of a training step per data token.
+
+        `peak_flops`: FLOP/s of all ranks together, or None where unknown (then MFU is None).
+        """
+        self.device, self.peak_flops = device, peak_flops
+        self.flops_per_token = flops_per_token
+        """May be set anew when the objective changes; it holds for the whole window of the next reading."""
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._tokens, self._clock = data_tokens, time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """This rank's part of a step's train loss and the (global) gradient norm; scalars on the device."""
-        self.losses.append(loss)
-        self.norm = norm
+        """This rank's part of a step's train loss and the (global) gradient norm; scalars on the device, not waited for."""
+        self._losses.append(loss.detach())
+        self._norms.append(norm.detach())
 
     def read(self, data_tokens: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Means since the last reading. `data_tokens`: of the run so far; `reduce`: sum over the replicas, in place."""
-        loss = reduce(torch.stack(self.losses).sum().double()) / len(self.losses)
-        values = loss.item(), float(self.norm) if self.norm is not None else math.nan  # the one wait for the device
+        """Means over the steps since the last reading, at least one. `reduce`: sum over the replicas, in place."""
+        loss = reduce(torch.stack(self._losses).sum().double()) / len(self._losses)
+        norm = torch.stack(self._norms).double().mean()
+        values = loss.item(), norm.item()  # the one wait for the device
         now = time.perf_counter()
-        rate = (data_tokens - self.tokens) / (now - self.clock)
-        self.losses, self.tokens, self.clock = [], data_tokens, now
+        rate = (data_tokens - self._tokens) / (now - self._clock)
+        self._losses, self._norms = [], []
+        self._tokens, self._clock = data_tokens, now
         return {
             "loss": values[0],
             "gradient_norm": values[1],
@@ -52,7 +62,7 @@ class Meter:
 
     def skip(self, seconds: float) -> None:
         """Leave time spent on something else than training (a validation, a checkpoint) out of the rate."""
-        self.clock += seconds
+        self._clock += seconds
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -63,45 +73,71 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, in order of steps."""
+    """metrics.jsonl: one JSON object a line, in order of steps. One process writes it."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Lines of steps after `first_step` are of a future that the continued run will live again: they go."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= first_step]
             rest = path.with_suffix(".rest")
-            rest.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            rest.write_text("".join(_encode(line) for line in kept))
             os.replace(rest, path)
-        self.seconds = _last_seconds(path)
-        self.start = time.perf_counter()
+        self._before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        self._start = time.perf_counter()
 
-    def write(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Append `line` and the training time so far, over all starts of the run. Returns the line as written."""
-        line = {**line, "seconds": round(self.seconds + time.perf_counter() - self.start, 3)}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
-        return line
+    def write(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Append `line` and the `seconds` of all starts of the run so far. Returns the line as written.
+
+        Raises TrainingError where the file system takes no more, ValueError for what is no number, text, list or mapping.
+        """
+        written = {**line, "seconds": round(self._before + time.perf_counter() - self._start, 3)}
+        data = _encode(written).encode()
+        try:
+            # One write of the whole line at the end of the file: readers and kills see lines, not halves.
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                if os.write(file, data) != len(data):
+                    raise OSError("the line was cut short")
+            finally:
+                os.close(file)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TrainingError(f"{self.path} cannot be written ({reason}); free space there or set another run.dir") from None
+        return written
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
+    """All whole lines of a metrics.jsonl. A last line that a kill cut short is left out; any other damage with a warning."""
+    lines: list[dict[str, Any]] = []
+    texts = path.read_text(errors="replace").splitlines()
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            continue
+            line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
+        elif number < len(texts):
+            print(f"bd3_scale: warning: {path} line {number} is damaged and left out", file=sys.stderr)
     return lines
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity: they are written as text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _encode(line: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(line), allow_nan=False) + "\n"
 
 
-def _last_seconds(path: Path) -> float:
-    return max((line.get("seconds", 0.0) for line in read_metrics(path)), default=0.0) if path.exists() else 0.0
+def _plain(value: Any) -> Any:
+    """As JSON knows it: numbers of torch and NumPy as Python's; nan and infinities, which JSON has not, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"metrics.jsonl cannot hold {value!r}")

@@ -1,52 +1,88 @@
-"""Pictures of a run, made from nothing but its metrics.jsonl: they can be made again at any time, for several runs at once."""
+"""Pictures of a run, made from nothing but its metrics.jsonl: they can be made again at any time, for several runs at once.
+
+Invariant: train loss and validation are never in one picture, since they are different numbers; what a line does not
+hold (an unknown MFU, a loss that is not a number) leaves a gap and stops nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Lines = list[dict[str, Any]]
+Lines = Sequence[Mapping[str, Any]]
+SMOOTH_FROM = 200
+"""Points from which a curve is drawn pale, with its running mean (over a fiftieth of them) on top."""
 
 
 def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
-    """Write loss.png, perplexity.png and throughput.png of the named runs into `folder`; what has no data is left out."""
+    """Write loss.png, perplexity.png and throughput.png of the named runs into `folder`; what has no data is left out.
+
+    Returns the files written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    written = [
-        _plot(runs, folder / "loss.png", "train", "loss", "train loss (nats per data token)"),
-        _plot(runs, folder / "perplexity.png", "validation", "perplexity", "validation perplexity", log=True, marker="o"),
-        _plot(runs, folder / "throughput.png", "train", "tokens_per_second", "data tokens per second"),
-    ]
-    return [path for path in written if path is not None]
+    pictures = {
+        "loss.png": _figure(runs, "train", "loss", "train loss (nats per data token)"),
+        "perplexity.png": _figure(runs, "validation", "perplexity", "validation perplexity"),
+        "throughput.png": _figure(runs, "train", "tokens_per_second", "data tokens per second"),
+    }
+    written = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=120)
+            written.append(folder / name)
+    return written
 
 
-def _plot(
-    runs: Mapping[str, Lines], path: Path, kind: str, key: str, label: str, log: bool = False, marker: str | None = None
-) -> Path | None:
+def series(lines: Lines, kind: str, key: str) -> tuple[list[float], list[float]]:
+    """(data tokens, values) of the lines of a kind that have a number under `key`."""
+    points = [(line["data_tokens"], line[key]) for line in lines if line.get("kind") == kind and _number(line.get(key))]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _figure(runs: Mapping[str, Lines], kind: str, key: str, label: str) -> Any:
+    # The Agg canvas is asked for by name: no display, no global state of pyplot, safe beside a user's own figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    series = {
-        name: [(line["data_tokens"], line[key]) for line in lines if line.get("kind") == kind and isinstance(line.get(key), (int, float))]
-        for name, lines in runs.items()
-    }
-    if not any(series.values()):
+    curves = {name: series(lines, kind, key) for name, lines in runs.items()}
+    if not any(x for x, _ in curves.values()):
         return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, points in series.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
-    if key == "perplexity":
+    for index, (name, (x, y)) in enumerate(curves.items()):
+        color = f"C{index % 10}"
+        if kind == "validation":
+            axes.plot(x, y, color=color, label=name, marker="o", markersize=4)
+        elif len(y) < SMOOTH_FROM:
+            axes.plot(x, y, color=color, label=name)
+        else:
+            axes.plot(x, y, color=color, alpha=0.25)
+            axes.plot(x, running_mean(y, len(y) // 50), color=color, label=name)
+    if kind == "validation":
         for name, lines in runs.items():
-            unigram = next((line["unigram_perplexity"] for line in lines if "unigram_perplexity" in line), None)
+            unigram = next((line["unigram_perplexity"] for line in lines if _number(line.get("unigram_perplexity"))), None)
             if unigram is not None:
-                axes.axhline(unigram, linestyle="--", color="grey", label=f"unigram of {name}" if len(runs) > 1 else "unigram")
-    if log:
+                axes.axhline(unigram, linestyle="--", color="grey", label=f"unigram model{f' ({name})' if len(runs) > 1 else ''}")
         axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("data tokens")
     axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place (of fewer at the start)."""
+    total, means = 0.0, []
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

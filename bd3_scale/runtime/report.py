@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from bd3_scale.config import Recipe, resolve_precision, to_yaml
+from bd3_scale.diffusion.mask import AttentionPattern
+from bd3_scale.diffusion.schedule import schedule_named
 from bd3_scale.model.flops import peak_flops, training_flops_per_token
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.runtime.metrics import Meter, MetricsFile, read_metrics
@@ -58,7 +61,7 @@ class Reporter:
 
     def validation(self, *, step: int, result: Validation, seconds: float, unigram_perplexity: float | None) -> None:
         """Write a validation line; `seconds` it took are not counted as training time."""
-        self.meter.skip(seconds)
+        self.skip(seconds)
         if self.file is None:
             return
         line: dict[str, Any] = {
@@ -76,15 +79,29 @@ class Reporter:
         self.say(f"step {step}: validation NELBO {result.nelbo:.4f} +- {result.standard_error:.4f}, perplexity {result.perplexity:.2f}")
         self.plot()
 
+    def skip(self, seconds: float) -> None:
+        """Leave time that was not spent on training (a checkpoint, a tuning) out of data tokens/s and MFU."""
+        self.meter.skip(seconds)
+
     def say(self, text: str) -> None:
         """A line for people."""
-        if self.file is not None:
-            tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+        if self.file is None:
+            return
+        if self.bar is not None:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def plot(self) -> None:
-        """Draw report/*.png from metrics.jsonl."""
-        if self.file is not None:
-            draw({self.recipe.run.name: read_metrics(self.file.path)}, self.folder / "report")
+        """Draw report/*.png from metrics.jsonl. A picture that fails is said and stops nothing; its time is not training."""
+        if self.file is None:
+            return
+        start = time.perf_counter()
+        try:
+            draw({self.folder.resolve().name: read_metrics(self.file.path)}, self.folder / "report")
+        except Exception as error:  # a full disk, a font cache that cannot be written: no reason to lose a run
+            self.say(f"bd3_scale: warning: no plots ({type(error).__name__}: {error}); draw them later with tools/plot_run.py")
+        self.skip(time.perf_counter() - start)
 
     def close(self) -> None:
         """End the progress line and wandb, draw the last plots."""
@@ -124,7 +141,17 @@ def _peak(recipe: Recipe, layout: Layout) -> float | None:
     return None if one is None else one * layout.world_size
 
 
-def flops_per_token(recipe: Recipe, pattern: Any, vocabulary: int) -> float:
-    """FLOPs of a training step per data token, as really computed, with the expected share of masked positions."""
-    selected = sum(recipe.objective.interval) / 2
-    return training_flops_per_token(recipe.model, pattern, vocabulary, selected, recompute=recipe.training.recompute)
+def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, interval: Sequence[float] | None = None) -> float:
+    """Model FLOPs of a training step per data token, with the expected share of masked positions; `interval`: a tuned one.
+
+    Recomputed forwards are not counted: MFU says what came out, and activation checkpointing must not raise it.
+    """
+    selected = 1.0 if pattern.kind == "causal" else expected_masked(recipe.objective.schedule, interval or recipe.objective.interval)
+    return training_flops_per_token(recipe.model, pattern, vocabulary, selected)
+
+
+def expected_masked(schedule: str, interval: Sequence[float]) -> float:
+    """Mean mask probability at t ~ U[beta, omega] (midpoint rule: exact for the linear schedule)."""
+    beta, omega = interval
+    times = beta + (omega - beta) * (np.arange(1000) + 0.5) / 1000
+    return float(schedule_named(schedule).mask_probability(times).mean())

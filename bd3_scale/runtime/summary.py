@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from bd3_scale.config import Recipe
+from bd3_scale.runtime.metrics import read_metrics
 from bd3_scale.runtime.validation import Validation
 
 
 def summary(
     recipe: Recipe, *, step: int, checkpoint: Path, validated: Validation | None, unigram: float | None, stopped: str | None
 ) -> str:
-    """Text for people."""
+    """Text for people. `validated` and `unigram` of this start; where it made none, those in metrics.jsonl count."""
     folder = checkpoint.parent.parent
     tokens = step * recipe.tokens_per_step
     lines = [
         "",
         f"{'stopped by ' + stopped + ' after' if stopped else 'finished:'} {step} of {recipe.total_steps} steps, {tokens:,} data tokens",
     ]
+    history = _validations(folder / "metrics.jsonl")
+    if history:
+        last, best = history[-1], min(history, key=lambda line: line["nelbo"])
+        validated = validated or Validation(**{field.name: last[field.name] for field in fields(Validation)})
+        unigram = last.get("unigram_perplexity") if unigram is None else unigram
     if validated is not None:
-        lines.append(
-            f"validation  perplexity {validated.perplexity:.2f} (NELBO {validated.nelbo:.4f} +- {validated.standard_error:.4f} nats "
-            f"per data token, {validated.rows} held-out rows)"
-        )
+        at = f" at step {last['step']}" if history and last["step"] != step else ""
+        lines.append(f"validation  {_score(vars(validated))} on {validated.rows} held-out rows{at}")
+        if history and best["nelbo"] < validated.nelbo:
+            lines.append(f"best        {_score(best)} at step {best['step']}")
         if unigram is not None:
             share = validated.perplexity / unigram
             lines.append(f"unigram     perplexity {unigram:.2f} of the same rows; the model's is {share:.2f} of it")
     lines += [
         f"checkpoint  {checkpoint}",
         f"metrics     {folder / 'metrics.jsonl'}, plots in {folder / 'report'}",
-        f"sample      python -m bd3_scale.sample {folder}",
+        f"sample      python -m bd3_scale.sample {shlex.quote(str(folder))}",
     ]
     if stopped:
         lines.append("continue    the same command again")
     return "\n".join(lines)
+
+
+def _validations(path: Path) -> list[dict[str, Any]]:
+    """Validation lines with a number for a NELBO."""
+    lines = read_metrics(path) if path.is_file() else []
+    return [line for line in lines if line.get("kind") == "validation" and isinstance(line.get("nelbo"), float)]
+
+
+def _score(values: Mapping[str, Any]) -> str:
+    return f"perplexity {values['perplexity']:.2f} (NELBO {values['nelbo']:.4f} +- {values['standard_error']:.4f} nats per data token)"
 
 
 def sample_text(checkpoint: Path, recipe: Recipe, device: str) -> str:

@@ -1,0 +1,118 @@
+"""Signals become a flag, are given back, and only a person's second Ctrl-C interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from bd3_scale.runtime import signals
+from bd3_scale.runtime.signals import SAME_KEY_PRESS, SIGNALS, StopRequest
+
+
+@dataclass
+class Alone:
+    world_size: int = 1
+    leader: bool = True
+
+
+class Clock:
+    now = 10.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(signals, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def stop() -> Iterator[StopRequest]:
+    request = StopRequest(Alone())  # type: ignore[arg-type]
+    yield request
+    request.close()
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ())  # a Python call, so that the handler has run
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_is_a_wish_and_not_an_end(number: signal.Signals, stop: StopRequest) -> None:
+    assert not stop.agreed() and stop.requested is None
+    send(number)
+    assert stop.agreed() and stop.requested == number.name
+    send(signal.SIGTERM)
+    assert stop.requested == number.name, "the first signal is the reason"
+
+
+def test_second_interrupt_of_a_person_interrupts(stop: StopRequest, clock: Clock) -> None:
+    send(signal.SIGINT)
+    clock.now += SAME_KEY_PRESS + 0.1
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+
+
+def test_one_key_press_that_torchrun_hands_on_is_one(stop: StopRequest, clock: Clock) -> None:
+    send(signal.SIGINT)
+    clock.now += 0.2
+    send(signal.SIGINT)
+    assert stop.agreed()
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    request = StopRequest(Alone())  # type: ignore[arg-type]
+    assert all(signal.getsignal(number) == request._receive for number in SIGNALS)
+    request.close()
+    request.close()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_only_the_leader_speaks(capfd: pytest.CaptureFixture[str]) -> None:
+    for leader in (False, True):
+        request = StopRequest(Alone(leader=leader))  # type: ignore[arg-type]
+        send(signal.SIGUSR1)
+        request.close()
+        assert ("SIGUSR1: stopping after this step" in capfd.readouterr().err) is leader
+
+
+def test_ranks_leave_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, a signal reaches one of them: all leave together, and no rank waits for a question it has just asked."""
+    ranks = [StopRequest(Alone(world_size=3, leader=False)) for _ in range(3)]  # type: ignore[arg-type]
+    asked: list[torch.Tensor] = []  # in order: three flags per round
+
+    class Work:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def wait(self) -> None:
+            start = self.index // 3 * 3
+            assert len(asked) >= start + 3, "a rank waits before all have asked: a step would cost a round trip"
+            asked[self.index].fill_(max(int(flag) for flag in asked[start : start + 3]))
+
+    def all_reduce(flag: torch.Tensor, **options: Any) -> Work:
+        assert options["async_op"] and options["op"] == torch.distributed.ReduceOp.MAX
+        asked.append(flag)
+        return Work(len(asked) - 1)
+
+    monkeypatch.setattr(signals.dist, "all_reduce", all_reduce)
+    left = []
+    for step in range(4):
+        if step == 2:
+            send(signal.SIGTERM)  # the handler of the rank made last
+        left.append([rank.agreed() for rank in ranks])
+    assert ranks[2].requested == "SIGTERM" and ranks[0].requested is None
+    for rank in reversed(ranks):
+        rank.close()
+    assert left == [[False] * 3] * 3 + [[True] * 3]
