@@ -62,11 +62,14 @@ def _figure(runs: Mapping[str, Lines], kind: str, key: str, label: str) -> Any:
             axes.plot(x, y, color=color, alpha=0.25)
             axes.plot(x, running_mean(y, len(y) // 50), color=color, label=name)
     if kind == "validation":
-        for name, lines in runs.items():
+        for index, (name, lines) in enumerate(runs.items()):
             unigram = next((line["unigram_perplexity"] for line in lines if _number(line.get("unigram_perplexity"))), None)
             if unigram is not None:
-                axes.axhline(unigram, linestyle="--", color="grey", label=f"unigram model{f' ({name})' if len(runs) > 1 else ''}")
+                name_of_line = f"unigram model{f' ({name})' if len(runs) > 1 else ''}"
+                axes.axhline(unigram, linestyle="--", color=f"C{index % 10}", label=name_of_line)
         axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(lambda value, place: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("data tokens")
     axes.set_ylabel(label)

@@ -34,8 +34,6 @@ class Reporter:
         self, recipe: Recipe, layout: Layout, folder: Path, run_state: dict[str, Any], *, first_step: int, flops_per_token: float
     ) -> None:
         self.recipe, self.layout, self.folder, self.first_step = recipe, layout, folder, first_step
-        tokens = first_step * recipe.tokens_per_step
-        self.meter = Meter(layout.device, tokens, flops_per_token, _peak(recipe, layout))
         self.file: MetricsFile | None = None
         if layout.leader:
             folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +41,9 @@ class Reporter:
             self.file = MetricsFile(folder / "metrics.jsonl", first_step)
             self.tracker = Tracker(recipe, folder, run_state)
             self.bar = _bar(recipe, first_step)
-            self.began = time.perf_counter()
+        # Last, so that neither the start of wandb nor a long metrics.jsonl is counted as training.
+        self.began = time.perf_counter()
+        self.meter = Meter(layout.device, first_step * recipe.tokens_per_step, flops_per_token, _peak(recipe, layout))
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """A step was made; see `Meter.add`."""

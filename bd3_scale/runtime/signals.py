@@ -20,8 +20,7 @@ from bd3_scale.parallel.layout import Layout
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_KEY_PRESS = 2.0
-"""Seconds in which a SIGINT counts as the one before: a terminal sends Ctrl-C to torchrun and to the ranks, and torchrun
-then hands it on to the ranks once more."""
+"""Seconds in which a SIGINT counts as the one before: a launcher may hand a Ctrl-C on to ranks that the terminal reached."""
 
 
 class StopRequest:

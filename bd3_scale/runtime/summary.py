@@ -63,4 +63,4 @@ def sample_text(checkpoint: Path, recipe: Recipe, device: str) -> str:
 
     loaded = load_network(checkpoint, device=device)
     result = generate_tokens(loaded, batch=1, length=recipe.tracking.sample_tokens, seed=recipe.run.seed)
-    return loaded.tokenizer.decode(result.tokens[0][1:])
+    return loaded.tokenizer.decode(result.tokens[0][1:].tolist())
