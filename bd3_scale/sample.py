@@ -126,7 +126,7 @@ def _parser() -> _Parser:
     add("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
     add("--device", default="auto", help="auto | cpu | cuda")
     add("--json", action="store_true", help="print one JSON document")
-    add("--output", type=Path, metavar="FILE.jsonl", help="also write one JSON line per text")
+    add("--output", type=Path, metavar="FILE.jsonl", help="also write one JSON line per text, to a new file")
     return parser
 
 
@@ -135,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RecipeError("sampling runs as one process; start it without torchrun")
-        if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
-            raise RecipeError(f"--output {options.output} cannot be written; name a file in a folder that exists")
+        if options.output is not None and (options.output.exists() or not options.output.absolute().parent.is_dir()):
+            raise RecipeError(f"--output {options.output} exists already or lies in no folder; name a new file in a folder that exists")
         _run(options)
     except UserError as error:
         print(f"bd3_scale: error: {error}", file=sys.stderr)
@@ -152,6 +152,16 @@ def _run(options: argparse.Namespace) -> None:
     from bd3_scale.checkpoint.network import load_network
     from bd3_scale.parallel import layout
 
+    choice = {
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "threshold": options.threshold,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "nucleus": options.nucleus,
+        "minimum_entropy": options.minimum_entropy,
+    }
+    SamplingOptions(**choice)  # what is wrong is known before a large network is loaded
     alone = not dist.is_initialized()
     try:
         loaded = load_network(options.checkpoint, weights=options.weights, device=options.device)
@@ -161,15 +171,9 @@ def _run(options: argparse.Namespace) -> None:
             batch=options.batch_size,
             length=options.length,
             seed=options.seed,
-            sampler=options.sampler,
-            steps=options.steps,
-            top_p=options.top_p,
-            nucleus=options.nucleus,
-            temperature=options.temperature,
-            threshold=options.threshold,
-            minimum_entropy=options.minimum_entropy,
             stop_at_end_of_text=not options.ignore_eos,
             use_cache=not options.no_cache,
+            **choice,
         )
     finally:
         if alone:
@@ -223,7 +227,8 @@ def _speed(result: Result) -> float:
 
 def _write(path: Path, texts: list[dict[str, Any]]) -> None:
     try:
-        path.write_text("".join(json.dumps(text) + "\n" for text in texts), "utf-8")
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(text) + "\n" for text in texts)
     except OSError as error:
         raise RecipeError(f"--output {path} cannot be written ({error.strerror}); name another file") from None
 

@@ -126,9 +126,8 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
 def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     # A parallel sum may rise by a rounding error where the probability is 0: such tokens take over the value before them.
     mass = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0).cummax(-1).values
-    total = mass[:, -1:]
-    sought = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, sought, right=True)[:, 0]
+    # At most (1 - 2^-53) * total, which rounds to a number below the total: there is always a token beyond it.
+    return torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)[:, 0]
 
 
 def top_probabilities(logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.diffusion.decoding import SamplingOptions, draw, histogram_entropy, nucleus
+from bd3_scale.diffusion.inputs import network_inputs
 from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, Objective
 from bd3_scale.diffusion.sampler import Result, generate
 from bd3_scale.errors import CheckpointError, RecipeError
@@ -231,6 +232,36 @@ def test_the_cache_changes_no_token_of_other_networks(variant: str) -> None:
         assert cached.nfe == length - 1  # a call per token but the last; the first is its own prefill
 
 
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize(
+    "objective",
+    [blocks_of(4, 16), blocks_of(4, 16, "causal"), blocks_of(1, 16), MaskedDiffusion(WORDS, 16), Autoregressive(WORDS, 16)],
+    ids=["bd3", "bd3 causal", "bd3 of 1", "mdlm", "ar"],
+)
+def test_sampling_sees_what_training_saw(objective: Objective) -> None:
+    """The logits of every call are those of the training forward on the finished text and the block as it was then."""
+    network, calls = transformer(16), []
+    decode = network.decode
+
+    def recorded(tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None, commit: bool = False, last: int = 0) -> Tensor:
+        logits = decode(tokens, positions, cache, mask, commit, last)
+        if last:
+            calls.append((positions[-last:].numpy(), tokens[:, -last:].numpy(), logits.log_softmax(-1)[0]))
+        return logits
+
+    network.decode = recorded  # type: ignore[method-assign]
+    clean = sample(network, objective, [[]], 16).tokens[0][None]
+    assert len(calls) == 15
+    for positions, block, log_p in calls:
+        noisy = clean.copy()
+        noisy[:, positions] = block
+        tokens = np.concatenate([noisy, clean], 1) if objective.pattern.kind == "block_diffusion" else noisy
+        for target in range(WORDS):
+            targets = np.full(len(positions), target)
+            inputs = network_inputs(tokens, positions, targets, np.ones(len(positions)), np.zeros(1, np.int64), objective.pattern, 1)
+            torch.testing.assert_close(network(inputs)[1], -log_p[:, target], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 8])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_cache_forgets_what_nobody_sees(sampler: str, block_size: int) -> None:
@@ -249,6 +280,20 @@ def test_a_prompt_is_read_in_one_call() -> None:
     """16 known tokens of 4 blocks: one call to read them, then 8 tokens in 2 blocks and one call that commits the first."""
     network = Table(scrambled)
     assert sample(network, blocks_of(4, 32), [list(range(10)) + [1] * 5] * 2, 24).nfe == 1 + 4 + 1 + 4
+
+
+def test_confidence_reveals_what_is_above_the_threshold_and_one_at_least() -> None:
+    """A table that is sure at even positions (0.9) and not at odd ones (0.5), in the network's own probabilities."""
+
+    def rule(query: int, positions: Tensor, tokens: Tensor) -> Tensor:
+        top = 0.5 if query % 2 else 0.9
+        return torch.tensor([top, *[(1 - top) / (WORDS - 1)] * (WORDS - 1), 0.0]).log().expand(len(tokens), -1)
+
+    calls = {
+        threshold: sample(Table(rule), blocks_of(8, 8), [[]] * 3, 8, sampler="confidence", threshold=threshold, top_p=0.4).nfe
+        for threshold in (0.4, 0.6, 0.95)
+    }
+    assert calls == {0.4: 1, 0.6: 1 + 4, 0.95: 7}  # all at once; the three even ones, then four odd ones; one by one
 
 
 # -- MASK --------------------------------------------------------------------------------------------------------------
