@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bd3_scale.checkpoint.config import CheckpointConfig
 from bd3_scale.data.config import DataConfig
-from bd3_scale.diffusion.config import ObjectiveConfig
+from bd3_scale.diffusion.config import ObjectiveConfig, TunerConfig, block_sizes
 from bd3_scale.errors import RecipeError
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.parallel.config import ParallelConfig
@@ -31,6 +31,7 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -109,8 +110,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         OmegaConf.resolve(merged)
         recipe = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{key}: " if key else ""
+        full_key = getattr(error, "full_key", None)
+        where = f"{full_key}: " if full_key else ""
         raise RecipeError(f"{where}{_one_line(error)}; see the sections' classes in bd3_scale/*/config.py for all keys") from None
     assert isinstance(recipe, Recipe)
     return recipe
@@ -148,8 +149,10 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     _validate_training(recipe)
     _validate_layout(recipe, world_size, device)
     from bd3_scale.diffusion.objectives import build_objective
+    from bd3_scale.diffusion.tuner import check_tuner
 
     build_objective(recipe.objective, recipe.model.context, mask_id=1)
+    check_tuner(recipe.tuner, recipe.objective)
 
 
 def _need(condition: bool, message: str) -> None:
@@ -252,9 +255,12 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def compare(saved: Recipe, asked: Recipe) -> None:
-    """Refuse to continue a run under a recipe that would make it another run. Raises RecipeError naming the first such key."""
+def compare(saved: Recipe, asked: Recipe, step: int) -> None:
+    """Refuse to continue a run at `step` under a recipe that would make it another run. Raises RecipeError naming the first
+    such key. Block sizes of later steps may change: the past must be as it was."""
     before, now = flatten(saved), flatten(asked)
+    for flat in (before, now):
+        flat["objective.block_size"] = [list(stage) for stage in block_sizes(flat["objective.block_size"]) if stage[0] < max(step, 1)]
     for key, value in now.items():
         if key in FREE_TO_CHANGE or key.split(".")[0] in FREE_TO_CHANGE:
             continue

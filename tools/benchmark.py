@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.objectives import BlockDiffusion, NetworkInputs
-from bd3_scale.model.attention import rotary_table
+from bd3_scale.model.attention import Attention, rotary_table
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
@@ -115,8 +115,9 @@ def benchmark_step(options: argparse.Namespace) -> dict[str, Any]:
 
     def side(loss: Callable[[], Tensor], kernel: str) -> Callable[[], None]:
         def step() -> None:
-            for block in model.blocks:
-                block.attention.kernel = kernel
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.kernel = kernel
             loss().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from bd3_scale.errors import RecipeError
 
-DEFAULT_BLOCK_SIZE = 16
+DEFAULT_BLOCK_SIZE = 4
 """L' of kind bd3 where the recipe sets none."""
 
 
@@ -22,7 +22,7 @@ class ObjectiveConfig:
     kind: str = "bd3"
     """bd3 (block diffusion) | mdlm (masked diffusion: one block, one stream) | ar (the next-token loss)."""
     block_size: Any = None
-    """L', tokens per block; divides model.context. Default 16. For bd3 only. Or its schedule over training: a list of
+    """L', tokens per block; divides model.context. Default 4. For bd3 only. Or its schedule over training: a list of
     [from step, block size], such as [[0, 1024], [850000, 16]]; the first starts at step 0."""
     interval: tuple[float, float] = (1e-3, 1.0)
     """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]. Not for ar."""

@@ -102,6 +102,12 @@ class RowStatistics:
     squares: np.ndarray
     """Sum of squared weights."""
 
+    def first(self, rows: int) -> RowStatistics:
+        """Those of the first `rows` held-out rows only."""
+        kept = self.rows < rows
+        arrays = (getattr(self, name)[kept] for name in ("count", "mean", "m2", "squares"))
+        return RowStatistics(self.rows[kept], self.intervals, *arrays)
+
 
 def row_statistics(
     samples: BlockSamples, row_indices: np.ndarray, intervals: tuple[Interval, ...], resample: bool = False

@@ -79,8 +79,9 @@ def _dense_mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _flex(compiled: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention as flex
+    from torch.nn.attention import flex_attention as module
 
+    flex: Callable[..., Any] = module.flex_attention
     return torch.compile(flex, dynamic=False) if compiled else flex
 
 
@@ -90,7 +91,7 @@ def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device)
     from torch.nn.attention.flex_attention import BlockMask
 
     indices = block_sparse_indices(pattern, query_rows, tile=128)
-    tensors = {name: torch.from_numpy(value)[None, None].to(device) for name, value in indices.items()}
+    tensors: dict[str, Any] = {name: torch.from_numpy(value)[None, None].to(device) for name, value in indices.items()}
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(pattern, query, key)
@@ -112,9 +113,10 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tu
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
 
 
-def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-    # With the merged `out` and `lse` this returns the part of the merged gradient that belongs to these keys.
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+def _attend_backward(saved: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+    """`saved`: gradient of the output, q, k, v, output, log-sum-exp. With the merged output and log-sum-exp of all keys
+    this returns the part of the merged gradient that belongs to these keys."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False, attn_mask=mask)
 
 
 class _Tiles:
@@ -197,16 +199,15 @@ class _TiledAttention(torch.autograd.Function):
         tiles: _Tiles = ctx.tiles
         grad = tiles.queries(grads[0])
         keys, values = tiles.keys(k), tiles.keys(v)
-        near = (t.flatten(0, 2) for t in (grad, queries, keys, values, out, lse))
-        grad_queries, grad_keys, grad_values = _attend_backward(*near, tiles.mask)
+        near = [t.flatten(0, 2) for t in (grad, queries, keys, values, out, lse)]
+        grad_queries, grad_keys, grad_values = _attend_backward(near, tiles.mask)
         grad_queries = grad_queries.reshape(queries.shape)
         grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape))
         grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape))
         clean_k, clean_v, clean_grad_k, clean_grad_v = (tiles.clean(t) for t in (k, v, grad_k, grad_v))
         for j, part, seen in tiles.earlier():
-            far = clean_k[:, :, :seen], clean_v[:, :, :seen]
-            row = (t[:, j, part] for t in (grad, queries))
-            dq, dk, dv = _attend_backward(*row, *far, out[:, j, part], lse[:, j, part], None)
+            row = [t[:, j, part] for t in (grad, queries, out, lse)]
+            dq, dk, dv = _attend_backward([*row[:2], clean_k[:, :, :seen], clean_v[:, :, :seen], *row[2:]], None)
             grad_queries[:, j, part] += dq
             clean_grad_k[:, :, :seen] += dk
             clean_grad_v[:, :, :seen] += dv

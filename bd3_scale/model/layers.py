@@ -135,7 +135,7 @@ class NoiseCondition(nn.Module):
         rate = torch.exp(torch.arange(half, device=sigma.device, dtype=torch.float32) * (-math.log(10000.0) / half))
         angle = sigma.float()[..., None] * rate
         waves = torch.cat([angle.cos(), angle.sin()], -1)
-        return F.silu(self.mlp(waves.to(self.mlp[0].weight.dtype)))
+        return F.silu(self.mlp(waves.to(next(self.mlp.parameters()).dtype)))
 
 
 class KeyedDropout(nn.Module):

@@ -107,6 +107,7 @@ class Transformer(nn.Module):
         condition = self._condition(x)
         keys, values = [], []
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             x, k, v = block.decode(x, rotary, condition, mask, cache.layer(index) if cache is not None else None)
             keys.append(k)
             values.append(v)

@@ -19,7 +19,7 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     model = Transformer(recipe.model, vocabulary, mask_id, Linears(parallel.tensor))
     initialise(model, recipe.model, recipe.run.seed, layout.tensor_rank, layout.tensor)
     apply_outside(model.blocks, recompute=training.recompute, compile=training.compile)
-    settings = OptimizerSettings(tuple(training.betas), training.epsilon, training.weight_decay, training.clip)
+    settings = OptimizerSettings((training.betas[0], training.betas[1]), training.epsilon, training.weight_decay, training.clip)
     return ZeroEngine(
         model.to(layout.device),
         layout,

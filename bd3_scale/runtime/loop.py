@@ -1,4 +1,4 @@
-"""The training run: fetch, forward-backward, step, EMA, log, validate, save, stop - and nothing else.
+"""The training run: fetch, forward-backward, step, EMA, log, validate, tune, save, stop - and nothing else.
 
 All state that a resume needs is (weights, moments, EMA, step, samples consumed, a small dictionary): none of it depends
 on the number of ranks. Everything random is keyed by (seed, step, place in the global batch). Nothing waits for the
@@ -25,7 +25,8 @@ from bd3_scale.data.loader import Loader
 from bd3_scale.data.open import Data
 from bd3_scale.data.order import GlobalOrder
 from bd3_scale.data.unigram import unigram_perplexity
-from bd3_scale.diffusion.objectives import build_objective
+from bd3_scale.diffusion import tuner
+from bd3_scale.diffusion.objectives import Objective, objective_at
 from bd3_scale.errors import TrainingError
 from bd3_scale.parallel.build import build_engine
 from bd3_scale.parallel.layout import Layout
@@ -45,9 +46,7 @@ class Trainer:
         self.folder = Path(recipe.run.dir)
         self.step, self.samples = 0, 0
         self.total_steps = recipe.total_steps
-        pad_to = 256 if layout.device.type == "cuda" else 1  # CUDA wants shapes that repeat
-        self.objective = build_objective(recipe.objective, recipe.model.context, data.tokenizer.mask_id, pad_to)
-        self.tokens_per_step = recipe.training.global_batch * self.objective.scored_tokens_per_row
+        self.pad_to = 256 if layout.device.type == "cuda" else 1  # CUDA wants shapes that repeat
         self.saved = checkpoint = resume.find(recipe, self.folder, data, layout)
         self.engine = build_engine(recipe, layout, data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id)
         decay = recipe.training.ema
@@ -57,6 +56,7 @@ class Trainer:
             checkpoint.load_into(self._fragments(), layout)
             self.engine.resume(checkpoint.step)
             self.step, self.samples, self.run_state = checkpoint.step, checkpoint.samples_consumed, checkpoint.run
+        self.tuning = tuner.TunerState.from_dict(self.run_state["tuner"])
         self.loader = Loader(
             data.train,
             GlobalOrder(data.train.shard_rows, recipe.run.seed, recipe.data.window),
@@ -68,15 +68,13 @@ class Trainer:
         )
         self.validator = Validator(
             data.validation,
-            self.objective,
             layout,
             rows=recipe.validation.rows,
             micro_batch=recipe.parallel.micro_batch,
             seed=recipe.run.seed,
         )
         self.stop = StopRequest(layout)
-        flops = flops_per_token(recipe, self.objective.pattern, data.tokenizer.model_vocabulary_size)
-        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=flops)
+        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
         self.validated: Validation | None = None
 
@@ -88,7 +86,7 @@ class Trainer:
             self.report.add(loss, norm)
             if self.due(recipe.tracking.every):
                 self.log()
-            if self.due(recipe.validation.every):
+            if self.due(recipe.validation.every) or tuner.due(recipe.tuner, self.step):
                 self.validate()
             if self.due(recipe.checkpoint.every):
                 self.save()
@@ -102,14 +100,22 @@ class Trainer:
         """Every so many steps (0: never), and after the last one."""
         return self.step == self.total_steps or (every > 0 and self.step % every == 0)
 
+    @property
+    def objective(self) -> Objective:
+        """The objective of the next update: the block size of its stage, on the tuned interval."""
+        recipe, mask_id = self.recipe, self.data.tokenizer.mask_id
+        block_size = objective_at(recipe.objective, recipe.model.context, mask_id, self.step, pad_to=self.pad_to).block_size
+        self.tuning = self.tuning.at(block_size, recipe.objective.interval)
+        return objective_at(recipe.objective, recipe.model.context, mask_id, self.step, self.tuning.interval, self.pad_to)
+
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
-        recipe, seed = self.recipe, self.recipe.run.seed
+        recipe, seed, objective = self.recipe, self.recipe.run.seed, self.objective
         inputs = [
-            self.objective.training_inputs(batch.rows, batch.slots, self.step, seed, recipe.training.global_batch)
+            objective.training_inputs(batch.rows, batch.slots, self.step, seed, recipe.training.global_batch)
             for batch in self.loader.micro_batches(self.samples)
         ]
-        loss = self.engine.forward_backward(inputs, self.tokens_per_step)
+        loss = self.engine.forward_backward(inputs, recipe.training.global_batch * objective.scored_tokens_per_row)
         norm = self.engine.step(learning_rate(recipe.training, self.step, self.total_steps))
         self.step += 1
         self.samples += recipe.training.global_batch
@@ -119,10 +125,11 @@ class Trainer:
 
     def log(self) -> None:
         """Write a training line; a loss that is not a number ends the run."""
+        self.report.meter.flops_per_token = self.flops_per_token()  # block size and interval change during a run
         line = self.report.train(
             step=self.step,
             learning_rate=learning_rate(self.recipe.training, self.step - 1, self.total_steps),
-            interval=self.run_state["interval"],
+            interval=list(self.tuning.interval),
             reduce=self.layout.sum_over_data,
         )
         if not math.isfinite(line["loss"]):
@@ -131,12 +138,30 @@ class Trainer:
             )
 
     def validate(self) -> None:
-        """NELBO on the held-out rows, with the averaged weights where there are any."""
-        start = time.perf_counter()
+        """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
+        start, config = time.perf_counter(), self.recipe.tuner
+        statistics = None
         with self.ema.swapped() if self.ema is not None else nullcontext():
-            self.validated = self.validator(self.engine.evaluate)
+            if tuner.due(config, self.step):
+                resample = self.recipe.objective.resample
+                self.validated, statistics = self.validator.and_tune(
+                    self.objective, self.engine.evaluate, resample=resample, rows=config.rows
+                )
+            else:
+                self.validated = self.validator(self.objective, self.engine.evaluate)
         seconds = time.perf_counter() - start
         self.report.validation(step=self.step, result=self.validated, seconds=seconds, unigram_perplexity=self.unigram)
+        if statistics is not None:
+            self.tune(statistics)
+
+    def tune(self, statistics: tuner.IntervalStatistics) -> None:
+        """Choose the interval on the leader, tell everybody, and make sure that everybody heard the same."""
+        intervals, variances = statistics.intervals, statistics.variances
+        choice = tuner.choose(intervals, variances, statistics.blocks, self.tuning.interval, self.recipe.tuner.margin)
+        choice = self.layout.broadcast(choice)
+        tuner.agreed(self.layout.all_gather(choice.interval))
+        self.tuning = self.tuning.after(self.step, choice)
+        self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
 
     def save(self) -> None:
         """A checkpoint of this step; every rank writes its share."""
@@ -145,13 +170,16 @@ class Trainer:
             self.step,
             share(self._fragments(), *self.engine.replicas),
             samples_consumed=self.samples,
-            run=self.run_state,
+            run={**self.run_state, "tuner": self.tuning.to_dict()},
             recipe=recipes.to_yaml(self.recipe),
             communicator=self.layout,
         )
         self.saved = Checkpoint(path)
         if self.layout.leader:
             store.retain(self.folder / "checkpoints", self.recipe.checkpoint.keep)
+
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.recipe, self.objective.pattern, self.data.tokenizer.model_vocabulary_size, self.tuning.interval)
 
     def close(self) -> None:
         """End threads and files; the signals are the caller's again."""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bd3_scale.config import Recipe, resolve_precision, to_yaml
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.schedule import schedule_named
+from bd3_scale.diffusion.tuner import Choice
 from bd3_scale.model.flops import peak_flops, training_flops_per_token
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.runtime.metrics import Meter, MetricsFile, read_metrics
@@ -77,6 +78,24 @@ class Reporter:
             line["unigram_perplexity"] = unigram_perplexity
         self._write(line)
         self.say(f"step {step}: validation NELBO {result.nelbo:.4f} +- {result.standard_error:.4f}, perplexity {result.perplexity:.2f}")
+        self.plot()
+
+    def tuner(self, *, step: int, choice: Choice, intervals: Sequence[tuple[float, float]], variances: np.ndarray) -> None:
+        """Write a tuner line: what was chosen and the variance of every candidate."""
+        if self.file is None:
+            return
+        all_variances = [{"interval": list(interval), "variance": float(v)} for interval, v in zip(intervals, variances, strict=True)]
+        line = {
+            "kind": "tuner",
+            "step": step,
+            "interval": list(choice.interval),
+            "variance": choice.variance,
+            "changed": choice.changed,
+            "variances": all_variances,
+        }
+        self._write(line)
+        verb = "changes to" if choice.changed else "stays"
+        self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
         self.plot()
 
     def skip(self, seconds: float) -> None:

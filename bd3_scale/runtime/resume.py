@@ -15,6 +15,8 @@ from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.store import find_latest
 from bd3_scale.config import Recipe
 from bd3_scale.data.open import Data
+from bd3_scale.diffusion.config import block_sizes
+from bd3_scale.diffusion.tuner import TunerState
 from bd3_scale.errors import CheckpointError, RecipeError, UserError
 from bd3_scale.parallel.layout import Layout
 
@@ -35,15 +37,16 @@ def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Checkpoint
         return None
     checkpoint = Checkpoint(name)
     checkpoint.verify_files(communicator=layout)
-    recipes.compare(saved_recipe(checkpoint), recipe)
+    recipes.compare(saved_recipe(checkpoint), recipe, checkpoint.step)
     _check_data(checkpoint.run, data)
     return checkpoint
 
 
 def new_run_state(recipe: Recipe, data: Data) -> dict[str, Any]:
     """The free-form part of a checkpoint: what training decided, and what it was trained on."""
+    beta, omega = recipe.objective.interval
     return {
-        "interval": list(recipe.objective.interval),
+        "tuner": TunerState(block_sizes(recipe.objective.block_size)[0][1], (beta, omega)).to_dict(),
         "tokenizer": {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint},
         "data": {"fingerprint": data.fingerprint},
         "wandb": None,

@@ -1,11 +1,12 @@
 """NELBO on the held-out rows with fixed noise and the averaged weights, with its standard error.
 
 Invariants: t ~ U[1e-3, 1] and weight 1/t whatever training does (exact where L' = 1); the same rows and the same noise
-every time, on every layout; each row counts once however the ranks share them.
+every time, on every layout; each row counts once however the ranks share them. The same pass feeds the interval tuner.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from bd3_scale.data.loader import validation_rows
 from bd3_scale.data.shards import ShardReader
+from bd3_scale.diffusion.inputs import NetworkInputs, row_nelbo
 from bd3_scale.diffusion.likelihood import Moments, mean_and_standard_error, perplexity
-from bd3_scale.diffusion.objectives import NetworkInputs, Objective, row_nelbo
+from bd3_scale.diffusion.objectives import Objective
+from bd3_scale.diffusion.tuner import IntervalStatistics, candidates, interval_statistics, no_rows, row_statistics
 from bd3_scale.errors import RecipeError
 from bd3_scale.parallel.layout import Layout
 
@@ -33,31 +36,59 @@ class Validation:
 class Validator:
     """Holds this replica's share of the held-out rows. Every replica makes the same number of forwards, as ZeRO-3 needs."""
 
-    def __init__(self, reader: ShardReader, objective: Objective, layout: Layout, *, rows: int, micro_batch: int, seed: int) -> None:
-        self.objective, self.layout, self.micro_batch, self.seed = objective, layout, micro_batch, seed
-        self.indices, self.rows = validation_rows(reader, rows, layout.data_rank, layout.data)
+    def __init__(self, reader: ShardReader, layout: Layout, *, rows: int, micro_batch: int, seed: int) -> None:
+        self.layout, self.micro_batch, self.seed = layout, micro_batch, seed
         self.total = min(rows, len(reader))
         if self.total < layout.data:
             raise RecipeError(
                 f"validation.rows gives {self.total} held-out rows for {layout.data} data-parallel ranks, but each needs one; "
                 f"set validation.rows={layout.data} or more, or prepare a larger held-out set"
             )
-        largest_share = -(-self.total // layout.data)
-        self.forwards = -(-largest_share // micro_batch)
+        self.indices, self.rows = validation_rows(reader, rows, layout.data_rank, layout.data)
+        largest_share = math.ceil(self.total / layout.data)
+        self.forwards = math.ceil(largest_share / micro_batch)
 
-    def __call__(self, evaluate: Callable[[NetworkInputs], Tensor]) -> Validation:
+    def __call__(self, objective: Objective, evaluate: Callable[[NetworkInputs], Tensor]) -> Validation:
         """`evaluate`: NetworkInputs -> nll of its selected positions."""
+        return self._pass(objective, evaluate, lambda inputs, nll, indices: None)
+
+    def and_tune(
+        self, objective: Objective, evaluate: Callable[[NetworkInputs], Tensor], *, resample: bool, rows: int | None
+    ) -> tuple[Validation, IntervalStatistics]:
+        """The same pass, and the variance of every candidate interval from the first `rows` held-out rows; collective."""
+        intervals = candidates(objective.block_size)
+        parts = [no_rows(intervals)]
+
+        def collect(inputs: NetworkInputs, nll: Tensor, indices: np.ndarray) -> None:
+            part = row_statistics(objective.block_samples(inputs, nll, indices, self.seed), indices, intervals, resample)
+            parts.append(part.first(self.total if rows is None else rows))
+
+        validation = self._pass(objective, evaluate, collect)
+        mine = parts if self._speaks else parts[:1]
+        return validation, interval_statistics([part for share in self.layout.all_gather(mine) for part in share])
+
+    def _pass(
+        self,
+        objective: Objective,
+        evaluate: Callable[[NetworkInputs], Tensor],
+        collect: Callable[[NetworkInputs, Tensor, np.ndarray], None],
+    ) -> Validation:
         moments = Moments()
         for part in range(self.forwards):
             here = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             indices, rows = self.indices[here], self.rows[here]
             if len(indices) == 0:
                 # A share that is one row short joins the last forward with a row that is not counted.
-                evaluate(self.objective.validation_inputs(self.rows[:1], self.indices[:1], self.seed))
+                evaluate(objective.validation_inputs(self.rows[:1], self.indices[:1], self.seed))
                 continue
-            inputs = self.objective.validation_inputs(rows, indices, self.seed)
-            moments = moments + Moments.of(np.asarray(row_nelbo(inputs, evaluate(inputs))))
-        # Tensor and pipeline peers hold the same rows: one of them speaks for the replica.
-        speaks = self.layout.tensor_rank == 0 and self.layout.pipeline_rank == 0
-        mean, error = mean_and_standard_error(self.layout.all_gather(moments if speaks else Moments()))
+            inputs = objective.validation_inputs(rows, indices, self.seed)
+            nll = evaluate(inputs)
+            moments = moments + Moments.of(row_nelbo(inputs, nll))
+            collect(inputs, nll, indices)
+        mean, error = mean_and_standard_error(self.layout.all_gather(moments if self._speaks else Moments()))
         return Validation(mean, error, perplexity(mean), self.total)
+
+    @property
+    def _speaks(self) -> bool:
+        """Tensor and pipeline peers hold the same rows: one of them speaks for the replica."""
+        return self.layout.tensor_rank == 0 and self.layout.pipeline_rank == 0

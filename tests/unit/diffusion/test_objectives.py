@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from bd3_scale.diffusion import noise
-from bd3_scale.diffusion.config import ObjectiveConfig
+from bd3_scale.diffusion.config import DEFAULT_BLOCK_SIZE, ObjectiveConfig
 from bd3_scale.diffusion.inputs import NetworkInputs, block_losses, counted_tokens, row_nelbo
 from bd3_scale.diffusion.likelihood import exact_block_nelbo
 from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, build_objective, objective_at
@@ -286,7 +286,7 @@ def test_block_sizes_over_training() -> None:
     tuned = objective_at(config, 16, 5, 120, interval=(0.45, 0.95), pad_to=8)
     assert tuned == BlockDiffusion(5, 16, 4, (0.45, 0.95), pad_to=8)
     assert objective_at(config, 16, 5, 130, interval=(0.45, 0.95), pad_to=8) is tuned
-    assert build_objective(ObjectiveConfig(), 32, 5).block_size == 16
+    assert build_objective(ObjectiveConfig(), 32, 5).block_size == DEFAULT_BLOCK_SIZE
     assert objective_at(ObjectiveConfig(kind="mdlm"), 32, 5, 7, interval=(0.3, 0.8)) == MaskedDiffusion(5, 32, (0.3, 0.8))
     assert objective_at(ObjectiveConfig(kind="ar"), 32, 5, 7, interval=(1e-3, 1.0)) == Autoregressive(5, 32)
     for value, message in (
@@ -331,7 +331,7 @@ def test_block_sizes_through_yaml_and_the_command_line(text: str) -> None:
     again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ObjectiveConfig), OmegaConf.create(OmegaConf.to_yaml(merged))))
     assert again == config
     sizes = [objective_at(config, 16, 5, step).block_size for step in (0, 100)]
-    assert sizes == {"block_size=8": [8, 8], "kind=ar": [1, 1], "block_size=null": [16, 16]}.get(text, [16, 4])
+    assert sizes == {"block_size=8": [8, 8], "kind=ar": [1, 1], "block_size=null": [DEFAULT_BLOCK_SIZE] * 2}.get(text, [16, 4])
 
 
 def test_data_that_holds_mask_is_refused() -> None:
