@@ -16,7 +16,7 @@ SMOOTH_FROM = 200
 
 
 def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
-    """Write loss.png, perplexity.png and throughput.png of the named runs into `folder`; what has no data is left out.
+    """Write loss.png, perplexity.png, throughput.png and tuner.png of the named runs into `folder`; what has no data is left out.
 
     Returns the files written.
     """
@@ -25,6 +25,7 @@ def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
         "loss.png": _figure(runs, "train", "loss", "train loss (nats per data token)"),
         "perplexity.png": _figure(runs, "validation", "perplexity", "validation perplexity"),
         "throughput.png": _figure(runs, "train", "tokens_per_second", "data tokens per second"),
+        "tuner.png": _tuner_figure(runs),
     }
     written = []
     for name, figure in pictures.items():
@@ -89,3 +90,31 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _tuner_figure(runs: Mapping[str, Lines]) -> Any:
+    """Of each run: the variance of every candidate interval over (beta, omega) at its last tuning, and the path of the choice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    tuned = {name: [line for line in lines if line.get("kind") == "tuner"] for name, lines in runs.items()}
+    tuned = {name: lines for name, lines in tuned.items() if lines}
+    if not tuned:
+        return None
+    figure = Figure(figsize=(6 * len(tuned), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, lines) in zip(figure.subplots(1, len(tuned), squeeze=False)[0], tuned.items(), strict=True):
+        points = [(*item["interval"], item["variance"]) for item in lines[-1]["variances"] if _number(item["variance"])]
+        if points:
+            beta, omega, variance = zip(*points, strict=True)
+            positive = min(variance) > 0
+            image = axes.scatter(beta, omega, c=variance, s=260, marker="s", cmap="viridis_r", norm=LogNorm() if positive else None)
+            figure.colorbar(image, ax=axes, label="variance of a block's loss")
+        chosen = [line["interval"] for line in lines]
+        axes.plot([x for x, _ in chosen], [y for _, y in chosen], color="crimson", marker="o", markersize=5, label="chosen")
+        axes.set_xlabel("beta")
+        axes.set_ylabel("omega")
+        axes.set_title(f"{name}, step {lines[-1]['step']}")
+        axes.legend(loc="lower right")
+    return figure
