@@ -2,10 +2,12 @@
 
     python tools/benchmark.py step --layers 12 --hidden 768 --heads 12 --context 1024 --block-size 16
     python tools/benchmark.py sampling runs/quickstart
+    python tools/benchmark.py tuner runs/quickstart
 
 `step`: the training step of block diffusion against (a) its naive form (dense 2L x 2L mask, every layer on both halves,
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, and the peak of
 memory above weights, gradients and optimizer. `sampling`: decoding with the cache against without, same seed, same tokens.
+`tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
 Each writes benchmarks/DATE-NAME.{json,md} with commit, machine, command and numbers.
 """
 
@@ -16,7 +18,7 @@ import datetime
 import json
 import os
 import platform
-import statistics
+import statistics as statistics_module
 import subprocess
 import sys
 import time
@@ -30,8 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_scale.diffusion.inputs import NetworkInputs, block_losses
 from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import BlockDiffusion, NetworkInputs
+from bd3_scale.diffusion.noise import validation_times
+from bd3_scale.diffusion.objectives import BlockDiffusion, MaskedDiffusion
+from bd3_scale.diffusion.tuner import IntervalStatistics
 from bd3_scale.model.attention import Attention, rotary_table
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import initialise
@@ -134,19 +139,98 @@ def benchmark_step(options: argparse.Namespace) -> dict[str, Any]:
     ratio = {name: paired_ratio(seconds["block diffusion"], seconds[name]) for name in ("naive", "autoregressive")}
     return {
         "masked_positions": len(inputs.selected),
-        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
         "seconds": seconds,
         "peak_bytes_above_state": peaks,
         "naive_over_block_diffusion_time": 1 / ratio["naive"],
         "block_diffusion_over_naive_peak": peaks["block diffusion"] / peaks["naive"],
         "block_diffusion_over_autoregressive_time": ratio["autoregressive"],
-        "data_tokens_per_second": rows.size / statistics.median(seconds["block diffusion"]),
+        "data_tokens_per_second": rows.size / statistics_module.median(seconds["block diffusion"]),
     }
+
+
+def benchmark_tuner(options: argparse.Namespace) -> dict[str, Any]:
+    """A validation that tunes against one that does not, and the one-pass variances against direct passes per interval."""
+    from bd3_scale.checkpoint.network import load_network
+    from bd3_scale.data.open import open_data
+    from bd3_scale.runtime.validation import Validator
+
+    loaded = load_network(options.checkpoint, device=options.device)
+    recipe, objective, device = loaded.recipe, loaded.objective, loaded.device
+    assert isinstance(objective, (BlockDiffusion, MaskedDiffusion)), "only diffusion objectives have an interval"
+    here = layout.current(recipe.parallel, device)
+    data = open_data(recipe.data, recipe.model.context, leader=True, barrier=here.barrier)
+    validator = Validator(data.validation, here, rows=options.rows, micro_batch=options.micro_batch, seed=recipe.run.seed)
+
+    @torch.no_grad()
+    def evaluate(inputs: NetworkInputs) -> Tensor:
+        return loaded.network(inputs.to(device))[1]
+
+    def tune() -> IntervalStatistics:
+        return validator.and_tune(objective, evaluate, resample=False, rows=None)[1]
+
+    seconds = alternate({"plain": lambda: void(validator(objective, evaluate)), "tuning": lambda: void(tune())}, options.rounds, device)
+    statistics = tune()
+    rows = data.validation.rows(np.arange(validator.total))
+    own = all_block_losses(objective, evaluate, rows, options.micro_batch, recipe.run.seed, None)
+    agreement = []
+    for k, interval in enumerate(statistics.intervals):
+        direct = all_block_losses(objective, evaluate, rows, options.micro_batch, recipe.run.seed + 1, interval)
+        variance, error = variance_and_error(direct[0])
+        times, losses = own[1], own[0]
+        inside = (times >= interval[0]) & (times < interval[1])
+        one_pass, one_pass_error = variance_and_error(np.where(inside, losses, np.nan))
+        assert np.isclose(one_pass, statistics.variances[k], rtol=1e-9), "two computations of one statistic differ"
+        agreement.append((interval, one_pass, variance, abs(one_pass - variance) / np.hypot(error, one_pass_error)))
+        print(f"{interval}: one pass {one_pass:.3f}, direct {variance:.3f}, {agreement[-1][3]:.1f} standard errors", file=sys.stderr)
+    return {
+        "rows": validator.total,
+        "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
+        "tuning_over_plain_time": paired_ratio(seconds["tuning"], seconds["plain"]),
+        "candidates": len(agreement),
+        "within_three_standard_errors": sum(item[3] <= 3 for item in agreement),
+        "variances": [
+            {"interval": list(interval), "one_pass": a, "direct": b, "standard_errors_apart": c} for interval, a, b, c in agreement
+        ],
+    }
+
+
+def all_block_losses(
+    objective: BlockDiffusion | MaskedDiffusion,
+    evaluate: Callable[[NetworkInputs], Tensor],
+    rows: np.ndarray,
+    micro_batch: int,
+    seed: int,
+    interval: tuple[float, float] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(block losses, t of the blocks), float64 [rows, B], of a direct pass on `interval`, or of the validation's own noise."""
+    losses = []
+    for start in range(0, len(rows), micro_batch):
+        part, indices = rows[start : start + micro_batch], np.arange(start, min(start + micro_batch, len(rows)))
+        if interval is None:
+            inputs = objective.validation_inputs(part, indices, seed)
+        else:
+            inputs = objective.evaluation_inputs(part, indices, seed, interval)
+        losses.append(block_losses(inputs, evaluate(inputs)))
+    return np.concatenate(losses), validation_times(seed, np.arange(len(rows)), objective.blocks)
+
+
+def variance_and_error(losses: np.ndarray) -> tuple[float, float]:
+    """Sample variance of all numbers of `losses` [rows, blocks] (nan: none) and its standard error with rows as the unit."""
+    count = np.isfinite(losses).sum()
+    mean = np.nansum(losses) / count
+    variance = np.nansum(np.square(losses - mean)) / (count - 1)
+    influence = np.nansum(np.where(np.isfinite(losses), np.square(losses - mean) - variance, 0.0), axis=1)
+    return float(variance), float(np.sqrt(np.square(influence).sum()) / count)
+
+
+def void(value: object) -> None:
+    """For sides whose result is of no interest."""
 
 
 def paired_ratio(ours: list[float], other: list[float]) -> float:
     """Median over rounds of ours / other: both sides of a round met the same machine."""
-    return statistics.median(a / b for a, b in zip(ours, other, strict=True))
+    return statistics_module.median(a / b for a, b in zip(ours, other, strict=True))
 
 
 def benchmark_sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +251,7 @@ def benchmark_sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "same_tokens": same,
         "nfe": results["cached"].nfe,
-        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
         "uncached_over_cached_time": 1 / paired_ratio(seconds["cached"], seconds["uncached"]),
     }
 
@@ -215,8 +299,12 @@ def main(arguments: list[str] | None = None) -> int:
     sampling.add_argument("checkpoint", type=Path)
     sampling.add_argument("--batch-size", type=int, default=4)
     sampling.add_argument("--length", type=int, default=256)
+    tuning = commands.add_parser("tuner", help="a validation that tunes against one that does not; one pass against 36")
+    tuning.add_argument("checkpoint", type=Path)
+    tuning.add_argument("--rows", type=int, default=512)
+    tuning.add_argument("--micro-batch", type=int, default=16)
     options = parser.parse_args(arguments)
-    result = (benchmark_step if options.name == "step" else benchmark_sampling)(options)
+    result = {"step": benchmark_step, "sampling": benchmark_sampling, "tuner": benchmark_tuner}[options.name](options)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {
         "date": datetime.date.today().isoformat(),

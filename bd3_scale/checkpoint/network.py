@@ -20,6 +20,7 @@ from bd3_scale.checkpoint.store import locate
 from bd3_scale.config import Recipe
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.diffusion.objectives import Objective, objective_at
+from bd3_scale.diffusion.tuner import TunerState
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.model.transformer import Transformer
 
@@ -54,7 +55,6 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     if weights not in WEIGHTS:
         raise RecipeError(f"weights is {weights!r}; set one of {', '.join(WEIGHTS)}")
     checkpoint = Checkpoint(locate(path))
-    checkpoint.verify_files()
     recipe = read_recipe(checkpoint)
     kind = ("ema" if "ema" in checkpoint.kinds else "weight") if weights == "auto" else weights
     if kind not in checkpoint.kinds:
@@ -62,7 +62,7 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     tokenizer = _tokenizer(checkpoint, recipe)
     # `step` counts updates done: the last of them was update step - 1.
     objective = objective_at(
-        recipe.objective, recipe.model.context, tokenizer.mask_id, max(0, checkpoint.step - 1), checkpoint.run.get("interval")
+        recipe.objective, recipe.model.context, tokenizer.mask_id, max(0, checkpoint.step - 1), _interval(checkpoint)
     )
     _join_world(recipe, place)
     network = Transformer(recipe.model, tokenizer.model_vocabulary_size, tokenizer.mask_id)
@@ -103,6 +103,12 @@ def _tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> Tokenizer:
             f"{recipe.data.tokenizer} is here ({tokenizer.fingerprint[:12]}); put the file it was trained with in that place"
         )
     return tokenizer
+
+
+def _interval(checkpoint: Checkpoint) -> tuple[float, float] | None:
+    """The tuned interval, None where the checkpoint says nothing of it."""
+    saved = checkpoint.run.get("tuner")
+    return TunerState.from_dict(saved).interval if saved is not None else None
 
 
 def _join_world(recipe: Recipe, place: torch.device) -> None:

@@ -82,10 +82,15 @@ def start(config: ParallelConfig, device: str) -> Layout:
         else:
             dist.init_process_group(backend, timeout=timeout)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline)
+    return current(config, place)
+
+
+def current(config: ParallelConfig, device: torch.device) -> Layout:
+    """Where this rank stands in the world that has been joined."""
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        device=place,
+        device=device,
         tensor=config.tensor,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=config.pipeline,

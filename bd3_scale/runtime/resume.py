@@ -6,11 +6,11 @@ continued run has the recipe of the run it continues in everything that defines 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from bd3_scale import config as recipes
+from bd3_scale.checkpoint.network import read_recipe
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.store import find_latest
 from bd3_scale.config import Recipe
@@ -37,7 +37,7 @@ def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Checkpoint
         return None
     checkpoint = Checkpoint(name)
     checkpoint.verify_files(communicator=layout)
-    recipes.compare(saved_recipe(checkpoint), recipe, checkpoint.step)
+    recipes.compare(read_recipe(checkpoint), recipe, checkpoint.step)
     _check_data(checkpoint.run, data)
     return checkpoint
 
@@ -51,17 +51,6 @@ def new_run_state(recipe: Recipe, data: Data) -> dict[str, Any]:
         "data": {"fingerprint": data.fingerprint},
         "wandb": None,
     }
-
-
-def saved_recipe(checkpoint: Checkpoint) -> Recipe:
-    """The recipe a checkpoint was written under. Raises CheckpointError where this version cannot read it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(checkpoint.recipe)
-        file.flush()
-        try:
-            return recipes.load(file.name)
-        except RecipeError as error:
-            raise CheckpointError(f"checkpoint {checkpoint.path}: its recipe.yaml cannot be read by this version: {error}") from None
 
 
 def _decide(recipe: Recipe, folder: Path) -> Path | None:

@@ -27,7 +27,15 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
 
     stages = "objective.block_size=[[0,32],[10,8],[15,1]]"
     go(1, {"tuned-1": TUNED, "ar-1": KINDS["ar"], "mdlm-1": KINDS["mdlm"], "stages-1": [stages]})
-    go(2, {"tuned-2": [*TUNED, "training.steps=12"], "ar-2": KINDS["ar"], "mdlm-2": [*KINDS["mdlm"], "parallel.zero=3"], "stages-2": [stages]})
+    go(
+        2,
+        {
+            "tuned-2": [*TUNED, "training.steps=12"],
+            "ar-2": KINDS["ar"],
+            "mdlm-2": [*KINDS["mdlm"], "parallel.zero=3"],
+            "stages-2": [stages],
+        },
+    )
     shutil.copytree(folder / "tuned-2", folder / "tuned-2-then-4")
     go(4, {"tuned-4": [*TUNED, "parallel.zero=3"], "tuned-2-then-4": [*TUNED, "parallel.zero=2"]})
     return results
@@ -79,7 +87,9 @@ def test_ranks_that_disagree_on_the_interval_abort(recipe: Path, tmp_path: Path)
     arguments = [str(script), str(recipe), f"run.dir={tmp_path / 'run'}", *TUNED]
     finished = launch(2, arguments, tmp_path / "log", timeout=120)
     assert finished.status != 0
-    assert any("bd3_scale: error:" in line and "different intervals" in line for line in finished.output.splitlines()), finished.output[-3000:]
+    assert any("bd3_scale: error:" in line and "different intervals" in line for line in finished.output.splitlines()), finished.output[
+        -3000:
+    ]
 
 
 def test_sampling_from_an_ar_and_an_mdlm_run(runs: dict[str, list[dict]], recipe: Path, tmp_path: Path) -> None:
