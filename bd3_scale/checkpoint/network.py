@@ -61,9 +61,7 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
         raise CheckpointError(f"checkpoint {checkpoint.path} has no {kind}, only {', '.join(checkpoint.kinds)}; set weights to auto")
     tokenizer = _tokenizer(checkpoint, recipe)
     # `step` counts updates done: the last of them was update step - 1.
-    objective = objective_at(
-        recipe.objective, recipe.model.context, tokenizer.mask_id, max(0, checkpoint.step - 1), _interval(checkpoint)
-    )
+    objective = objective_at(recipe.objective, recipe.model.context, tokenizer.mask_id, max(0, checkpoint.step - 1), _interval(checkpoint))
     _join_world(recipe, place)
     network = Transformer(recipe.model, tokenizer.model_vocabulary_size, tokenizer.mask_id)
     checkpoint.load_into(

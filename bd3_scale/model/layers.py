@@ -54,9 +54,7 @@ class Linears:
         return linear
 
     def row(self, inputs: int, outputs: int, bias: bool = False) -> RowLinear:
-        linear = RowLinear(
-            inputs, outputs, config=self.config, init_method=_unused, bias=bias, input_is_parallel=True, skip_bias_add=False
-        )
+        linear = RowLinear(inputs, outputs, config=self.config, init_method=_unused, bias=bias, input_is_parallel=True, skip_bias_add=False)
         set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
         return linear
 

@@ -74,8 +74,8 @@ class Trainer:
             seed=recipe.run.seed,
         )
         self.stop = StopRequest(layout)
-        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
+        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
         self.validated: Validation | None = None
 
     def run(self) -> Path:
@@ -165,6 +165,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step; every rank writes its share."""
+        start = time.perf_counter()
         path = store.save(
             self.folder / "checkpoints",
             self.step,
@@ -177,6 +178,7 @@ class Trainer:
         self.saved = Checkpoint(path)
         if self.layout.leader:
             store.retain(self.folder / "checkpoints", self.recipe.checkpoint.keep)
+        self.report.skip(time.perf_counter() - start)
 
     def flops_per_token(self) -> float:
         return flops_per_token(self.recipe, self.objective.pattern, self.data.tokenizer.model_vocabulary_size, self.tuning.interval)

@@ -145,5 +145,3 @@ def test_wrong_world_size_ends_before_any_process_group(recipe: Path, tmp_path: 
     finished = launch(2, ["-m", "bd3_scale.train", str(recipe), "training.global_batch=9"], tmp_path / "log", timeout=120)
     assert finished.status != 0
     assert sum("bd3_scale: error: training.global_batch = 9" in line for line in finished.output.splitlines()) == 1
-
-
