@@ -20,6 +20,7 @@ from bd3_scale.config import Recipe
 from bd3_scale.data.config import DataConfig
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.diffusion.config import ObjectiveConfig
+from bd3_scale.diffusion.tuner import TunerState
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import initialise
@@ -48,7 +49,8 @@ def save_run(folder: Path, step: int = 100, *, ema: bool = True, fingerprint: st
     fragments = [Fragment("weight", name, shapes[name], value) for name, value in weights.items()]
     if ema:
         fragments += [Fragment("ema", name, shapes[name], EMA_SCALE * value) for name, value in weights.items()]
-    run = {"interval": [0.3, 0.8], "tokenizer": {"name": "bytes", "fingerprint": fingerprint}}
+    tuned = TunerState(block_size=4, interval=(0.3, 0.8)).to_dict()
+    run = {"tuner": tuned, "tokenizer": {"name": "bytes", "fingerprint": fingerprint}}
     store.save(folder / "checkpoints", step, fragments, samples_consumed=step, run=run, recipe=recipes.to_yaml(recipe))
     return folder
 
