@@ -126,32 +126,40 @@ def training_flops_per_token(
 
 # -- What the device could do ------------------------------------------------------------------------------------------
 
-_PEAKS: tuple[tuple[str, float, float], ...] = (
-    (r"B200", 2250.0, 75.0),
-    (r"GH200|H200(?! NVL)|H100(?! PCIe| NVL)|H800(?! PCIe)", 989.4, 66.9),
-    (r"H200 NVL|H100 NVL", 835.5, 60.0),
-    (r"H100 PCIe|H800 PCIe", 756.0, 51.2),
-    (r"A100|A800", 312.0, 19.5),
-    (r"L40S", 362.0, 91.6),
-    (r"L40", 181.0, 90.5),
-    (r"L4", 121.0, 30.3),
-    (r"A40", 149.7, 37.4),
-    (r"A30", 165.0, 10.3),
-    (r"A10", 125.0, 31.2),
-    (r"RTX 4090", 165.2, 82.6),
-    (r"RTX 3090", 71.0, 35.6),
+_PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
+    (r"B200", 2250.0, 1125.0, 75.0),
+    (r"GH200|H200(?! NVL)|H100(?! PCIe| NVL)|H800(?! PCIe)", 989.4, 494.7, 66.9),
+    (r"H200 NVL|H100 NVL", 835.5, 417.5, 60.0),
+    (r"H100 PCIe|H800 PCIe", 756.0, 378.0, 51.2),
+    (r"A100|A800", 312.0, 156.0, 19.5),
+    (r"L40S", 362.0, 183.0, 91.6),
+    (r"L40", 181.0, 90.5, 90.5),
+    (r"L4", 121.0, 60.0, 30.3),
+    (r"A40", 149.7, 74.8, 37.4),
+    (r"A30", 165.0, 82.0, 10.3),
+    (r"A10", 125.0, 62.5, 31.2),
+    (r"RTX A6000", 154.8, 77.4, 38.7),
+    (r"RTX 4090", 165.2, 82.6, 82.6),
+    (r"RTX 3090", 71.0, 35.6, 35.6),
+    (r"V100-SXM2", None, None, 15.7),
+    (r"V100-PCIE", None, None, 14.0),
 )
-"""Whole-word name of the device as CUDA reports it -> TFLOP/s of the data sheet: dense bf16 with fp32 sums, and fp32."""
+"""Whole-word name of the device as CUDA reports it -> TFLOP/s of the data sheet, without sparsity: bf16 with fp32 sums, TF32,
+fp32. None: the part has no such units."""
+
+_PRECISIONS = ("bf16", "tf32", "fp32")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s that one device could reach at most in `precision` (bf16 | fp32, without TF32); None where that is not known.
+    """FLOP/s that one device could reach at most in `precision` (bf16 | tf32 | fp32, the last without TF32); None where that
+    is not known.
 
     None, too, for parts that share a name with a larger one: a MIG slice, a laptop, a variant with a suffix of its own.
     """
-    if precision not in ("bf16", "fp32") or re.search(r"\bMIG\b|Laptop|Max-Q|\bRTX 4090 D\b|\bRTX 3090 Ti\b", device_name):
+    if precision not in _PRECISIONS or re.search(r"\bMIG\b|Laptop|Max-Q|\bRTX 4090 D\b|\bRTX 3090 Ti\b", device_name):
         return None
-    for name, bf16, fp32 in _PEAKS:
+    for name, *peaks in _PEAKS:
         if re.search(rf"\b(?:{name})\b", device_name):
-            return (bf16 if precision == "bf16" else fp32) * 1e12
+            peak = peaks[_PRECISIONS.index(precision)]
+            return None if peak is None else peak * 1e12
     return None

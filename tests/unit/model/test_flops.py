@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.diffusion.mask import AttentionPattern
@@ -95,14 +99,31 @@ COUNTED = {
 """What torch's counter does not know by itself: attention on CPU, and the head's accumulating product."""
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_parameters_are_those_of_the_network(config: ModelConfig, world_of_one: object) -> None:
-    model, count = network(config), count_parameters(config, VOCABULARY)
-    assert count.total == sum(parameter.numel() for parameter in model.parameters())
-    parts = {"embedding.": count.embedding, "head.": count.head, "norm": count.norms, ".mlp.": count.mlp, ".attention.": count.attention}
-    named = list(model.named_parameters())
-    for part, expected in parts.items():
-        assert sum(p.numel() for name, p in named if part in f".{name}" and "condition" not in name) == expected, part
+def test_parameters_are_those_of_the_network(world_of_one: object) -> None:
+    """Part by part, for every combination of what has or has not parameters."""
+    switches: dict[str, tuple[Any, Any]] = {
+        "mlp": ("gelu", "swiglu"),
+        "mlp_bias": (False, True),
+        "key_value_heads": (None, 2),
+        "conditioning": ("none", "adaln"),
+        "tied_head": (False, True),
+        "head_bias": (False, True),
+        "norm": ("layernorm", "rmsnorm"),
+    }
+    for choice in itertools.product(*switches.values()):
+        chosen = dict(zip(switches, choice, strict=True))
+        config = ModelConfig(context=32, layers=2, hidden=24, heads=4, conditioning_size=16, **chosen)
+        named, count = list(Transformer(config, VOCABULARY, VOCABULARY - 1).named_parameters()), count_parameters(config, VOCABULARY)
+        parts = {
+            "conditioning": sum(p.numel() for name, p in named if "condition." in name or "modulation." in name),
+            "embedding": sum(p.numel() for name, p in named if name.startswith("embedding.")),
+            "attention": sum(p.numel() for name, p in named if ".attention." in name),
+            "mlp": sum(p.numel() for name, p in named if ".mlp." in name and not name.startswith("condition.")),
+            "norms": sum(p.numel() for name, p in named if "norm." in name),
+            "head": sum(p.numel() for name, p in named if name.startswith("head.")),
+        }
+        assert asdict(count) == parts, chosen
+        assert count.total == sum(p.numel() for _, p in named), chosen
 
 
 def test_published_small_model_has_its_published_size() -> None:
@@ -137,11 +158,22 @@ def test_training_is_three_forwards_of_the_products(config: ModelConfig, world_o
     assert products + 3 * attention == pytest.approx(count.model, rel=1e-12)
 
 
-def test_recomputation_adds_a_forward_of_the_layers_and_not_of_the_head() -> None:
-    config, pattern = ModelConfig(), AttentionPattern("block_diffusion", 1024, 16)
-    plain = training_flops_per_token(config, pattern, 50258, 0.5)
-    again = training_flops_per_token(config, pattern, 50258, 0.5, recompute=True)
-    assert again - plain == pytest.approx(count_flops(config, pattern, 50258, 0.5).layers / 1024)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_recomputation_adds_a_forward_of_the_layers_and_not_of_the_head(config: ModelConfig, world_of_one: object) -> None:
+    """`hardware` is what runs when each layer keeps nothing but its input."""
+    model, inputs = network(config), inputs_of(config, "block_diffusion")
+    share = len(inputs.selected) / (config.context - 1)
+    plain, again = (training_flops_per_token(config, inputs.pattern, VOCABULARY, share, recompute) for recompute in (False, True))
+    ran = []
+    for recompute in (False, True):
+        if recompute:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            model(inputs)[0].backward()
+        ran.append(counter.get_total_flops())
+    modulations = 2 * 6 * config.layers * config.conditioning_size * config.hidden if config.conditioning == "adaln" else 0
+    assert ran[1] - ran[0] - modulations == pytest.approx((again - plain) * config.context, rel=1e-12)
 
 
 def test_cost_against_autoregression_is_the_known_one() -> None:
@@ -175,6 +207,11 @@ def test_sinusoids_are_those_of_the_network() -> None:
         ("NVIDIA L40", "bf16", 181.0),
         ("NVIDIA L4", "bf16", 121.0),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA H100 80GB HBM3", "tf32", 494.7),
+        ("NVIDIA A100-SXM4-40GB", "tf32", 156.0),
+        ("NVIDIA B200", "bf16", 2250.0),
+        ("NVIDIA GeForce RTX 3090", "bf16", 71.0),
+        ("Tesla V100-SXM2-32GB", "fp32", 15.7),
     ],
 )
 def test_peak_is_that_of_the_part_named(name: str, precision: str, tera: float) -> None:
@@ -187,6 +224,7 @@ def test_peak_is_that_of_the_part_named(name: str, precision: str, tera: float) 
 def test_peak_of_an_unknown_part_is_not_guessed(name: str) -> None:
     assert peak_flops(name, "bf16") is None
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp8") is None
+    assert peak_flops("Tesla V100-SXM2-32GB", "bf16") is None, "it has no bf16 units"
 
 
 def conditioning(config: ModelConfig) -> int:
