@@ -45,6 +45,7 @@ from bd3_scale.parallel import layout
 from bd3_scale.parallel.config import ParallelConfig
 
 VOCABULARY = 50258
+PROMPTS = ("Return the number of", "This function raises", "If the argument is not", "The class")
 
 
 def naive_loss(model: Transformer, inputs: NetworkInputs) -> Tensor:
@@ -242,13 +243,15 @@ def benchmark_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
     def side(name: str, use_cache: bool) -> Callable[[], None]:
         def run() -> None:
-            results[name] = generate_tokens(loaded, batch=options.batch_size, length=options.length, seed=0, use_cache=use_cache)
+            results[name] = generate_tokens(loaded, prompts=PROMPTS, length=options.length, use_cache=use_cache, stop_at_end_of_text=False)
 
         return run
 
     seconds = alternate({"cached": side("cached", True), "uncached": side("uncached", False)}, options.rounds, torch.device(options.device))
     same = all(np.array_equal(a, b) for a, b in zip(results["cached"].tokens, results["uncached"].tokens, strict=True))
     return {
+        "prompts": len(PROMPTS),
+        "tokens_per_text": [len(row) for row in results["cached"].tokens],
         "same_tokens": same,
         "nfe": results["cached"].nfe,
         "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
@@ -297,7 +300,6 @@ def main(arguments: list[str] | None = None) -> int:
         step.add_argument(f"--{key}", type=int, default=value)
     sampling = commands.add_parser("sampling", help="decoding with and without the cache")
     sampling.add_argument("checkpoint", type=Path)
-    sampling.add_argument("--batch-size", type=int, default=4)
     sampling.add_argument("--length", type=int, default=256)
     tuning = commands.add_parser("tuner", help="a validation that tunes against one that does not; one pass against 36")
     tuning.add_argument("checkpoint", type=Path)

@@ -120,14 +120,21 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """One token per row: logits [n, V], uniforms float64 [n] in [0, 1) -> int64 [n]. Raises CheckpointError as above."""
     rows = max(1, DRAWN_ELEMENTS // logits.shape[-1])
     parts = zip(logits.split(rows), uniforms.split(rows), strict=True)
-    return torch.cat([_invert(token_probabilities(part, options), numbers) for part, numbers in parts])
+    return torch.cat([_race(token_probabilities(part, options), numbers) for part, numbers in parts])
 
 
-def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    # A parallel sum may rise by a rounding error where the probability is 0: such tokens take over the value before them.
-    mass = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0).cummax(-1).values
-    # At most (1 - 2^-53) * total, which rounds to a number below the total: there is always a token beyond it.
-    return torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)[:, 0]
+def _race(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token v with the least E_v / p_v, where E_v are standard exponentials that each row's uniform is the key of.
+
+    Why not invert the cumulative distribution: a rounding error of the logits moves each of V borders, and some draw in a
+    few hundred falls between old and new; here it must meet a tie of the two first. Two forwards that differ by rounding
+    (with the cache and without) so give the same text.
+    """
+    key = noise.hash32((uniforms.double() * 2.0**32).long())[:, None]
+    ids = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    words = noise.hash32(key + noise.hash32(ids + 1))
+    exponentials = -torch.log((words.double() + 0.5) * 2.0**-32)
+    return (exponentials / probabilities).argmin(-1)  # x / 0 = inf: never first
 
 
 def top_probabilities(logits: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ bit generator never changes, but not what `Generator.random` or `permutation` ma
 tests/golden/noise.json: a change here makes every older checkpoint resume as another run.
 
 Purposes and indices in use here ("slot": row's position in its global batch; "row": index in the held-out set):
-    strata (step); jitter, mask, mask count, dropout (step, slot); validation strata, validation jitter, validation mask (row).
+    strata (step); jitter, mask, mask count, dropout (step, slot); validation strata, validation jitter, validation mask (row);
+    sampling token, sampling order (row, block).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
+from torch import Tensor
 
 VALIDATION_INTERVAL = (1e-3, 1.0)
 """The reported NELBO always draws t from here, whatever training does (objective.md section 1)."""
@@ -168,3 +170,13 @@ def validation_times(seed: int, row_indices: np.ndarray, blocks: int, interval: 
 def validation_masked_tokens(seed: int, row_indices: np.ndarray, probabilities: np.ndarray, block_size: int) -> np.ndarray:
     """As `masked_tokens`, for held-out rows: bool [m, blocks * block_size], fixed for ever by (seed, row index)."""
     return _masked(seed, "validation mask", [(int(row),) for row in row_indices], probabilities, block_size)
+
+
+def hash32(words: Tensor) -> Tensor:
+    """A bijective mix with full avalanche of the low 32 bits of int64 `words`, elementwise on any device: for random numbers
+    that are wanted in large tensors (dropout, the draw of a token), keyed by what the streams above give."""
+    low = 0xFFFFFFFF
+    words = words & low
+    words = ((words ^ (words >> 16)) * 0x7FEB352D) & low
+    words = ((words ^ (words >> 15)) * 0x846CA68B) & low
+    return words ^ (words >> 16)

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from bd3_scale.diffusion.noise import hash32
 from bd3_scale.model.config import ModelConfig
 
 
@@ -154,19 +155,10 @@ class KeyedDropout(nn.Module):
         rows, _, hidden = x.shape
         row = torch.arange(rows, device=x.device)[:, None, None]
         channel = torch.arange(hidden, device=x.device)
-        key = _hash32(keys + self.place * 0x9E3779B9)[None, :, None]
-        word = _hash32(_hash32(key + row * 0x85EBCA6B) + channel * 0xC2B2AE35)
+        key = hash32(keys + self.place * 0x9E3779B9)[None, :, None]
+        word = hash32(hash32(key + row * 0x85EBCA6B) + channel * 0xC2B2AE35)
         kept = word >= int(self.probability * 2**32)
         return torch.where(kept, x / (1.0 - self.probability), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def _hash32(word: Tensor) -> Tensor:
-    """A bijective mix of the low 32 bits of int64 words (constants of the `lowbias32` family)."""
-    low = 0xFFFFFFFF
-    word = word & low
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & low
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & low
-    return word ^ (word >> 16)
 
 
 def parameter_partition(parameter: Any) -> tuple[int, int]:
