@@ -47,6 +47,10 @@ class Recipe:
         assert self.training.tokens is not None, "validate() asks for one of the two"
         return -(-self.training.tokens // self.tokens_per_step)
 
+    def micro_batch(self, replicas: int) -> int:
+        """Rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
+        return self.parallel.micro_batch or self.training.global_batch // replicas
+
     @property
     def tokens_per_step(self) -> int:
         """Data tokens of a global batch."""
@@ -142,7 +146,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     for key, allowed in CHOICES.items():
         _need(flat[key] in allowed, f"{key} is {flat[key]!r}; set one of {', '.join(str(choice) for choice in allowed)}")
     for key in POSITIVE:
-        _need(flat[key] > 0, f"{key} is {flat[key]} but must be above 0")
+        _need(flat[key] is None or flat[key] > 0, f"{key} is {flat[key]} but must be above 0")
     for key in NOT_NEGATIVE:
         _need(flat[key] >= 0, f"{key} is {flat[key]} but must not be negative")
     _validate_model(recipe)
@@ -210,12 +214,14 @@ def _validate_layout(recipe: Recipe, world_size: int, device: str | None) -> Non
         f"the world of {world_size} ranks must be a multiple of parallel.tensor x parallel.pipeline = {model_ranks} because every "
         f"replica of the model takes that many; start {-(-world_size // model_ranks) * model_ranks} ranks",
     )
-    share = parallel.micro_batch * (world_size // model_ranks)
+    replicas = world_size // model_ranks
+    micro_batch = max(1, recipe.micro_batch(replicas))
+    share = micro_batch * replicas
     _need(
         training.global_batch % share == 0,
         f"training.global_batch = {training.global_batch} must be a multiple of parallel.micro_batch x data-parallel ranks = "
-        f"{parallel.micro_batch} x {world_size // model_ranks} because every rank takes whole micro-batches; "
-        f"set parallel.micro_batch={_largest_micro_batch(training.global_batch, world_size // model_ranks, parallel.micro_batch)} "
+        f"{micro_batch} x {replicas} because every rank takes whole micro-batches; "
+        f"set parallel.micro_batch={_largest_micro_batch(training.global_batch, replicas, micro_batch)} "
         f"or training.global_batch={-(-training.global_batch // share) * share}",
     )
     if device is not None:

@@ -25,7 +25,7 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
         layout,
         settings,
         zero=parallel.zero,
-        micro_batch=parallel.micro_batch,
-        accumulation=training.global_batch // (parallel.micro_batch * layout.data),
+        micro_batch=recipe.micro_batch(layout.data),
+        accumulation=training.global_batch // (recipe.micro_batch(layout.data) * layout.data),
         bf16=resolve_precision(recipe, layout.device.type) == "bf16",
     )

@@ -15,7 +15,7 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks."""
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1)."""
-    micro_batch: int = 1
-    """Rows per forward on one replica; what is missing to training.global_batch is accumulated."""
+    micro_batch: int | None = 1
+    """Rows per forward on one replica; what is missing to training.global_batch is accumulated. null: all of its share at once."""
     timeout: int = 1800
     """Seconds after which a collective that does not finish is an error."""

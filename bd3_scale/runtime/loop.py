@@ -61,7 +61,7 @@ class Trainer:
             data.train,
             GlobalOrder(data.train.shard_rows, recipe.run.seed, recipe.data.window),
             global_batch=recipe.training.global_batch,
-            micro_batch=recipe.parallel.micro_batch,
+            micro_batch=recipe.micro_batch(layout.data),
             replica=layout.data_rank,
             replicas=layout.data,
             prefetch=recipe.data.prefetch,
@@ -70,7 +70,7 @@ class Trainer:
             data.validation,
             layout,
             rows=recipe.validation.rows,
-            micro_batch=recipe.parallel.micro_batch,
+            micro_batch=recipe.micro_batch(layout.data),
             seed=recipe.run.seed,
         )
         self.stop = StopRequest(layout)
