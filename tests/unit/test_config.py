@@ -1,0 +1,132 @@
+"""Recipes: what cannot work is refused in one line that names the key and the cure, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bd3_scale import config as recipes
+from bd3_scale import train
+from bd3_scale.errors import RecipeError
+
+BASE = """
+model: {context: 64, layers: 2, hidden: 32, heads: 4}
+objective: {block_size: 8}
+training: {steps: 20, global_batch: 8}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def refused(path: Path, overrides: list[str], world_size: int = 1, device: str = "cpu") -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipes.validate(recipes.load(path, overrides), world_size, device)
+    message = str(caught.value)
+    assert "\n" not in message and caught.value.exit_code == 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hiden=3", "model.hiden"),
+        ("modle.hidden=3", "modle"),
+        ("model.hidden=wide", "model.hidden"),
+        ("model.hidden=1e3", "model.hidden"),
+        ("model.hidden=-32", "model.hidden"),
+        ("model.heads=5", "set model.heads=4"),
+        ("model.heads=32", "model.heads"),
+        ("model.key_value_heads=3", "set model.key_value_heads=2"),
+        ("model.norm=batchnorm", "set one of layernorm, rmsnorm"),
+        ("model.attention=flex", "set model.attention=auto"),
+        ("objective.block_size=7", "objective.block_size"),
+        ("objective.kind=gan", "objective.kind"),
+        ("objective.kind=ar", "objective.block_size"),
+        ("objective.interval=[0.9,0.2]", "objective.interval"),
+        ("tuner.margin=2", "tuner.margin"),
+        ("training.tokens=5", "training.tokens"),
+        ("training.steps=null", "set training.steps"),
+        ("training.betas=[0.9,1.5]", "training.betas"),
+        ("training.betas=[0.9]", "length"),
+        ("training.ema=1.0", "training.ema"),
+        ("training.global_batch=9", "set parallel.micro_batch=1"),
+        ("parallel.tensor=2", "set parallel.tensor=1"),
+        ("parallel.pipeline=2", "set parallel.pipeline=1"),
+        ("parallel.zero=4", "set one of 0, 1, 2, 3"),
+        ("run.resume=perhaps", "set one of auto, never, fresh"),
+        ("--training.steps=3", "without dashes"),
+        ("verbose", "dotted.key=value"),
+    ],
+)
+def test_refused_in_one_line_that_names_the_key(base: Path, override: str, named: str) -> None:
+    overrides = [override, "parallel.micro_batch=2"] if "global_batch" in override else [override]
+    assert named in refused(base, overrides)
+
+
+def test_world_size_must_fit_the_global_batch(base: Path) -> None:
+    assert "training.global_batch = 8" in refused(base, [], world_size=3)
+    recipes.validate(recipes.load(base), world_size=4, device="cpu")
+
+
+def test_micro_batch_null_is_the_whole_share(base: Path) -> None:
+    recipe = recipes.load(base, ["parallel.micro_batch=null"])
+    recipes.validate(recipe, 4, "cpu")
+    assert [recipe.micro_batch(replicas) for replicas in (1, 2, 4)] == [8, 4, 2]
+    assert "training.global_batch" in refused(base, ["parallel.micro_batch=null"], world_size=16)
+
+
+def test_bf16_without_a_master_copy_is_refused(base: Path) -> None:
+    assert "set parallel.zero=1" in refused(base, ["parallel.zero=0", "training.precision=bf16"])
+
+
+def test_resolved_recipe_reads_back_as_the_same(base: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(base, ["objective.block_size=[[0,64],[10,8]]", "run.name=again", "training.learning_rate=1e-4"])
+    (tmp_path / "again.yaml").write_text(recipes.to_yaml(recipe))
+    assert recipes.load(tmp_path / "again.yaml") == recipe
+    assert recipe.run.dir == "runs/again"
+
+
+def test_steps_from_tokens_are_rounded_up(base: Path) -> None:
+    recipe = recipes.load(base, ["training.steps=null", "training.tokens=1025"])
+    assert recipe.tokens_per_step == 512 and recipe.total_steps == 3
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1\n- 2", "model: 3"])
+def test_bad_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    refused(path, [])
+
+
+def test_missing_recipe_and_folder(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "none.yaml", [])
+    assert "folder" in refused(tmp_path, [])
+
+
+def test_continuing_another_run_names_the_key(base: Path) -> None:
+    saved = recipes.load(base)
+    recipes.compare(saved, recipes.load(base, ["training.steps=40", "parallel.zero=3", "tracking.every=1", "run.dir=x"]), 10)
+    for override in ("model.hidden=64", "run.seed=1", "training.global_batch=16", "data.tokenizer=bytes", "training.learning_rate=1"):
+        with pytest.raises(RecipeError, match=override.split("=")[0]):
+            recipes.compare(saved, recipes.load(base, [override]), 10)
+
+
+def test_block_sizes_of_the_future_may_change_those_of_the_past_not(base: Path) -> None:
+    saved = recipes.load(base)
+    later = replace(saved, objective=replace(saved.objective, block_size=[[0, 8], [10, 4]]))
+    recipes.compare(saved, later, 10)
+    with pytest.raises(RecipeError, match="block_size"):
+        recipes.compare(saved, later, 11)
+
+
+def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([str(base), "model.hiden=3"]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1 and printed[0].startswith("bd3_scale: error: model.hiden")
