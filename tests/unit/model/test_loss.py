@@ -1,0 +1,175 @@
+"""The chunked head is cross-entropy over all ids but MASK: values, gradients, and what is never made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from bd3_scale.model import loss
+from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.layers import Linears
+from bd3_scale.model.loss import Head
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+HIDDEN, VOCABULARY, TOKENS = 12, 37, 200
+BIASES = pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+CHUNKS = pytest.mark.parametrize("chunk", [1, 70 * VOCABULARY, 1 << 24], ids=["chunks_of_64", "chunks_of_70", "one_chunk"])
+
+
+def head(bias: bool, mask_id: int = VOCABULARY - 1, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY) -> Head:
+    made = Head(ModelConfig(hidden=HIDDEN, head_bias=bias), Linears(dtype=dtype), vocabulary, mask_id, None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(0, 1, generator=generator)
+    return made
+
+
+def batch(tokens: int = TOKENS, mask_id: int = VOCABULARY - 1, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, targets (never MASK), weights (a third of them 0)."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator)
+    targets = torch.randint(0, vocabulary - 1, (tokens,), generator=generator)
+    weights = torch.rand(tokens, generator=generator) * 5 * (torch.arange(tokens) % 3 > 0)
+    return hidden.requires_grad_(), targets + (targets >= mask_id), weights
+
+
+def reference(module: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """float64: nll [n] with F.cross_entropy over the columns that are not MASK, and the leaves its gradient goes to."""
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, *module.parameters())]
+    kept = [column for column in range(len(module.weight)) if column != module.mask_id]
+    logits = F.linear(leaves[0], leaves[1], leaves[2] if module.bias is not None else None)[:, kept]
+    return F.cross_entropy(logits, targets - (targets > module.mask_id).long(), reduction="none"), leaves
+
+
+@BIASES
+@CHUNKS
+@pytest.mark.parametrize("mask_id", [VOCABULARY - 1, 5])
+def test_is_weighted_cross_entropy_without_mask(bias: bool, chunk: int, mask_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk)
+    module, (hidden, targets, weights) = head(bias, mask_id), batch(mask_id=mask_id)
+    total, nll = module(hidden, targets, weights)
+    expected, leaves = reference(module, hidden, targets)
+    assert total.dtype == nll.dtype == torch.float32 and total.shape == ()
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), (expected * weights).sum(), rtol=1e-6, atol=0)
+    (total * 0.25).backward()
+    ((expected * weights).sum() * 0.25).backward()
+    for made, right in zip((hidden, *module.parameters()), leaves, strict=True):
+        assert made.grad is not None and right.grad is not None
+        assert (made.grad - right.grad).abs().max() < 1e-6 * right.grad.abs().max()
+    assert not module.weight.grad[mask_id].any(), "MASK has probability 0: nothing pulls at its row"
+    assert module.bias is None or module.bias.grad[mask_id] == 0
+
+
+@CHUNKS
+def test_weight_0_is_exactly_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding: whatever stands there, the sum and the gradients are the same bits."""
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk)
+    results = []
+    for other in (False, True):
+        module, (hidden, targets, weights) = head(bias=True), batch()
+        padding = weights == 0
+        if other:
+            with torch.no_grad():
+                hidden[padding] *= -100
+                targets[padding] = 0
+        total, _ = module(hidden, targets, weights)
+        total.backward()
+        assert hidden.grad is not None and not hidden.grad[padding].any() and hidden.grad[~padding].any(1).all()
+        results.append([total, hidden.grad, *(parameter.grad for parameter in module.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@CHUNKS
+def test_chunks_change_no_value(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, (hidden, targets, weights) = head(bias=True), batch()
+    with torch.no_grad():
+        single = torch.cat([module(hidden[i : i + 1], targets[i : i + 1], weights[i : i + 1])[1] for i in range(TOKENS)])
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk)
+    torch.testing.assert_close(module(hidden, targets, weights)[1], single, rtol=1e-6, atol=1e-6)
+
+
+def test_large_logits_stay_finite() -> None:
+    module, (hidden, targets, weights) = head(bias=False), batch()
+    with torch.no_grad():
+        hidden *= 1e4
+    total, nll = module(hidden, targets, weights)
+    total.backward()
+    expected, _ = reference(module, hidden, targets)
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=0.1)
+    assert hidden.grad is not None and hidden.grad.isfinite().all() and module.weight.grad.isfinite().all()
+
+
+@BIASES
+def test_bf16_sums_in_fp32(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of many chunks are added in fp32 and rounded once: the error does not grow with the number of chunks."""
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 1)
+    module, (hidden, targets, weights) = head(bias, dtype=torch.bfloat16), batch(6400)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    total, nll = module(hidden, targets, weights)
+    total.backward()
+    expected, leaves = reference(module, hidden, targets)
+    (expected * weights).sum().backward()
+    assert total.dtype == nll.dtype == torch.float32
+    torch.testing.assert_close(total.double(), (expected * weights).sum(), rtol=1e-3, atol=0)
+    for made, right in zip((hidden, *module.parameters()), leaves, strict=True):
+        assert made.grad is not None and right.grad is not None and made.grad.dtype == torch.bfloat16
+        assert (made.grad - right.grad).abs().max() < 2**-7 * right.grad.abs().max()
+
+
+@BIASES
+def test_without_targets_it_gives_logits_that_never_choose_mask(bias: bool) -> None:
+    module, (hidden, targets, weights) = head(bias, dtype=torch.bfloat16), batch()
+    with torch.no_grad():
+        logits = module(hidden.bfloat16())
+        assert logits.dtype == torch.float32 and logits.shape == (TOKENS, VOCABULARY)
+        assert torch.isneginf(logits[:, module.mask_id]).all() and logits[:, : module.mask_id].isfinite().all()
+        module = head(bias)
+        nll = F.cross_entropy(module(hidden), targets, reduction="none")
+        torch.testing.assert_close(nll, module(hidden, targets, weights)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_without_gradients_only_the_forward_runs() -> None:
+    module, (hidden, targets, weights) = head(bias=True), batch()
+    with_gradients = module(hidden, targets, weights)
+    assert with_gradients[0].requires_grad and not with_gradients[1].requires_grad
+    for frozen in (False, True):
+        if frozen:
+            module.requires_grad_(False)
+            hidden = hidden.detach()
+        with torch.set_grad_enabled(frozen), FlopCounterMode(display=False) as counter:
+            result = module(hidden, targets, weights)
+        assert counter.get_total_flops() == 2 * TOKENS * HIDDEN * VOCABULARY
+        assert not result[0].requires_grad and not result[1].requires_grad
+        assert all(torch.equal(one, two) for one, two in zip(result, with_gradients, strict=True))
+
+
+def test_no_logits_of_all_positions_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many more positions than a chunk: no allocation, and no sum of what is alive, comes near (tokens, V) in any dtype."""
+    tokens, vocabulary = 8192, 1000
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 64 * vocabulary)
+    module, (hidden, targets, weights) = (
+        head(bias=True, mask_id=vocabulary - 1, vocabulary=vocabulary),
+        batch(tokens, vocabulary - 1, vocabulary),
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        module(hidden, targets, weights)[0].backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    alive = peak = 0
+    for _, size in memory:
+        alive += size
+        peak = max(peak, alive)
+    assert peak > 4 * tokens * HIDDEN, "the gradient of the hidden states, at least, is seen"
+    assert max(size for _, size in memory) <= max(4 * 64 * vocabulary, 4 * tokens * HIDDEN)
+    assert peak < tokens * vocabulary / 2, "less than half a byte for each of tokens x V"
