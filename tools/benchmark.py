@@ -189,9 +189,9 @@ def benchmark_tuner(options: argparse.Namespace) -> dict[str, Any]:
         "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
         "tuning_over_plain_time": paired_ratio(seconds["tuning"], seconds["plain"]),
         "candidates": len(agreement),
-        "within_three_standard_errors": sum(item[3] <= 3 for item in agreement),
+        "within_three_standard_errors": sum(bool(item[3] <= 3) for item in agreement),
         "variances": [
-            {"interval": list(interval), "one_pass": a, "direct": b, "standard_errors_apart": c} for interval, a, b, c in agreement
+            {"interval": list(interval), "one_pass": a, "direct": b, "standard_errors_apart": float(c)} for interval, a, b, c in agreement
         ],
     }
 
