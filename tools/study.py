@@ -287,6 +287,7 @@ def row_of(result: Result, common: Measured | None = None) -> dict[str, Any]:
         "variance_direct": result.direct_variance,
         "paper_perplexity": result.arm.paper[0],
         "paper_variance": result.arm.paper[1],
+        "seconds": result.validation["seconds"],
         "curve": result.curve,
     }
     return line if common is None else {**line, "variance_common": common.variance(result.arm.noise)[0]}
@@ -379,7 +380,7 @@ def markdown(report: dict[str, Any], picture: str) -> str:
     text = [
         f"# study: {report['name']}, {report['date']}",
         "",
-        f"Commit {report['commit']}; `{report['command']}`; {report['seconds']:.0f} s.",
+        f"Commit {report['commit']}; `{report['command']}`; {sum(line['seconds'] for line in result['rows']):.0f} s of training.",
         f"Machine: {machine}.",
         f"Budget of a training: {report['budget']}. Network: {result['parameters']:,} parameters. {result['held_out_rows']} held-out rows.",
         "",
@@ -476,7 +477,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     study, steps = STUDIES[options.name]
     options.steps, options.work = options.steps or steps, options.work or Path("runs") / f"study-{options.name}"
-    start = time.perf_counter()
     try:
         result = study(options)
         recipe = recipes.load(options.recipe, options.overrides)
@@ -489,7 +489,6 @@ def main(arguments: list[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "commit": commit or "unknown",
         "command": " ".join(["python tools/study.py", *(arguments or sys.argv[1:])]),
-        "seconds": time.perf_counter() - start,
         "machine": machine(),
         "budget": f"{' or '.join(map(str, options.steps))} steps of {recipe.training.global_batch} x {recipe.model.context} tokens",
         "recipe": recipes.as_dictionary(recipe),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +132,138 @@ def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.
     assert train.main([str(base), "model.hiden=3"]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1 and printed[0].startswith("bd3_scale: error: model.hiden")
+
+
+# -- The tables of rules, row by row -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "allowed"), recipes.CHOICES.items(), ids=recipes.CHOICES)
+def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed: tuple[Any, ...]) -> None:
+    for value in allowed:
+        recipes.validate(recipes.load(base, [f"{key}={'null' if value is None else value}"]))
+    message = refused(base, [f"{key}={7 if isinstance(allowed[0], int) else 'other'}"])
+    assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)
+
+
+@pytest.mark.parametrize("key", [*recipes.POSITIVE, *recipes.NOT_NEGATIVE])
+def test_every_bound_holds_and_is_named(base: Path, key: str) -> None:
+    bounds = ["-1", "0"] if key in recipes.POSITIVE else ["-1"]
+    for value in bounds:
+        assert refused(base, [f"{key}={value}"]).startswith(f"{key} is {value}")
+    if key in recipes.NOT_NEGATIVE:
+        recipes.validate(recipes.load(base, [f"{key}=0"]))
+
+
+def test_rules_are_about_keys_that_exist(base: Path) -> None:
+    keys = set(recipes.flatten(recipes.load(base)))
+    assert {*recipes.CHOICES, *recipes.POSITIVE, *recipes.NOT_NEGATIVE} <= keys
+    assert all(free in keys or any(key.startswith(f"{free}.") for key in keys) for free in recipes.FREE_TO_CHANGE)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("model: {hiden: 3}", "model.hiden"),
+        ("modle: {hidden: 3}", "modle"),
+        ("model: {hidden: wide}", "model.hidden"),
+        ("model: {hidden: 2.5}", "model.hidden"),
+        ("model: {hidden: [1]}", "model.hidden"),
+        ("model: {hidden: null}", "model.hidden"),
+        ("model: {tied_head: perhaps}", "model.tied_head"),
+        ("training: {learning_rate: fast}", "training.learning_rate"),
+        ("objective: {interval: [0.1, 0.2, 0.3]}", "length"),
+        ("objective: {interval: 0.3}", "objective.interval"),
+        ("run: {dir: '${run.nmae}'}", "run.dir"),
+    ],
+)
+def test_recipe_with_an_unknown_key_or_a_wrong_type(tmp_path: Path, line: str, named: str) -> None:
+    (tmp_path / "bad.yaml").write_text(f"{line}\n")
+    assert named in refused(tmp_path / "bad.yaml", [])
+
+
+def test_overrides_come_last_and_are_typed(base: Path) -> None:
+    recipe = recipes.load(
+        base,
+        [
+            "model.hidden=64",
+            "model.hidden=48",
+            "training.learning_rate=1e-4",
+            "training.betas=[0.8, 0.9]",
+            "model.key_value_heads=null",
+            "model.tied_head=true",
+            "run.name=a=b",
+        ],
+    )
+    assert recipe.model.hidden == 48 and recipe.model.layers == 2 and recipe.model.tied_head is True
+    assert recipe.training.learning_rate == 1e-4 and list(recipe.training.betas) == [0.8, 0.9]
+    assert recipe.model.key_value_heads is None and recipe.run.name == "a=b"
+    for wrong in ("=3", "model.hidden", "-model.hidden=3", ""):
+        assert "dotted.key=value" in refused(base, [wrong])
+
+
+# -- What is proposed works --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device"),
+    [
+        (["model.heads=5"], "cpu"),
+        (["model.heads=32"], "cpu"),
+        (["model.hidden=36", "model.heads=12"], "cpu"),
+        (["model.heads=8", "model.key_value_heads=3"], "cpu"),
+        (["objective.block_size=7"], "cpu"),
+        (["objective.kind=ar"], "cpu"),
+        (["parallel.zero=0", "training.precision=bf16"], "cpu"),
+        (["parallel.zero=0"], "cuda"),
+        (["model.attention=flex"], "cpu"),
+        (["model.attention=tiled"], "cuda"),
+        (["parallel.tensor=2"], "cpu"),
+        (["parallel.sequence=true"], "cpu"),
+        (["training.global_batch=9", "parallel.micro_batch=2"], "cpu"),
+    ],
+)
+def test_the_cure_cures(base: Path, overrides: list[str], device: str) -> None:
+    message = refused(base, overrides, device=device)
+    key = message.split(" ")[0]
+    found = re.findall(r"(?:set|or) ([a-z_]+\.[a-z_]+=[^\s;]+)", message)
+    found = found or [f"{key}={value}" for value in re.findall(r"set it to (\S+)", message)]
+    assert found, message
+    for cure in found:
+        recipes.validate(recipes.load(base, [*overrides, cure]), 1, device)
+
+
+def test_world_size_is_accepted_exactly_where_the_shares_are_whole(base: Path) -> None:
+    """And then every rank has the same number of whole micro-batches; elsewhere a global batch that works is proposed."""
+    for global_batch in (1, 6, 8, 12):
+        for micro_batch in (1, 2, 3):
+            for world_size in range(1, 14):
+                overrides = [f"training.global_batch={global_batch}", f"parallel.micro_batch={micro_batch}"]
+                if global_batch % (micro_batch * world_size) == 0:
+                    recipes.validate(recipes.load(base, overrides), world_size, "cpu")
+                    continue
+                message = refused(base, overrides, world_size)
+                cure = re.findall(r"or (training\.global_batch=\d+)", message)
+                recipes.validate(recipes.load(base, overrides + cure), world_size, "cpu")
+
+
+# -- Continuing --------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_either_may_change_or_is_named(base: Path) -> None:
+    """The layout, the micro-batch, where things lie and what is written down may; what makes the run may not."""
+    saved = recipes.load(base)
+    free = set()
+    for key in recipes.flatten(saved):
+        section, name = key.split(".")
+        other = 16 if key == "objective.block_size" else "something else"
+        changed = replace(saved, **{section: replace(getattr(saved, section), **{name: other})})
+        try:
+            recipes.compare(saved, changed, 10)
+            free.add(key)
+        except RecipeError as error:
+            assert str(error).startswith(f"{key} is ") and "\n" not in str(error)
+    may = {"training.steps", "training.tokens", "training.recompute", "training.compile", "run.dir", "data.path", "data.remote"}
+    assert may <= free and {key for key in recipes.flatten(saved) if key.split(".")[0] in ("parallel", "checkpoint", "tracking")} <= free
+    may_not = ("objective", "tuner", "model")
+    assert {key for key in free if key.split(".")[0] in may_not} == {"model.attention"}, "the kernel changes no result"
+    assert not free & {"run.seed", "training.global_batch", "data.tokenizer", "data.row_special", "data.window", "validation.rows"}
