@@ -181,6 +181,12 @@ def test_recipe_with_an_unknown_key_or_a_wrong_type(tmp_path: Path, line: str, n
     assert named in refused(tmp_path / "bad.yaml", [])
 
 
+def test_unknown_key_is_answered_with_the_one_that_was_meant(base: Path) -> None:
+    assert "'hidden'" in refused(base, ["model.hiden=3"])
+    assert "'micro_batch'" in refused(base, ["parallel.microbatch=3"])
+    assert "'model'" in refused(base, ["modle.hidden=3"])
+
+
 def test_overrides_come_last_and_are_typed(base: Path) -> None:
     recipe = recipes.load(
         base,
