@@ -13,11 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reproduce_report import Table, cells, figure, logarithmic, number, with_error
+from reproduce_report import Table, cells, logarithmic, number, with_error
 from reproduce_systems import SYSTEMS, Runs, System, reached_step
 from reproduce_texts import add_text_options, make, real, side_by_side
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.runtime.figure import empty_figure
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +177,7 @@ def _cells(one: dict[str, Any], name: str, paper: str) -> list[str]:
 
 def draw(lines: list[dict[str, Any]], truth: dict[str, Any], lengths: list[int], context: int) -> Any:
     """Generative perplexity (pooled) against NFE, a panel per length; dotted: real text."""
-    plot = figure(5 * len(lengths) + 2, 4.5)
+    plot = empty_figure(5 * len(lengths) + 2, 4.5)
     for axes, contexts in zip(plot.subplots(1, len(lengths), squeeze=False, sharey=True)[0], lengths, strict=True):
         for line, marker in zip(lines, itertools.cycle("osD^vP*"), strict=False):
             points = sorted((one["nfe"], one["generative_perplexity_pooled"]) for one in _of(line, contexts))

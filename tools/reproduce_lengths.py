@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reproduce_report import Table, cells, figure, logarithmic, number
+from reproduce_report import Table, cells, logarithmic, number
 from reproduce_systems import SYSTEMS as ALL
 from reproduce_systems import Runs, System
 from reproduce_texts import add_text_options, document_lengths, make, side_by_side
+
+from bd3_scale.runtime.figure import empty_figure
 
 PAPER = {"AR": "4008 / 131K", "SEDD": "1021 / 1024", "BD3 L' = 16": "798 / 9982"}
 """Median / longest of 500 texts of models trained on OpenWebText."""
@@ -109,7 +111,7 @@ def draw(lines: list[dict[str, Any]], documents: list[int]) -> Any:
     panels = {"training text": documents, **{line["system"]: line["lengths"] for line in lines}}
     longest = max((max(lengths) for lengths in panels.values() if lengths), default=1)
     bins = np.unique(np.geomspace(1, longest + 1, 40).round())
-    plot = figure(7, 1.8 * len(panels))
+    plot = empty_figure(7, 1.8 * len(panels))
     for axes, (name, lengths) in zip(plot.subplots(len(panels), 1, sharex=True), panels.items(), strict=True):
         axes.hist(np.maximum(lengths, 1), bins=bins)
         axes.set(xscale="log", title=name, ylabel="texts")

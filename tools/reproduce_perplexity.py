@@ -12,9 +12,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reproduce_report import Table, cells, figure, logarithmic, number
+from reproduce_report import Table, cells, logarithmic, number
 from reproduce_systems import SYSTEMS as ALL
 from reproduce_systems import Runs, System
+
+from bd3_scale.runtime.figure import empty_figure
 
 if TYPE_CHECKING:
     from bd3_scale.checkpoint.network import LoadedNetwork
@@ -101,7 +103,7 @@ def _error(line: dict[str, Any]) -> float | None:
 
 def draw(lines: list[dict[str, Any]]) -> Any:
     """Perplexity against L'."""
-    plot = figure(7, 4.5)
+    plot = empty_figure(7, 4.5)
     axes = plot.add_subplot()
     for line in lines:
         error = 2 * (_error(line) or 0.0)

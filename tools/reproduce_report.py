@@ -40,16 +40,6 @@ def cells(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty figure that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    empty = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(empty)
-    return empty
-
-
 def logarithmic(axis: Any, *ticks: float) -> None:
     """A logarithmic axis with plain numbers: at `ticks`, or at 1, 2, 5, 10, ... where none are named."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, StrMethodFormatter

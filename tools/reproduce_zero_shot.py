@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from reproduce_perplexity import SYSTEMS, likelihood
-from reproduce_report import Table, cells, figure, logarithmic, with_error
+from reproduce_report import Table, cells, logarithmic, with_error
 from reproduce_systems import Runs, System
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.runtime.figure import empty_figure
 
 __all__ = ["SYSTEMS", "add_options", "kept", "measure", "table"]
 
@@ -100,7 +101,7 @@ def _numbers(answer: dict[str, Any]) -> tuple[float, float | None]:
 
 def draw(lines: list[dict[str, Any]], names: list[str]) -> Any:
     """A group of points per set."""
-    plot = figure(max(6.0, 1.6 * len(names) + 3), 4.5)
+    plot = empty_figure(max(6.0, 1.6 * len(names) + 3), 4.5)
     axes = plot.add_subplot()
     for place, line in enumerate(lines):
         across = [index + 0.1 * (place - (len(lines) - 1) / 2) for index in range(len(names))]

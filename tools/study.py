@@ -47,6 +47,7 @@ from bd3_scale.diffusion.schedule import LINEAR, Schedule, schedule_named
 from bd3_scale.diffusion.tuner import candidates
 from bd3_scale.errors import UserError
 from bd3_scale.parallel import layout
+from bd3_scale.runtime.figure import empty_figure
 from bd3_scale.runtime.metrics import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -408,12 +409,8 @@ def markdown(report: dict[str, Any], picture: str) -> str:
 
 
 def draw(report: dict[str, Any]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     sizes = sorted({clip["block_size"] for clip in report["result"].get("clips", ())})
-    figure = Figure(figsize=(10, 4 * max(1, len(sizes))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(10, 4 * max(1, len(sizes)))
     panels = figure.subplots(max(1, len(sizes)), 2, squeeze=False)
     if sizes:
         for (left, right), size in zip(panels, sizes, strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 
 from bd3_scale.errors import DataError
 from bd3_scale.evaluation.generation import Text
+from bd3_scale.runtime.figure import empty_figure
 
 SAMPLES, SUMMARY, LENGTHS, PAGE = "samples.jsonl", "summary.json", "lengths.png", "page.html"
 SHOWN = 20
@@ -75,11 +76,7 @@ def _read(folder: Path) -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _histogram(lengths: Sequence[int]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(6, 4)
     axes = figure.add_subplot()
     axes.hist(lengths, bins=30)
     axes.set(xlabel="length (tokens)", ylabel="texts", title=f"{len(lengths)} texts")

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.runtime.figure import empty_figure
+
 Lines = Sequence[Mapping[str, Any]]
 SMOOTH_FROM = 200
 """Points from which a curve is drawn pale, with its running mean (over a fiftieth of them) on top."""
@@ -44,16 +46,12 @@ def series(lines: Lines, kind: str, key: str) -> tuple[list[float], list[float]]
 
 
 def _figure(runs: Mapping[str, Lines], kind: str, key: str, label: str) -> Any:
-    # The Agg canvas is asked for by name: no display, no global state of pyplot, safe beside a user's own figures.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     curves = {name: series(lines, kind, key) for name, lines in runs.items()}
     if not any(x for x, _ in curves.values()):
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(7, 4.5)
     axes = figure.add_subplot()
     for index, (name, (x, y)) in enumerate(curves.items()):
         color = f"C{index % 10}"
@@ -96,16 +94,13 @@ def _number(value: Any) -> bool:
 
 def _tuner_figure(runs: Mapping[str, Lines]) -> Any:
     """Of each run: the variance of every candidate interval over (beta, omega) at its last tuning, and the path of the choice."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     tuned = {name: [line for line in lines if line.get("kind") == "tuner"] for name, lines in runs.items()}
     tuned = {name: lines for name, lines in tuned.items() if lines}
     if not tuned:
         return None
-    figure = Figure(figsize=(6 * len(tuned), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(6 * len(tuned), 5)
     for axes, (name, lines) in zip(figure.subplots(1, len(tuned), squeeze=False)[0], tuned.items(), strict=True):
         points = [(*item["interval"], item["variance"]) for item in lines[-1]["variances"] if _number(item["variance"])]
         if points:
