@@ -7,7 +7,7 @@ of the schedule (Arriola et al. 2025, eq. 8; Sahoo et al. 2024). Invariants: as 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -25,26 +25,19 @@ from bd3_scale.diffusion.inputs import (
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.resample import resampled_tokens
 from bd3_scale.diffusion.schedule import LINEAR, Schedule, check_interval, schedule_named
+from bd3_scale.diffusion.traits import Traits, block_pattern, check_shape
 from bd3_scale.errors import RecipeError
 
 
-class Diffusion:
+class Diffusion(Traits):
     """What block and masked diffusion share: everything but the fields and the attention pattern."""
 
-    shifted: ClassVar[bool] = False
-    timed: ClassVar[bool] = False
-    normalised: ClassVar[bool] = True
-    bounded: ClassVar[bool] = True
-    simplex: ClassVar[bool] = False
-
     mask_id: int
-    context: int
     block_size: int
     interval: tuple[float, float]
     schedule: str
     pad_to: int
     resample: bool
-    pattern: AttentionPattern
 
     def _check(self) -> None:
         check_shape(self.context, self.pad_to)
@@ -54,15 +47,6 @@ class Diffusion:
             raise RecipeError(
                 "objective.resample is on, but a block of one token is masked wholly or not at all; set objective.resample=false"
             )
-
-    @property
-    def blocks(self) -> int:
-        """B = L / L', blocks per row."""
-        return self.context // self.block_size
-
-    @property
-    def scored_tokens_per_row(self) -> int:
-        return self.context - 1
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t ~ U[beta, omega], the schedule's mask probability and weight."""
@@ -178,25 +162,3 @@ class MaskedDiffusion(Diffusion):
         object.__setattr__(self, "block_size", self.context)
         self._check()
         object.__setattr__(self, "pattern", AttentionPattern("full", self.context, self.context))
-
-
-def block_pattern(context: int, block_size: int, clean_half: str, document_end: int | None) -> AttentionPattern:
-    """Who sees whom in rows of [x_t ; x_0]. Raises RecipeError for a block size or clean half that cannot work."""
-    if block_size < 1 or context % block_size:
-        divisors = [size for size in range(1, context + 1) if context % size == 0]
-        nearest = min(divisors, key=lambda size: abs(size - block_size))
-        raise RecipeError(
-            f"objective.block_size is {block_size} but must divide model.context = {context}, because a row is cut "
-            f"into equal blocks; set it to {nearest}"
-        )
-    if clean_half not in ("block_causal", "causal"):
-        raise RecipeError(f"objective.clean_half is {clean_half!r}; set block_causal or causal")
-    return AttentionPattern("block_diffusion", context, block_size, cast(Literal["block_causal", "causal"], clean_half), document_end)
-
-
-def check_shape(context: int, pad_to: int) -> None:
-    """What every objective needs. Raises RecipeError, ValueError for `pad_to`."""
-    if context < 2:
-        raise RecipeError(f"model.context is {context}, but token 0 is never scored; set it to 2 or more")
-    if pad_to < 1:
-        raise ValueError(f"pad_to must be at least 1, got {pad_to}")

@@ -37,9 +37,10 @@ from bd3_scale.diffusion.inputs import (
     row_nelbo,
 )
 from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.masked import BlockDiffusion, MaskedDiffusion, check_shape
+from bd3_scale.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from bd3_scale.diffusion.score_entropy import ScoreEntropy
 from bd3_scale.diffusion.simplex_diffusion import SimplexDiffusion
+from bd3_scale.diffusion.traits import Traits, check_shape
 from bd3_scale.errors import RecipeError
 
 __all__ = [
@@ -109,16 +110,12 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Traits):
     """The next-token loss: x_0 under a causal mask, row i predicts token i + 1, weight 1. Its NELBO is the exact likelihood."""
 
     kind: ClassVar[str] = "ar"
     block_size: ClassVar[int] = 1
     shifted: ClassVar[bool] = True
-    timed: ClassVar[bool] = False
-    normalised: ClassVar[bool] = True
-    bounded: ClassVar[bool] = True
-    simplex: ClassVar[bool] = False
 
     mask_id: int
     context: int
@@ -129,10 +126,6 @@ class Autoregressive:
     def __post_init__(self) -> None:
         check_shape(self.context, self.pad_to)
         object.__setattr__(self, "pattern", AttentionPattern("causal", self.context, 1, document_end=self.document_end))
-
-    @property
-    def scored_tokens_per_row(self) -> int:
-        return self.context - 1
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`; the only noise is that of dropout."""

@@ -23,22 +23,20 @@ from bd3_scale.diffusion.inputs import (
     network_inputs,
 )
 from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.masked import block_pattern, check_shape
 from bd3_scale.diffusion.schedule import check_interval
 from bd3_scale.diffusion.simplex import SimplexNoise, told
+from bd3_scale.diffusion.traits import Traits, block_pattern, check_shape
 
 
 @dataclass(frozen=True)
-class SimplexDiffusion:
+class SimplexDiffusion(Traits):
     """SSD-LM: one t per block, the expected embedding of noised words in the noisy half, cross-entropy of all of them.
 
     Raises RecipeError when block size, interval or clean half cannot work.
     """
 
     kind: ClassVar[str] = "ssdlm"
-    shifted: ClassVar[bool] = False
     timed: ClassVar[bool] = True
-    normalised: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     simplex: ClassVar[bool] = True
 
@@ -55,15 +53,6 @@ class SimplexDiffusion:
         check_shape(self.context, self.pad_to)
         object.__setattr__(self, "interval", check_interval(self.interval))
         object.__setattr__(self, "pattern", block_pattern(self.context, self.block_size, self.clean_half, self.document_end))
-
-    @property
-    def blocks(self) -> int:
-        """B = L / L', blocks per row."""
-        return self.context // self.block_size
-
-    @property
-    def scored_tokens_per_row(self) -> int:
-        return self.context - 1
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t ~ U[beta, omega], in strata as for the other kinds."""
