@@ -62,7 +62,7 @@ def settings(system: System, block_size: int, steps: list[int]) -> list[dict[str
     fewer = [] if system.stepped is None else [T for T in sorted(set(steps)) if system.finest is None or block_size > T]
     found = [{"sampler": system.stepped, "steps": T} for T in fewer]
     if system.finest is not None:
-        found.append({"sampler": system.finest, "steps": block_size if system.finest == system.stepped else None})
+        found.append({"sampler": system.finest, "steps": system.finest_steps(block_size)})
     return found
 
 
@@ -75,20 +75,8 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
     context, found = loaded.recipe.model.context, []
     for contexts in options.contexts:
         for setting in settings(system, loaded.objective.block_size, options.steps):
-            document = make(
-                folder / FOLDER,
-                loaded,
-                here,
-                samples=options.samples,
-                batch=options.batch_size,
-                seed=options.seed,
-                judge=judge,
-                length=contexts * context,
-                top_p=system.top_p,
-                nucleus="strict" if system.top_p < 1 else "keep",
-                stop_at_end_of_text=False,
-                **setting,
-            )
+            sampling = {**setting, "length": contexts * context, "stop_at_end_of_text": False}
+            document = make(folder / FOLDER, system, loaded, here, options, judge=judge, **sampling)
             document.pop("lengths")
             found.append({"contexts": contexts, **setting, **document})
             print(f"{system.name}: {_said(found[-1])}", flush=True)
@@ -154,8 +142,7 @@ def table(lines: list[dict[str, Any]], runs: Runs, options: argparse.Namespace) 
     best = [(line["system"], _of(line, options.contexts[0])[-1]["folder"], system) for system, line in zip(SYSTEMS, lines, strict=True)]
     side_by_side(runs.work / PAGE, [(name, runs.folder(system) / FOLDER / folder) for name, folder, system in best])
     text.append(f"Texts with the most steps side by side: `{runs.work / PAGE}`; all of them, with seeds: `samples.jsonl` in `{FOLDER}/*`.")
-    shown = [{key: value for key, value in line.items() if key != "asked"} for line in lines]
-    return Table(shown, text, draw(lines, truth, options.contexts, context), {"real": truth})
+    return Table(lines, text, draw(lines, truth, options.contexts, context), {"real": truth})
 
 
 def _nuclei() -> str:

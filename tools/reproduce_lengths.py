@@ -60,16 +60,13 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
         least = PAPER_ENTROPY if loaded.tokenizer.vocabulary_size > 256 + 1 else BYTE_ENTROPY
     answer = make(
         folder / FOLDER,
+        system,
         loaded,
         here,
-        samples=options.samples,
-        batch=options.batch_size,
-        seed=options.seed,
+        options,
         length=recipe.model.context if whole else options.longest or LONGEST * recipe.model.context,
         sampler=system.finest,
-        steps=loaded.objective.block_size if system.finest == system.stepped else None,
-        top_p=system.top_p,
-        nucleus="strict" if system.top_p < 1 else "keep",
+        steps=system.finest_steps(loaded.objective.block_size),
         minimum_entropy=least,
     )
     with open_data(recipe.data, recipe.model.context, leader=here.leader, barrier=here.barrier, progress=False) as data:
@@ -98,7 +95,7 @@ def table(lines: list[dict[str, Any]], runs: Runs, options: argparse.Namespace) 
         *cells(heads, rows),
         f"The texts side by side: `{runs.work / PAGE}`.",
     ]
-    shown = [{key: value for key, value in line.items() if key not in ("asked", "documents")} for line in lines]
+    shown = [{key: value for key, value in line.items() if key != "documents"} for line in lines]
     return Table(shown, text, draw(lines, documents), {"documents": len(documents), "document_lengths": documents})
 
 

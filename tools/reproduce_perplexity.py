@@ -93,7 +93,7 @@ def table(lines: list[dict[str, Any]], runs: Runs, options: argparse.Namespace) 
         "Order of the paper (difference in nats per token, rows paired, two standard errors):",
         *cells(["expected", "difference", "s.e.", "holds"], orders),
     ]
-    shown = [{key: value for key, value in line.items() if key not in ("row_nelbo", "asked")} for line in lines]
+    shown = [{key: value for key, value in line.items() if key != "row_nelbo"} for line in lines]
     return Table(shown, text, draw(lines), {"comparisons": compared, "draws": options.draws})
 
 

@@ -54,6 +54,15 @@ class System:
         """Its name in commands and in --work."""
         return "-".join(self.name.replace("'", "").replace("=", "").split()).lower()
 
+    @property
+    def nucleus(self) -> dict[str, Any]:
+        """The options of sampling that `top_p` stands for."""
+        return {"top_p": self.top_p, "nucleus": "strict" if self.top_p < 1 else "keep"}
+
+    def finest_steps(self, block_size: int) -> int | None:
+        """T of `finest`, where that takes one."""
+        return block_size if self.finest == self.stepped else None
+
 
 TUNED = "tuner.enabled=true"
 """As the paper trains block diffusion; the recipe says when and on what the interval is searched."""
@@ -108,7 +117,7 @@ class Runs:
         """What was measured under this name for the same request; None where that is missing."""
         path = self.folder(system) / f"{name}.json"
         document = json.loads(path.read_text()) if path.exists() else {}
-        return {"system": system.name, **document} if document.get("asked") == self._asked(asked) else None
+        return {"system": system.name, **document} if document.pop("asked", None) == self._asked(asked) else None
 
     def keep(self, system: System, name: str, answer: dict[str, Any], **asked: Any) -> None:
         """Keep an answer: a whole one or none, wherever this process is killed."""

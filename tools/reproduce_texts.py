@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from reproduce_systems import System
 
 if TYPE_CHECKING:
     from bd3_scale.checkpoint.network import LoadedNetwork
@@ -34,15 +35,24 @@ def add_text_options(parser: argparse.ArgumentParser, samples: int, batch: int) 
 
 
 def make(
-    folder: Path, loaded: LoadedNetwork, here: Layout, *, samples: int, batch: int, seed: int, judge: Judge | None = None, **sampling: Any
+    folder: Path,
+    system: System,
+    loaded: LoadedNetwork,
+    here: Layout,
+    options: argparse.Namespace,
+    *,
+    judge: Judge | None = None,
+    **sampling: Any,
 ) -> dict[str, Any]:
-    """Numbers of `samples` texts (see `generation.summary`), of an earlier call where that asked for the same.
+    """Numbers of texts of a system (see `generation.summary`), of an earlier call where that asked for the same.
 
-    The texts lie in `folder`/FOLDER, where FOLDER is an entry of what is returned; `sampling` as of `generate_tokens`.
+    The texts lie in `folder`/FOLDER, where FOLDER is an entry of what is returned. `options`: those of `add_text_options`; `sampling`: the
+    others of `generate_tokens`, but for the system's nucleus.
     """
     from bd3_scale.evaluation.generation import generate_texts, summary
     from bd3_scale.evaluation.page import PAGE, SUMMARY, write_results
 
+    samples, batch, seed, sampling = options.samples, options.batch_size, options.seed, {**sampling, **system.nucleus}
     asked = {"samples": samples, "batch_size": batch, "seed": seed, "judge": None if judge is None else judge.name, **sampling}
     digest = hashlib.sha256(json.dumps([asked, loaded.checkpoint.path.name]).encode()).hexdigest()[:8]
     steps = f"-{sampling['steps']}" if sampling.get("steps") else ""
@@ -89,10 +99,6 @@ def document_lengths(loaded: LoadedNetwork, rows: Rows, most: int) -> list[int]:
 
 def side_by_side(path: Path, systems: Sequence[tuple[str, Path]]) -> None:
     """A page with the texts of each (name, folder of texts)."""
-    from bd3_scale.evaluation.page import SAMPLES, SUMMARY, page
+    from bd3_scale.evaluation.page import page, read_results
 
-    shown = []
-    for name, folder in systems:
-        texts = [json.loads(line)["text"] for line in (folder / SAMPLES).read_text("utf-8").splitlines()]
-        shown.append((name, json.loads((folder / SUMMARY).read_text("utf-8")), texts))
-    path.write_text(page(shown), encoding="utf-8")
+    path.write_text(page([(name, *read_results(folder)) for name, folder in systems]), encoding="utf-8")

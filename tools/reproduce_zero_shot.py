@@ -90,8 +90,7 @@ def table(lines: list[dict[str, Any]], runs: Runs, options: argparse.Namespace) 
         "the row of BD3 L' = 4 is known to us. Lower than the paper's is no merit where a set resembles the training text.",
         *cells(["system", *names], rows),
     ]
-    shown = [{key: value for key, value in line.items() if key != "asked"} for line in lines]
-    return Table(shown, text, draw(lines, names), {"paper": {name: SETS[name].paper for name in names}})
+    return Table(lines, text, draw(lines, names), {"paper": {name: SETS[name].paper for name in names}})
 
 
 def _numbers(answer: dict[str, Any]) -> tuple[float, float | None]:

@@ -35,7 +35,7 @@ _STYLE = "body{font:14px sans-serif}td,th{vertical-align:top;border:1px solid #c
 
 def write_results(folder: Path, texts: Sequence[Text], document: dict[str, Any], beside: Sequence[Path] = ()) -> None:
     """Make `folder` with all files; `beside`: folders of earlier evaluations to be shown on its page too. Raises DataError."""
-    others = [_read(other) for other in beside]
+    others = [(other.name, *read_results(other)) for other in beside]
     try:
         folder.mkdir(parents=True)
         (folder / SAMPLES).write_text("".join(text.line() for text in texts), encoding="utf-8")
@@ -66,13 +66,14 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _read(folder: Path) -> tuple[str, dict[str, Any], list[str]]:
+def read_results(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Summary and texts of what `write_results` left in `folder`. Raises DataError."""
     try:
         document = json.loads((folder / SUMMARY).read_text("utf-8"))
         texts = [json.loads(line)["text"] for line in (folder / SAMPLES).read_text("utf-8").splitlines()]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"--beside {folder}: holds no {SUMMARY} and {SAMPLES} of `evaluate generation`; name another folder") from None
-    return folder.name, document, texts
+        raise DataError(f"{folder}: holds no {SUMMARY} and {SAMPLES} of `evaluate generation`; give --beside another folder") from None
+    return document, texts
 
 
 def _histogram(lengths: Sequence[int]) -> Any:
