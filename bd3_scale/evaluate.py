@@ -11,14 +11,12 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
+from bd3_scale.command import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.errors import RecipeError, UserError
-from bd3_scale.sample import add_sampler_options, end_with, place
+from bd3_scale.sample import add_sampler_options, chosen
 
 if TYPE_CHECKING:
     from bd3_scale.checkpoint.network import LoadedNetwork
@@ -26,16 +24,9 @@ if TYPE_CHECKING:
     from bd3_scale.parallel.layout import Layout
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad options are errors of one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m bd3_scale.evaluate", description="Evaluate a checkpoint.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="likelihood|generation", parser_class=_Parser)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m bd3_scale.evaluate", description="Evaluate a checkpoint.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="likelihood|generation", parser_class=CommandParser)
     _likelihood_options(commands.add_parser("likelihood", help="NELBO and perplexity with standard error on prepared rows"))
     _generation_options(commands.add_parser("generation", help="texts: lengths, entropy, network calls, generative perplexity"))
     return parser
@@ -89,23 +80,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    # megatron-core says at import that it does without packages that only training on CUDA could use.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    # It calls collectives by names that newer torch has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from bd3_scale.evaluation.world import load_replicas
-    from bd3_scale.parallel import layout
-    from bd3_scale.runtime.guard import Guard
+    with own_world():
+        from bd3_scale.evaluation.world import load_replicas
+        from bd3_scale.runtime.guard import Guard
 
-    alone = not dist.is_initialized()
-    try:
         loaded, here = load_replicas(options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device)
-        with Guard(*place(), loaded.recipe.parallel.heartbeat, world=here.world, cure="start the same command again, nothing was written"):
+        with Guard(
+            *rank_and_size(),
+            loaded.recipe.parallel.heartbeat,
+            world=here.world,
+            cure="start the same command again, nothing was written",
+        ):
             document, text = COMMANDS[options.command](loaded, here, options)
-    finally:
-        # With an error, not among many: leaving the world in order needs the others.
-        if alone and (place()[1] == 1 or sys.exc_info()[0] is None):
-            layout.stop()
     if here.leader:
         print(json.dumps(document, indent=1) if options.json else text)
 
@@ -172,13 +158,8 @@ def _generation(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
     judge = None if options.judge is None else load_judge(options.judge, loaded.device)
     sampling = {
         "length": options.length,
+        **chosen(options),
         "sampler": options.sampler or own_sampler(loaded.objective),
-        "steps": options.steps,
-        "threshold": options.threshold,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "nucleus": options.nucleus,
-        "minimum_entropy": options.minimum_entropy,
         "stop_at_end_of_text": not options.ignore_eos,
         "use_cache": not options.no_cache,
     }

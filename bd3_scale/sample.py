@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
-import time
-import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch.distributed as dist
 
+from bd3_scale.command import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.diffusion.decoding import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
 from bd3_scale.diffusion.reader import one_block
 from bd3_scale.diffusion.sampler import ENTROPY_WINDOW, Result, check, generate, own_sampler, resolved
@@ -35,9 +33,6 @@ from bd3_scale.errors import RecipeError, TrainingError, UserError
 if TYPE_CHECKING:
     from bd3_scale.checkpoint.network import LoadedNetwork
     from bd3_scale.data.tokenizer import Tokenizer
-
-LEADER_SPEAKS = 20.0
-"""Seconds that a rank with an error leaves to the first one, which usually has the same and ends the job by saying so."""
 
 
 def generate_tokens(
@@ -133,16 +128,14 @@ def _given(tokenizer: Tokenizer, prompts: list[str], batch: int | None, length: 
     return tokens, known
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad options are errors of one line, like all others."""
-
+class _Parser(CommandParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: checkpoint"):
             message = (
                 "no checkpoint is named; name it first (CHECKPOINT --prompt TEXT), because all words that follow --prompt are texts, "
                 "or put -- before it"
             )
-        raise RecipeError(f"{message}; see python -m bd3_scale.sample --help")
+        super().error(message)
 
 
 def _parser() -> _Parser:
@@ -180,10 +173,19 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add("--no-cache", action="store_true", help="recompute everything in every network call (same texts, slower)")
 
 
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_sampler_options` say of how tokens are chosen: the arguments of `SamplingOptions`."""
+    return {item.name: getattr(options, item.name) for item in fields(SamplingOptions)}
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         options = _parser().parse_args(argv)
-        if options.output is not None and place()[0] == 0 and (options.output.exists() or not options.output.absolute().parent.is_dir()):
+        if (
+            options.output is not None
+            and rank_and_size()[0] == 0
+            and (options.output.exists() or not options.output.absolute().parent.is_dir())
+        ):
             raise RecipeError(f"--output {options.output} exists already or lies in no folder; name a new file in a folder that exists")
         _run(options)
     except UserError as error:
@@ -191,49 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes): in the world that was joined, or as torchrun says."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def end_with(error: UserError) -> int:
-    """Say the error, once for all ranks, and leave. When one rank has left the launcher ends the others, which may wait for
-    it in a collective: a rank that is still there long after has an error that the first does not have."""
-    rank, world_size = place()
-    if rank > 0:
-        time.sleep(LEADER_SPEAKS)
-    print(f"bd3_scale: error: {f'[rank {rank}] ' if rank > 0 else ''}{error}", file=sys.stderr, flush=True)
-    if world_size > 1 and dist.is_initialized():
-        os._exit(error.exit_code)
-    return error.exit_code
-
-
 def _run(options: argparse.Namespace) -> None:
-    # megatron-core says at import that it does without packages that only training on CUDA could use.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    # It calls collectives by names that newer torch has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from bd3_scale.checkpoint.network import load_network
-    from bd3_scale.parallel import layout
-    from bd3_scale.runtime.guard import Guard
+    SamplingOptions(**chosen(options))  # what is wrong is known before a large network is loaded
+    with own_world():
+        from bd3_scale.checkpoint.network import load_network
+        from bd3_scale.runtime.guard import Guard
 
-    choice = {
-        "sampler": options.sampler,
-        "steps": options.steps,
-        "threshold": options.threshold,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "nucleus": options.nucleus,
-        "minimum_entropy": options.minimum_entropy,
-    }
-    SamplingOptions(**choice)  # what is wrong is known before a large network is loaded
-    alone = not dist.is_initialized()
-    try:
         loaded = load_network(options.checkpoint, weights=options.weights, device=options.device)
-        choice["sampler"] = options.sampler = options.sampler or own_sampler(loaded.objective)
-        with Guard(*place(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
+        options.sampler = options.sampler or own_sampler(loaded.objective)
+        with Guard(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
             result = generate_tokens(
                 loaded,
                 prompts=options.prompt,
@@ -242,13 +210,9 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 stop_at_end_of_text=not options.ignore_eos,
                 use_cache=not options.no_cache,
-                **choice,
+                **chosen(options),
             )
-        leader = place()[0] == 0
-    finally:
-        # With an error, not among many: leaving the world in order needs the others.
-        if alone and (place()[1] == 1 or sys.exc_info()[0] is None):
-            layout.stop()
+        leader = rank_and_size()[0] == 0
     if leader:
         _report(loaded, options, result)
 
