@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.forked import run_ranks
 
 # initial_std is 1 / sqrt(hidden): with 0.02 a network this narrow is so ill-conditioned that, within 20 steps, the order of a
 # sum on one process (micro_batch 2 or 4) was seen to change a gradient norm by a tenth while the loss agreed to 1e-6.
@@ -57,7 +57,7 @@ def train_all(world_size: int, recipe: Path, runs: dict[Path, list[str]], folder
     """Train every run (directory -> overrides) on `world_size` processes of one group; returns their metrics."""
     plan = folder / f"plan-{world_size}-{len(list(folder.iterdir()))}.json"
     plan.write_text(json.dumps([[str(recipe), [f"run.dir={run}", *overrides]] for run, overrides in runs.items()]))
-    finished = launch(world_size, ["tests/distributed/worker.py", str(plan)], plan.with_suffix(".log"), timeout=400)
+    finished = run_ranks(world_size, ["tests/distributed/worker.py", str(plan)], plan.with_suffix(".log"), timeout=400)
     assert finished.status == 0, finished.output[-6000:]
     return {run: metrics(run) for run in runs}
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.conftest import metrics
-from tests.distributed.launch import launch
+from tests.distributed.forked import run_ranks
 
 pytestmark = pytest.mark.timeout(20000 if os.environ.get("BD3_ALL_PAIRS") else 1200)
 COMMON = [
@@ -61,7 +61,7 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def go(world_size: int, items: list[tuple[list[str], str]]) -> None:
         plan = folder / f"plan-{world_size}-{len(list(folder.iterdir()))}.json"
         plan.write_text(json.dumps([(str(recipe), overrides, action) for overrides, action in items]))
-        finished = launch(world_size, ["tests/distributed/elastic_worker.py", str(plan)], plan.with_suffix(".log"), timeout=3000)
+        finished = run_ranks(world_size, ["tests/distributed/elastic_worker.py", str(plan)], plan.with_suffix(".log"), timeout=3000)
         assert finished.status == 0, finished.output[-6000:]
 
     def of(world_size: int) -> list[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.forked import run_ranks
 
 MODEL = ["model.layers=4", "model.hidden=128", "model.heads=4", "model.key_value_heads=2", "model.conditioning=adaln",
-         "model.conditioning_size=32", "training.global_batch=16", "parallel.micro_batch=2"]  # fmt: skip
+         "model.conditioning_size=32", "parallel.micro_batch=2"]  # fmt: skip
 BF16 = "training.precision=bf16"
 TIED = "model.tied_head=true"
 
@@ -50,9 +50,11 @@ def measured(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     results: dict[str, list[dict[str, int]]] = {}
     for world_size in (1, 2, 4):
         plan, out = folder / f"plan-{world_size}.json", folder / f"out-{world_size}.json"
-        items = [(name, str(recipe), [*MODEL, *overrides]) for name, (size, overrides) in LAYOUTS.items() if size == world_size]
+        # Two micro-batches of every replica, and as many as there are stages.
+        batch = f"training.global_batch={max(8, 4 * world_size)}"
+        items = [(name, str(recipe), [*MODEL, batch, *overrides]) for name, (size, overrides) in LAYOUTS.items() if size == world_size]
         plan.write_text(json.dumps(items))
-        finished = launch(world_size, ["tests/distributed/memory_worker.py", str(plan), str(out)], plan.with_suffix(".log"), timeout=300)
+        finished = run_ranks(world_size, ["tests/distributed/memory_worker.py", str(plan), str(out)], plan.with_suffix(".log"), timeout=300)
         assert finished.status == 0, finished.output[-6000:]
         results |= json.loads(out.read_text())
     return results

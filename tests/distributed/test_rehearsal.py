@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import launch, take_turn
+from tests.distributed.forked import run_ranks
+from tests.distributed.launch import take_turn
 from tests.unit.test_recipes import RECIPES, WORLD_SIZES
 
 TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "model.dropout=0", "training.global_batch=16",
@@ -73,7 +74,7 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     (folder / "plan.json").write_text(json.dumps(plan))
     arguments = ["tests/distributed/rehearsal_worker.py", str(folder / "plan.json"), str(folder / "out.json")]
     take_turn()  # minutes of one core, beside which ranks in step with each other would crawl
-    finished = launch(1, arguments, folder / "log", timeout=900)
+    finished = run_ranks(1, arguments, folder / "log", timeout=900)
     assert finished.status == 0, finished.output[-6000:]
     return json.loads((folder / "out.json").read_text())
 

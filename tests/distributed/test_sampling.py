@@ -26,7 +26,7 @@ from bd3_scale.diffusion.tuner import TunerState
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.sample import generate_tokens
-from tests.distributed.launch import launch
+from tests.distributed.forked import run_ranks
 
 BLOCKS = ObjectiveConfig(block_size=4)
 SHAPE: dict[str, Any] = {"context": 16, "layers": 2, "hidden": 32, "heads": 4}
@@ -105,7 +105,7 @@ def test_many_processes_write_what_one_writes(
         "output": str(tmp_path / "results.json"),
     }
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    finished = launch(ranks, ["tests/distributed/sampling_worker.py", str(tmp_path / "plan.json")], tmp_path / "log", timeout=300)
+    finished = run_ranks(ranks, ["tests/distributed/sampling_worker.py", str(tmp_path / "plan.json")], tmp_path / "log", timeout=300)
     assert finished.status == 0, finished.output[-6000:]
     first, *others = results = json.loads((tmp_path / "results.json").read_text())
 

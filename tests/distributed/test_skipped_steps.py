@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.conftest import metrics
-from tests.distributed.launch import launch
+from tests.distributed.forked import run_ranks
 
 POISON = """
 import sys
@@ -44,7 +44,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         items = {name: overrides for name, (size, overrides) in LAYOUTS.items() if size == world_size}
         common = ["training.steps=12", "checkpoint.every=0", "validation.every=0"]
         plan.write_text(json.dumps([(str(recipe), [f"run.dir={folder / name}", *common, *overrides]) for name, overrides in items.items()]))
-        finished = launch(world_size, [str(folder / "poison.py"), str(plan)], plan.with_suffix(".log"), timeout=300)
+        finished = run_ranks(world_size, [str(folder / "poison.py"), str(plan)], plan.with_suffix(".log"), timeout=300)
         assert finished.status == 0, finished.output[-6000:]
     return folder
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.conftest import metrics
-from tests.distributed.launch import launch
+from tests.distributed.forked import run_ranks
 
 STOP = """
 import os, signal
@@ -39,7 +39,7 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         plan = folder / f"{name}.json"
         plan.write_text(json.dumps([(str(recipe), [f"run.dir={folder / run}", *LONG])]))
-        finished = launch(world_size, [script, str(plan)], plan.with_suffix(".log"), timeout=200)
+        finished = run_ranks(world_size, [script, str(plan)], plan.with_suffix(".log"), timeout=200)
         assert finished.status == 0, finished.output[-6000:]
         if name == "stopped":
             kinds = [line["kind"] for line in metrics(folder / run)]
