@@ -126,7 +126,6 @@ def test_evicted_pod_stops_the_run_and_new_pods_go_on(pods: Pods, recipe: Path, 
     assert np.isfinite([line["loss"] for line in metrics(run) if line["kind"] == "train"]).all()
 
 
-@pytest.mark.skipif(os.environ.get("BD3_PODS") != "1", reason="two minutes: BD3_PODS=1 asks for it")
 def test_lost_pod_costs_the_steps_since_the_last_checkpoint(pods: Pods, tmp_path: Path) -> None:
     """A pod is gone without a word; the other one, left alone, ends as one that is to be made anew, because the run got further."""
     run = tmp_path / "run"

@@ -1,14 +1,12 @@
 """The heart of the project: every layout equals one process (property 7), in loss, gradient norm, NELBO and tuned interval.
 
 20 steps in fp32 with dropout, clipping, weight decay, accumulation, EMA, a tuning and two validations; a layout is one line
-of the table (`BD3_ALL_LAYOUTS=1`: some more lines). Trainings of one world size share their processes. The table is printed at the end
-and asserted line by line.
+of the table. Trainings of one world size share their processes. The table is printed at the end and asserted line by line.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -95,12 +93,6 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),
     "tied: tensor 2, sequence, zero 2": (4, "tied", layout(2, 1, 2, SEQUENCE)),
 }  # fmt: skip
-
-MORE = ("tensor 2, zero 0", "tensor 2, data 2, zero 3", "pipeline 2 x 2 interleaved, data 2, zero 0", "adaln: tensor 4, sequence",
-        "adaln: pipeline 2 x 2 interleaved, data 2", "tied: tensor 2, sequence, zero 2")  # fmt: skip
-"""Left out where time is short: each part of them is in another line."""
-if not os.environ.get("BD3_ALL_LAYOUTS"):
-    LAYOUTS = {name: layout for name, layout in LAYOUTS.items() if name not in MORE}
 
 SHRUNK = ["model.context=32", "model.layers=4", "model.hidden=32", "model.heads=8", "model.key_value_heads=4", "model.mlp_hidden=96",
           "objective.block_size=[[0,32],[10,8]]", "data.tokenizer=bytes", "data.row_special=bos", "data.window=2",
