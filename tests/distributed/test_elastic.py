@@ -2,7 +2,7 @@
 
 Twelve layouts on up to four processes, of a model with everything that stages and tensor ranks share (tied embeddings, the
 noise condition, key heads). Six of them write a checkpoint, and the one after each in the list continues that
-(`BD3_ALL_PAIRS=1`: all twelve write, and each continues each, about half an hour). tests/unit/checkpoint/test_layouts.py holds all pairs
+(`BD3_ALL_PAIRS=1`: all twelve write, and each continues each, nine minutes). tests/unit/checkpoint/test_layouts.py holds all pairs
 to the bit, without training.
 """
 
