@@ -16,27 +16,7 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.runtime.config import TrainingConfig
-
-BASE = """
-model: {context: 64, layers: 2, hidden: 32, heads: 4}
-objective: {block_size: 8}
-training: {steps: 20, global_batch: 8}
-"""
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
-
-
-def refused(path: Path, overrides: list[str], world_size: int = 1, device: str = "cpu") -> str:
-    with pytest.raises(RecipeError) as caught:
-        recipes.validate(recipes.load(path, overrides), world_size, device)
-    message = str(caught.value)
-    assert "\n" not in message and caught.value.exit_code == 2
-    return message
+from tests.unit.refusing import refused
 
 
 def cures(message: str) -> list[tuple[list[str], int | None]]:
