@@ -11,6 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+"""A run of the tests is a function of the commit; `pytest --hypothesis-profile=random` looks at other examples."""
 
 
 @pytest.fixture(scope="session")

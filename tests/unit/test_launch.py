@@ -181,7 +181,7 @@ def check_arrival(word: str, kinds: tuple[str, ...], capsys: pytest.CaptureFixtu
     """`word` in an override, a variable and the job's name, through bash, and through YAML and Kubernetes' own $(NAME)."""
     # What OmegaConf makes of a value is not asked here: YAML quotes it.
     override = "run.name=" + yaml.safe_dump(word.replace("${", "$ {"), default_style="'", width=10**6, allow_unicode=True).strip()
-    file = script(capsys, bench, override, "--env", f"X={word}", "--name", word)
+    file = script(capsys, bench, override, "--env", f"X={word}", f"--name={word}")
     assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
     assert subprocess.run(["bash", file], capture_output=True, check=False).returncode == 0
     assert (bench / "srun").read_text().split("\0")[-2] == override
@@ -197,7 +197,7 @@ def test_odd_words_arrive_as_they_were_written(capsys: pytest.CaptureFixture[str
     check_arrival(ODD, KINDS, capsys, bench)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(word=st.text(st.characters(exclude_categories=("C", "Zl", "Zp", "Zs"), include_characters=" '\"\\$`(){}#%&*!:"), min_size=1))
 def test_any_word_arrives_as_it_was_written(word: str, capsys: pytest.CaptureFixture[str], bench: Path) -> None:
     check_arrival(word, ("job",), capsys, bench)

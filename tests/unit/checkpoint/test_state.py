@@ -31,7 +31,7 @@ def positions(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SHAPES.flatmap(regions))
 def test_runs_are_the_definition(region: Region) -> None:
     runs = region.runs()
@@ -41,7 +41,7 @@ def test_runs_are_the_definition(region: Region) -> None:
     assert region.span == ((min(covered), max(covered) + 1) if covered else (0, 0))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(SHAPES.flatmap(lambda shape: st.tuples(regions(shape), regions(shape))), st.booleans())
 def test_copy_carries_exactly_the_shared_elements(pair: tuple[Region, Region], strided: bool) -> None:
     source_region, target_region = pair
@@ -73,7 +73,7 @@ def test_rows_of_a_column_slice_are_one_strided_copy() -> None:
     assert calls <= 5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(regions(shape), max_size=4))))
 def test_a_tiling_is_each_element_once(case: tuple[tuple[int, ...], list[Region]]) -> None:
     shape, members = case
@@ -83,7 +83,7 @@ def test_a_tiling_is_each_element_once(case: tuple[tuple[int, ...], list[Region]
     assert (tiling_fault(shape, members) is None) == bool((times == 1).all())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.integers(1, 5))), st.randoms())
 def test_divisions_tile(case: tuple[tuple[int, ...], int], random: object) -> None:
     """What engines do (slice a dim, then cut the slice into stretches) tiles, whatever the order of the parts."""
@@ -101,7 +101,7 @@ def test_divisions_tile(case: tuple[tuple[int, ...], int], random: object) -> No
     assert tiling_fault(shape, [part for part in parts if part.numel][1:]) is not None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(SHAPES.flatmap(regions), max_size=5), st.integers(1, 6), st.randoms())
 def test_shares_of_replicas_are_balanced_disjoint_and_complete(held: list[Region], count: int, random: object) -> None:
     def replica() -> list[Fragment]:

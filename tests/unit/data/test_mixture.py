@@ -33,7 +33,7 @@ def weights(draw: st.DrawFn) -> list[float]:
     return [(last - first) * unit / WHOLE for first, last in pairwise(borders)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights=weights(), start=st.integers(0, 10**9))
 def test_every_source_has_its_share_at_every_moment(weights: list[float], start: int) -> None:
     mixture = Mixture(weights)

@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bd3_scale.data.order import GlobalOrder
@@ -15,7 +15,6 @@ from bd3_scale.errors import DataError
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
 
-@settings(deadline=None)
 @given(shard_rows=SHARDS, seed=st.integers(0, 2**40), window=st.integers(1, 5), epoch=st.integers(0, 3))
 def test_each_epoch_visits_every_sample_once(shard_rows: list[int], seed: int, window: int, epoch: int) -> None:
     order = GlobalOrder(shard_rows, seed, window)
@@ -24,7 +23,6 @@ def test_each_epoch_visits_every_sample_once(shard_rows: list[int], seed: int, w
     assert sorted(order.sample_ids(epoch * total, total)) == list(range(total))
 
 
-@settings(deadline=None)
 @given(shard_rows=SHARDS, window=st.integers(1, 5), position=st.integers(0, 200), counts=st.lists(st.integers(0, 40), max_size=6))
 def test_the_order_does_not_depend_on_where_reading_begins(shard_rows: list[int], window: int, position: int, counts: list[int]) -> None:
     whole = GlobalOrder(shard_rows, 5, window).sample_ids(0, position + sum(counts))
@@ -80,7 +78,6 @@ def test_half_a_million_shards_are_no_burden() -> None:
     assert shards <= set(order.shards(200_000_000 + 12_345, 512, 0)[0]) and len(shards) <= 32
 
 
-@settings(deadline=None)
 @given(shard_rows=SHARDS, window=st.integers(1, 4), position=st.integers(0, 150), count=st.integers(1, 40), ahead=st.integers(0, 6))
 def test_the_shards_that_are_said_to_be_needed_are(shard_rows: list[int], window: int, position: int, count: int, ahead: int) -> None:
     order = GlobalOrder(shard_rows, 5, window)

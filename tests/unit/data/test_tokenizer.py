@@ -51,7 +51,7 @@ def test_gpt2_is_the_genuine_one(gpt2: Tokenizer) -> None:
     assert gpt2.decode([15496, 50256, 995]) == "Hello<|endoftext|> world"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text())
 def test_text_survives(text: str) -> None:
     for tokenizer in (GPT2, ByteTokenizer()):

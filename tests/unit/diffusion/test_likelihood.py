@@ -59,7 +59,7 @@ def test_longer_blocks_are_refused() -> None:
         exact_block_nelbo(lambda noised: np.zeros((*noised.shape, VOCABULARY)), np.zeros(7, int), MASK)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=6), min_size=1, max_size=5), st.sampled_from([0.0, 1e7]))
 def test_moments_of_parts_are_moments_of_the_whole(parts: list[list[float]], offset: float) -> None:
     """Any spread of rows over ranks, empty ranks included; also where sums of squares would cancel."""

@@ -51,7 +51,7 @@ def test_another_process_draws_the_same() -> None:
     assert done.stdout.strip() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**7), st.integers(1, 9), st.integers(1, 12))
 def test_each_stratum_is_used_exactly_once_per_step(seed: int, step: int, global_batch: int, blocks: int) -> None:
     times = noise.block_times(seed, step, np.arange(global_batch), global_batch, blocks, UNIT)
@@ -60,7 +60,7 @@ def test_each_stratum_is_used_exactly_once_per_step(seed: int, step: int, global
     assert sorted(np.floor(times * count).astype(int).ravel()) == list(range(count))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_noise_of_a_slot_does_not_depend_on_the_split(data: st.DataObject) -> None:
     """Any replicas and micro-batches, in any order, see what one process with one batch sees."""
@@ -91,7 +91,7 @@ def test_marginal_of_t_is_uniform_at_every_block_position_at_micro_batch_1(globa
     assert np.abs(correlation + 1 / (global_batch * blocks - 1)).max() < 4.5 / np.sqrt(steps)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 100))
 def test_times_stay_in_the_interval_and_keep_their_rank(one: float, other: float, step: int) -> None:
     beta, omega = sorted((one, other))

@@ -63,7 +63,7 @@ def test_every_subset_of_a_size_is_equally_probable() -> None:
         assert statistic < 22.1, f"chi-square {statistic:.1f} with {subsets - 1} degrees of freedom"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([(8, 2), (12, 4), (32, 16), (16, 16)]),
     st.sampled_from([(0.3, 0.8), (0.45, 0.95), (1e-3, 0.5), (1e-3, 1.0)]),

@@ -85,7 +85,7 @@ def test_flex_attention_keeps_less_than_the_tiles_and_more_than_recomputation() 
     assert again < flex < tiled
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 12))
 def test_a_schedule_runs_everything_once_and_early_stages_hold_the_most(pipeline: int, virtual: int, more: int) -> None:
     virtual = virtual if pipeline > 1 else 1

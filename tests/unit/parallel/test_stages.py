@@ -31,7 +31,7 @@ def divisions(layers: int, chunks: int) -> list[list[range]]:
     return [[range(a, b) for a, b in pairwise((0, *bounds, layers))] for bounds in combinations(range(1, layers), chunks - 1)]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(COSTS, st.data(), SIDE, SIDE)
 def test_no_division_has_a_cheaper_costliest_stage(costs: list[float], data: st.DataObject, first: float, last: float) -> None:
     count = data.draw(st.integers(1, len(costs)))
