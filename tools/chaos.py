@@ -188,12 +188,18 @@ class Chaos:
         return one, trace, peers
 
     def wait_for_moment(self, job: Job, watch: Watch, first: int) -> bool:
-        """Sleep until the moment that was met the least often, at a random step; False where the job ended before."""
+        """Sleep until the moment that was met the least often, at a random step; False where the job ended before.
+
+        Every other step beyond the end is that: otherwise a run that is near its end would be disturbed there until no round is left.
+        """
         choice = self.random.random
         fewest = min(self.met[kind] for kind in self.kinds)
         kind = self.random.choice([kind for kind in self.kinds if self.met[kind] == fewest])
         reach = max(2 * self.recipe.checkpoint.every, self.steps // 8)
-        target = min(self.steps, first + self.random.randint(1, reach))
+        target = first + self.random.randint(1, reach)
+        if target > self.steps and choice() < 0.5:
+            return False
+        target = min(self.steps, target)
         start = time.monotonic()
         while not all(trace.exists() for trace in job.traces):  # until the product's own code runs in all ranks
             if job.ended or time.monotonic() - start > RUN_LIMIT:

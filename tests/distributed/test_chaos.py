@@ -42,7 +42,8 @@ def chaos(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 def test_disturbed_run_is_the_undisturbed_one(chaos: Callable[[str, int], dict[str, Any]], name: str, rounds: int) -> None:
     result = chaos(name, rounds)
     sent = [one for one in result["rounds"] if one["moment"] != "end"]
-    assert len(sent) == rounds == sum(result["moments"].values()) and len(result["moments"]) > 1
+    assert len(sent) == rounds == sum(result["moments"].values())  # which moments they are is a matter of time
+    assert {one["moment"] for one in sent} == result["moments"].keys() <= {"start-up", "step", "save", "validation", "tuning"}
     assert result["rounds"][-1]["moment"] == "end" and result["runs_compared"] >= 1
     assert result["slots_compared"] >= 12 * 8
     assert {"train loss", "train gradient_norm", "validation nelbo", "tuner variances"} <= result["worst_relative_difference"].keys()
@@ -82,6 +83,8 @@ def test_doctored_metrics_are_found(trace_module: Any, tmp_path: Path) -> None:
     for doctored, said in (
         ([{**lines[0], "loss": 3.0 * (1 + 2e-5)}, *lines[1:]], "train loss of step 1"),
         ([*lines[:3], {**lines[3], "nelbo": "nan"}], "validation nelbo of step 2"),
+        ([*lines[:3], {key: value for key, value in lines[3].items() if key != "nelbo"}], "validation nelbo of step 2"),
+        ([*lines[:3], {**lines[3], "cross_entropy": 2.0}], "validation cross_entropy of step 2"),
         ([{**lines[0], "interval": [0.1]}, *lines[1:]], "train interval of step 1"),
         (lines[:3], "no validation line of step 2"),
         ([*lines, lines[0]], "two train lines of step 1"),
