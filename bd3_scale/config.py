@@ -90,6 +90,7 @@ CHOICES = {
     "training.recompute": ("none", "attention", "mlp", "layer"),
     "training.compile": ("none", "blocks", "max-autotune"),
     "parallel.zero": (0, 1, 2, 3),
+    "parallel.engine": ("auto", "deepspeed", "megatron", "fsdp"),
     "tracking.wandb": ("online", "offline", "disabled"),
 }
 
@@ -111,7 +112,7 @@ POSITIVE = (
     "model.initial_std", "model.rotary_base", "model.head_width", "model.norm_epsilon",
     "data.source_tokens", "data.window", "data.cache_bytes", "training.global_batch", "training.learning_rate", "training.epsilon",
     "validation.rows", "parallel.tensor", "parallel.pipeline",
-    "parallel.virtual_stages", "parallel.context", "parallel.micro_batch", "parallel.timeout", "parallel.heartbeat",
+    "parallel.virtual_stages", "parallel.context", "parallel.shard", "parallel.micro_batch", "parallel.timeout", "parallel.heartbeat",
     "tracking.every",
 )  # fmt: skip
 NOT_NEGATIVE = (

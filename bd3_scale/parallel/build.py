@@ -46,10 +46,10 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int, 
         chunks.append(model.to(layout.device))
     betas = training.betas[0], training.betas[1]
     settings = OptimizerSettings(betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations)
-    if layout.pipeline > 1:
-        from bd3_scale.parallel.pipeline import PipelineEngine
+    if parallel.resolved_engine == "megatron":
+        from bd3_scale.parallel.megatron import MegatronEngine
 
-        return PipelineEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
+        return MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
     from bd3_scale.parallel.zero import ZeroEngine
 
     micro_batch = recipe.micro_batch(layout.data)

@@ -20,7 +20,12 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share a row. Only 1 in this version."""
     zero: int = 1
-    """ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks. With stages 0 or 1."""
+    """ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks."""
+    engine: str = "auto"
+    """Who divides and reduces: deepspeed (one pipeline stage) | megatron (megatron-core, ZeRO 0 and 1) | fsdp (torch's fully_shard, ZeRO 2
+    and 3) | auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several. Changes no result."""
+    shard: int | None = None
+    """Data-parallel ranks that share one copy of what ZeRO divides; the others replicate it (HSDP). null: all of them."""
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1): norms, dropout and residuals divided over the tensor ranks along the rows."""
     micro_batch: int | None = 1
@@ -30,3 +35,12 @@ class ParallelConfig:
     heartbeat: int = 30
     """Seconds of silence after which a rank counts as dead and the whole job ends with its name (runtime/guard.py). Independent of
     how long a step takes; a rank that is killed on a host where others live is noticed within a second or so."""
+
+    @property
+    def resolved_engine(self) -> str:
+        """deepspeed | megatron | fsdp: what `engine` = auto stands for in this layout."""
+        if self.engine != "auto":
+            return self.engine
+        if self.zero <= 1 and self.pipeline > 1:
+            return "megatron"
+        return "deepspeed" if self.pipeline == 1 else "fsdp"

@@ -87,7 +87,7 @@ def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int,
     divided = -(-n // data)
     if zero == 0:
         return StateBytes(4 * n, 4 * n, 0, 8 * n, ema * n, 0)
-    if parallel.pipeline > 1:
+    if parallel.resolved_engine == "megatron":
         return StateBytes(weight * n, 4 * n, 4 * divided if bf16 else 0, 8 * divided, ema * divided, 0)
     if zero == 3:
         whole = sum(size for size in sizes if size <= PERSISTENT)

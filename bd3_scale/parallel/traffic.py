@@ -76,14 +76,14 @@ def step_traffic(
     multiple = 128 if batch.device == "cuda" else 1
     sizes = [size for layers in stages for size in stage_parameters(recipe.model, vocabulary, layers, parallel.tensor, multiple)]
     found: Counter[tuple[str, str]] = Counter()
-    _add(found, "data", data_bytes(sizes, parallel.zero, parallel.pipeline, batch.weight, micro_batches))
+    _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
     for layers in stages:
         one = tensor_bytes(batch, layers, recipe.training.recompute, recipe.objective.kind)
         _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
         if recipe.objective.kind in ON_SIMPLEX and layers.start == 0:  # the mass of each rank's words
             _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
         partial = partial_elements(batch, layers)
-        times, width = (1, 4) if parallel.pipeline > 1 else (micro_batches, batch.weight)
+        times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
         _add(found, "tensor", {"all_reduce": times * width * partial})
     if parallel.pipeline > 1:
         _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches))
@@ -99,12 +99,12 @@ def _add(found: Counter[tuple[str, str]], group: str, moved: dict[str, int]) -> 
         found[group, operation] += number
 
 
-def data_bytes(sizes: Sequence[int], zero: int, pipeline: int, weight: int, micro_batches: int) -> dict[str, int]:
+def data_bytes(sizes: Sequence[int], zero: int, engine: str, weight: int, micro_batches: int) -> dict[str, int]:
     """Payload per step over the data-parallel ranks; `sizes`: elements of each parameter on the rank."""
     n = sum(sizes)
     if zero == 0:
         return {"all_reduce": 4 * n}
-    if pipeline > 1:
+    if engine == "megatron":
         return {"reduce_scatter": 4 * n, "all_gather": weight * n}
     if zero < 3:
         return {"all_reduce": (micro_batches if zero == 2 else 1) * 4 * n, "all_gather": weight * n}

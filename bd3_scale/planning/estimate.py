@@ -92,7 +92,7 @@ def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
 def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
     """What DeepSpeed allocates for a moment to reduce gradients (fp32 on the way) and to gather weights."""
     parallel, batch = case.recipe.parallel, case.batch()
-    if case.replicas == 1 or parallel.pipeline > 1:  # megatron-core reduces in its gradient buffers
+    if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # the others reduce in their gradient buffers
         return 0
     multiple = 128 if case.device.type == "cuda" else 1
     n = sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)) for layers in held)

@@ -274,6 +274,6 @@ def run_engine(case: Situation, rank: int) -> str:
             engine.step(recipe.training.learning_rate)
             if average is not None:
                 average.update(step + 1)
-        name = f"{'megatron-core' if here.pipeline > 1 else 'DeepSpeed'}, ZeRO {recipe.parallel.zero}, {len(inputs)} micro-batches"
+        name = f"{recipe.parallel.resolved_engine}, ZeRO {recipe.parallel.zero}, {len(inputs)} micro-batches"
         engine.close()
     return name

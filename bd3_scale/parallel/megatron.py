@@ -32,7 +32,7 @@ from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.stages import micro_batch_group
 
 
-class PipelineEngine(Engine):
+class MegatronEngine(Engine):
     """This rank's chunks of the network (one, or one per virtual stage) under megatron-core."""
 
     def __init__(self, chunks: Sequence[Transformer], layout: Layout, settings: OptimizerSettings, *, zero: int, bf16: bool) -> None:
