@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bd3_scale import recipe_rules
 from bd3_scale.checkpoint.config import CheckpointConfig
 from bd3_scale.data.config import DataConfig
-from bd3_scale.diffusion.config import ObjectiveConfig, TunerConfig, block_sizes
+from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig, TunerConfig, block_sizes
 from bd3_scale.errors import RecipeError
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.parallel.config import ParallelConfig
@@ -64,12 +64,21 @@ class Recipe:
         """Data tokens of a global batch."""
         return self.training.global_batch * self.model.context
 
-    def objective_at(self, tokenizer: Tokenizer, step: int, interval: tuple[float, float] | None = None, pad_to: int = 1) -> Objective:
-        """The objective of update `step` on `interval` (None: the recipe's), for rows of this tokenizer's ids."""
+    def objective_at(self, tokenizer: Tokenizer, step: int, interval: tuple[float, float] | None = None, device: str = "cpu") -> Objective:
+        """The objective of update `step` on `interval` (None: the recipe's), for rows of this tokenizer's ids, in shapes for `device`."""
+        document_end = tokenizer.end_of_text if self.data.document_mask else None
+        return self.objective_of(tokenizer.mask_id, step, device, document_end, interval)
+
+    def objective_of(
+        self, mask_id: int, step: int, device: str, document_end: int | None, interval: tuple[float, float] | None = None
+    ) -> Objective:
+        """As `objective_at`, where the ids are known and the tokenizer is not."""
         from bd3_scale.diffusion.objectives import objective_at
 
-        document_end = tokenizer.end_of_text if self.data.document_mask else None
-        return objective_at(self.objective, self.model.context, tokenizer.mask_id, step, interval, pad_to, document_end)
+        ranks = self.parallel.tensor if self.parallel.sequence else 1
+        rows = math.lcm(ROW_MULTIPLE[device], ranks)
+        selected = SELECTED_MULTIPLE[device]
+        return objective_at(self.objective, self.model.context, mask_id, step, interval, selected, document_end, rows)
 
 
 CHOICES = {

@@ -16,6 +16,10 @@ EVERY_TOKEN = ("ar", "ssdlm")
 """Kinds that score every data token of a row, whatever the noise."""
 ON_SIMPLEX = ("ssdlm",)
 """Kinds that noise vectors over all words instead of masking some."""
+SELECTED_MULTIPLE = {"cpu": 1, "cuda": 256}
+"""Selected positions are padded to a multiple of this: CUDA wants shapes that repeat."""
+ROW_MULTIPLE = {"cpu": 1, "cuda": 128}
+"""The clean half is only cut to a multiple of this: the tile of FlexAttention, and what matrix units like."""
 DEFAULT_BLOCK_SIZE = 4
 """L' of bd3 and ssdlm where the recipe sets none."""
 

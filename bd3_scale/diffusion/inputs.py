@@ -28,9 +28,9 @@ class NetworkInputs:
 
     tokens: Tensor
     """int64 [m, pattern.rows]: [x_t ; x_0] for block diffusion, x_t for masked diffusion, x_0 for the next-token loss; for ssdlm
-    [x_0 ; x_0], of whose first half the network sees what `simplex` leaves."""
+    [x_0 ; x_0], of whose first half the network sees what `simplex` leaves. Of the clean half the first `pattern.clean_rows`."""
     positions: Tensor
-    """int64 [pattern.rows]: rotary position of each row of the network, 0..L-1 in both halves."""
+    """int64 [pattern.rows]: rotary position of each row of the network, from 0 in both halves."""
     selected: Tensor
     """int64 [n]: flat index b * L + i of each scored position of sample b in the scored half (the first L rows)."""
     targets: Tensor
@@ -74,7 +74,8 @@ class NetworkInputs:
 
 
 def network_inputs(
-    tokens: np.ndarray,
+    scored: np.ndarray,
+    rows: np.ndarray,
     selected: np.ndarray,
     targets: np.ndarray,
     weights: np.ndarray,
@@ -82,19 +83,19 @@ def network_inputs(
     pattern: AttentionPattern,
     pad_to: int,
 ) -> NetworkInputs:
-    """`NetworkInputs` of host arrays of the same names, the selected positions padded to a multiple of `pad_to`."""
+    """`NetworkInputs` of the scored half and the data tokens, int64 [m, L] both, and of host arrays of the same names, the selected
+    positions padded to a multiple of `pad_to`."""
     capacity = -(-max(len(selected), 1) // pad_to) * pad_to
     padding = (0, capacity - len(selected))
     return NetworkInputs(
-        tokens=torch.from_numpy(tokens),
+        tokens=torch.from_numpy(np.concatenate([scored, rows[:, : pattern.clean_rows]], axis=1)),
         positions=torch.from_numpy(np.arange(pattern.rows) % pattern.length),
         selected=torch.from_numpy(np.pad(selected, padding)),
         targets=torch.from_numpy(np.pad(targets, padding)),
         weights=torch.from_numpy(np.pad(weights, padding).astype(np.float32)),
         dropout_keys=torch.from_numpy(dropout_keys),
         pattern=pattern,
-        # The clean tokens are the last L rows.
-        segments=torch.from_numpy(document_segments(tokens[:, -pattern.length :], pattern)) if pattern.document_end is not None else None,
+        segments=torch.from_numpy(document_segments(rows, pattern)) if pattern.document_end is not None else None,
     )
 
 

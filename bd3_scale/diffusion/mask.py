@@ -7,6 +7,9 @@ form (FlexAttention on CUDA). They agree for every (length, block size); the tes
 Invariants: a clean row never sees a noisy one; a noisy row of block b and its clean twin both see (b + 1) L' keys, so
 that L^2 + L L' of the 4 L^2 pairs are visible; only `document_segments` depends on the data, so a mask is made once per pattern.
 
+No noisy row sees the clean rows of the last block. A pattern may leave them out (`last_clean`), which leaves exactly L^2 pairs; with
+L' = L nothing is left of the clean half, and the pattern is `full` (see `traits.block_pattern`).
+
 Documents that share a row can be kept apart (`AttentionPattern.document_end`): every row of the network then has a segment, and a pair is
 visible only where the segments, too, are equal. Two things follow from the block-wise factorisation: a noisy block belongs to the
 document that goes on at its beginning, because where in it a document ends is what it has to predict (a finer mask would give the answer
@@ -37,11 +40,20 @@ class AttentionPattern:
     clean_half: Literal["block_causal", "causal"] = "block_causal"
     document_end: int | None = None
     """The token after which another document begins that must not see the ones before; None: a row is one text."""
+    last_clean: bool = True
+    """Whether the clean half has its last block, which no scored row sees."""
 
     @property
     def rows(self) -> int:
         """Rows of the network's input per sample."""
-        return 2 * self.length if self.kind == "block_diffusion" else self.length
+        return self.length + self.clean_rows
+
+    @property
+    def clean_rows(self) -> int:
+        """Rows of the clean half, which follow the scored ones."""
+        if self.kind != "block_diffusion":
+            return 0
+        return self.length if self.last_clean else self.length - self.block_size
 
     @property
     def scored_rows(self) -> int:
@@ -56,7 +68,8 @@ class AttentionPattern:
             return n * n
         if self.kind == "causal":
             return n * (n + 1) // 2
-        clean = n * (n + block) // 2 if self.clean_half == "block_causal" else n * (n + 1) // 2
+        rows = self.clean_rows
+        clean = rows * (rows + block) // 2 if self.clean_half == "block_causal" else rows * (rows + 1) // 2
         return n * (n + block) // 2 + clean
 
 
@@ -92,7 +105,7 @@ def document_segments(tokens: np.ndarray, pattern: AttentionPattern) -> np.ndarr
     if pattern.kind != "block_diffusion":
         return clean
     before_block = np.maximum(np.arange(pattern.length) // pattern.block_size * pattern.block_size - 1, 0)
-    return np.concatenate([clean[:, before_block], clean], axis=1)
+    return np.concatenate([clean[:, before_block], clean[:, : pattern.clean_rows]], axis=1)
 
 
 def tile_length(pattern: AttentionPattern, target: int) -> int:
@@ -104,7 +117,7 @@ def tile_length(pattern: AttentionPattern, target: int) -> int:
 
 def tile_mask(pattern: AttentionPattern, tile: int, device: torch.device | str = "cpu") -> Tensor:
     """bool [2 * tile, 2 * tile]: the mask among the rows (noisy, then clean) of one tile; the same for every tile."""
-    return dense(replace(pattern, length=tile), device)
+    return dense(replace(pattern, length=tile, last_clean=True), device)
 
 
 def decoding_mask(query_positions: Tensor, key_positions: Tensor, block_size: int, context: int) -> Tensor:

@@ -103,8 +103,7 @@ class Diffusion(Traits):
         selected = np.flatnonzero(masked)
         # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
         weights = schedule.weight(times.ravel()[selected // self.block_size])
-        tokens = np.concatenate([noisy, rows], axis=1) if self.pattern.kind == "block_diffusion" else noisy
-        return network_inputs(tokens, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to)
+        return network_inputs(noisy, rows, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to)
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,12 @@ class BlockDiffusion(Diffusion):
     """Training keeps the masked fraction of every block inside the interval, too (see `resample`)."""
     document_end: int | None = None
     """Documents that share a row and end with this token do not see each other (see `mask`)."""
+    row_multiple: int = 1
+    """The clean half is cut where nothing is seen of it if it stays a multiple of this."""
     pattern: AttentionPattern = field(init=False)
 
     def __post_init__(self) -> None:
-        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end)
+        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
         self._check()
         object.__setattr__(self, "pattern", pattern)
 
@@ -143,8 +144,7 @@ class BlockDiffusion(Diffusion):
 class MaskedDiffusion(Diffusion):
     """Masked diffusion (MDLM, Sahoo et al. 2024): one block and one t per row, and x_t alone in the network.
 
-    It is block diffusion with L' = L: the same noise, weights and losses, without the clean stream, of which nothing is
-    visible there. That halves the rows.
+    It is block diffusion with L' = L: the same noise, weights, losses and rows of the network.
     """
 
     kind: ClassVar[str] = "mdlm"

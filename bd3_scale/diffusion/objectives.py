@@ -143,19 +143,32 @@ class Autoregressive(Traits):
     def _inputs(self, rows: np.ndarray, dropout_keys: np.ndarray) -> NetworkInputs:
         rows = checked_rows(rows, len(dropout_keys), self.context, self.mask_id)
         selected = np.arange(rows.size).reshape(rows.shape)[:, :-1].ravel()
-        return network_inputs(rows, selected, rows[:, 1:].ravel(), np.ones(len(selected)), dropout_keys, self.pattern, self.pad_to)
+        return network_inputs(rows, rows, selected, rows[:, 1:].ravel(), np.ones(len(selected)), dropout_keys, self.pattern, self.pad_to)
 
 
 # -- From a recipe -----------------------------------------------------------------------------------------------------
 
 
-def _block_diffusion(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None) -> Objective:
+def _block_diffusion(
+    config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None, row_multiple: int
+) -> Objective:
     return BlockDiffusion(
-        mask_id, context, config.block_size, config.interval, config.clean_half, config.schedule, pad_to, config.resample, document_end
+        mask_id,
+        context,
+        config.block_size,
+        config.interval,
+        config.clean_half,
+        config.schedule,
+        pad_to,
+        config.resample,
+        document_end,
+        row_multiple,
     )
 
 
-def _masked_diffusion(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None) -> Objective:
+def _masked_diffusion(
+    config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None, row_multiple: int
+) -> Objective:
     if document_end is not None:
         raise RecipeError(
             f"data.document_mask is true, but {config.kind} denoises a row as one block, in which such a mask would tell where documents "
@@ -165,17 +178,21 @@ def _masked_diffusion(config: ObjectiveConfig, context: int, mask_id: int, pad_t
     return made(mask_id, context, config.interval, config.schedule, pad_to, config.resample)
 
 
-def _simplex_diffusion(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None) -> Objective:
-    return SimplexDiffusion(mask_id, context, config.block_size, config.interval, config.clean_half, pad_to, document_end)
+def _simplex_diffusion(
+    config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None, row_multiple: int
+) -> Objective:
+    return SimplexDiffusion(mask_id, context, config.block_size, config.interval, config.clean_half, pad_to, document_end, row_multiple)
 
 
-def _autoregressive(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None) -> Objective:
+def _autoregressive(
+    config: ObjectiveConfig, context: int, mask_id: int, pad_to: int, document_end: int | None, row_multiple: int
+) -> Objective:
     return Autoregressive(mask_id, context, pad_to, document_end)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    build: Callable[[ObjectiveConfig, int, int, int, int | None], Objective]
+    build: Callable[[ObjectiveConfig, int, int, int, int | None, int], Objective]
     unused: tuple[str, ...] = ()
     """Keys of ObjectiveConfig that mean nothing to this kind."""
 
@@ -187,7 +204,7 @@ OBJECTIVES: dict[str, _Kind] = {
     SimplexDiffusion.kind: _Kind(_simplex_diffusion, ("schedule", "resample")),
     Autoregressive.kind: _Kind(_autoregressive, ("block_size", "interval", "clean_half", "schedule", "resample")),
 }
-"""objective.kind -> how it is built from (config with one block size, context, mask id, pad_to, document_end)."""
+"""objective.kind -> how it is built from (config with one block size, context, mask id, pad_to, document_end, row_multiple)."""
 
 
 def build_objective(config: ObjectiveConfig, context: int, mask_id: int, pad_to: int = 1, document_end: int | None = None) -> Objective:
@@ -204,16 +221,28 @@ def objective_at(
     interval: tuple[float, float] | None = None,
     pad_to: int = 1,
     document_end: int | None = None,
+    row_multiple: int = 1,
 ) -> Objective:
     """The objective of update `step` (updates done before it): its stage of `objective.block_size`, and the tuned `interval`.
 
-    `interval` None: the recipe's. `document_end`: the token that ends a document, where documents are kept apart. Equal arguments
-    give the same object, so that asking at every step costs nothing. Raises RecipeError as `build_objective`.
+    `interval` None: the recipe's. `document_end`: the token that ends a document, where documents are kept apart. `row_multiple`: see
+    `traits.block_pattern`. Equal arguments give the same object, so that asking at every step costs nothing. Raises RecipeError as
+    `build_objective`.
     """
     beta_omega = tuple(float(value) for value in (config.interval if interval is None else interval))
     size = [size for start, size in _stages(config) if start <= step][-1]
     return _built(
-        config.kind, size, beta_omega, config.clean_half, config.schedule, config.resample, context, mask_id, pad_to, document_end
+        config.kind,
+        size,
+        beta_omega,
+        config.clean_half,
+        config.schedule,
+        config.resample,
+        context,
+        mask_id,
+        pad_to,
+        document_end,
+        row_multiple,
     )
 
 
@@ -229,9 +258,10 @@ def _built(
     mask_id: int,
     pad_to: int,
     document_end: int | None,
+    row_multiple: int,
 ) -> Objective:
     config = ObjectiveConfig(kind, block_size, interval, clean_half, schedule, resample)
-    return OBJECTIVES[kind].build(config, context, mask_id, pad_to, document_end)
+    return OBJECTIVES[kind].build(config, context, mask_id, pad_to, document_end, row_multiple)
 
 
 def _stages(config: ObjectiveConfig) -> tuple[tuple[int, int | None], ...]:

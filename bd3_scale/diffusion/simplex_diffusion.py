@@ -47,12 +47,14 @@ class SimplexDiffusion(Traits):
     clean_half: str = "block_causal"
     pad_to: int = 1
     document_end: int | None = None
+    row_multiple: int = 1
     pattern: AttentionPattern = field(init=False)
 
     def __post_init__(self) -> None:
         check_shape(self.context, self.pad_to)
         object.__setattr__(self, "interval", check_interval(self.interval))
-        object.__setattr__(self, "pattern", block_pattern(self.context, self.block_size, self.clean_half, self.document_end))
+        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
+        object.__setattr__(self, "pattern", pattern)
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t ~ U[beta, omega], in strata as for the other kinds."""
@@ -75,7 +77,8 @@ class SimplexDiffusion(Traits):
         rows = checked_rows(rows, len(keys), self.context, self.mask_id)
         scored = np.arange(rows.size).reshape(rows.shape)[:, 1:].ravel()
         made = network_inputs(
-            np.concatenate([rows, rows], axis=1),
+            rows,
+            rows,
             scored,
             rows[:, 1:].ravel(),
             np.ones(len(scored)),

@@ -34,8 +34,10 @@ class Traits:
         return self.context - 1
 
 
-def block_pattern(context: int, block_size: int, clean_half: str, document_end: int | None) -> AttentionPattern:
-    """Who sees whom in rows of [x_t ; x_0]. Raises RecipeError for a block size or clean half that cannot work."""
+def block_pattern(context: int, block_size: int, clean_half: str, document_end: int | None, row_multiple: int = 1) -> AttentionPattern:
+    """Who sees whom in rows of [x_t ; x_0], without the clean rows that no noisy row sees: all of them where L' = L, else those of the
+    last block, unless the others are no multiple of `row_multiple`. Raises RecipeError for a block size or clean half that cannot work.
+    """
     if block_size < 1 or context % block_size:
         divisors = [size for size in range(1, context + 1) if context % size == 0]
         nearest = min(divisors, key=lambda size: abs(size - block_size))
@@ -45,7 +47,11 @@ def block_pattern(context: int, block_size: int, clean_half: str, document_end: 
         )
     if clean_half not in ("block_causal", "causal"):
         raise RecipeError(f"objective.clean_half is {clean_half!r}; set block_causal or causal")
-    return AttentionPattern("block_diffusion", context, block_size, cast(Literal["block_causal", "causal"], clean_half), document_end)
+    if block_size == context:
+        return AttentionPattern("full", context, context)  # documents of a row are not kept apart inside of a block
+    order = cast(Literal["block_causal", "causal"], clean_half)
+    whole = (context - block_size) % row_multiple != 0
+    return AttentionPattern("block_diffusion", context, block_size, order, document_end, last_clean=whole)
 
 
 def check_shape(context: int, pad_to: int) -> None:

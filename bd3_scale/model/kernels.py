@@ -196,9 +196,15 @@ def _attend_backward(saved: list[Tensor], mask: Tensor | None) -> tuple[Tensor, 
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False, attn_mask=mask)
 
 
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x [n, ...] with zeros behind it, [rows, ...]; x itself where nothing is missing."""
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
+
+
 class _Tiles:
     """How rows are regrouped: q to [batch, tiles, parts, kv_heads, rows, d], k and v likewise.
 
+    Where the clean half is short of its last block, zeros stand in the last tile for what nobody sees.
     Where tile = L', no mask is needed inside a tile if the halves are kept apart (parts = halves); otherwise both
     halves of a tile are the rows of one small masked problem (parts = 1).
     """
@@ -207,7 +213,10 @@ class _Tiles:
         self.pattern, self.tile, self.segments = pattern, tile, segments
         self.batch, self.kv_heads, self.head_size = k.shape[1:]
         self.groups = q.shape[2] // self.kv_heads
-        self.halves = q.shape[0] // pattern.length
+        self.query_rows = q.shape[0]
+        self.halves = -(-q.shape[0] // pattern.length)
+        if segments is not None:
+            self.segments = _filled(segments.t(), 2 * pattern.length).t()
         self.tiles = pattern.length // tile
         self.apart = tile == pattern.block_size and pattern.clean_half == "block_causal"
         self.dtype = q.dtype
@@ -241,6 +250,7 @@ class _Tiles:
         return None if bool(same.all()) else torch.zeros(same.shape, dtype=self.dtype).masked_fill_(~same, HIDDEN)
 
     def queries(self, q: Tensor) -> Tensor:
+        q = _filled(q, self.halves * self.pattern.length)
         x = q.reshape(self.halves, self.tiles, self.tile, self.batch, self.kv_heads, self.groups, self.head_size)
         if self.apart:
             return x.permute(3, 1, 0, 4, 5, 2, 6).flatten(4, 5)
@@ -252,22 +262,23 @@ class _Tiles:
             x = x.unflatten(4, (self.groups, self.tile)).permute(2, 1, 5, 0, 3, 4, 6)
         else:
             x = x[:, :, 0].unflatten(3, (self.groups, self.halves, self.tile)).permute(4, 1, 5, 0, 2, 3, 6)
-        return x.reshape(self.halves * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)
+        return x.reshape(self.halves * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)[: self.query_rows]
 
     def keys(self, k: Tensor) -> Tensor:
+        k = _filled(k, 2 * self.pattern.length)
         x = k.reshape(2, self.tiles, self.tile, self.batch, self.kv_heads, self.head_size)
         if self.apart:
             return x[: self.halves].permute(3, 1, 0, 4, 2, 5)
         return x.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)[:, :, None]
 
     def rows_of_keys(self, x: Tensor) -> Tensor:
-        """Inverse of `keys`: back to [2L, batch, kv_heads, d]; the clean half is 0 where `keys` left it out."""
+        """Inverse of `keys`: back to [rows, batch, kv_heads, d]; the clean half is 0 where `keys` left it out."""
         if self.apart:
             x = x.permute(2, 1, 4, 0, 3, 5)
             x = x if self.halves == 2 else torch.cat([x, torch.zeros_like(x)])
         else:
             x = x[:, :, 0].unflatten(3, (2, self.tile)).permute(3, 1, 4, 0, 2, 5)
-        return x.reshape(2 * self.pattern.length, self.batch, self.kv_heads, self.head_size)
+        return x.reshape(2 * self.pattern.length, self.batch, self.kv_heads, self.head_size)[: self.pattern.rows]
 
     def clean(self, k: Tensor) -> Tensor:
         """View [batch, kv_heads, L, d] of the clean half."""

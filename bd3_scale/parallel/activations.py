@@ -147,7 +147,9 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     config, pattern, w = batch.config, batch.pattern, batch.weight
     heads, key_heads = config.heads // batch.tensor, max(1, config.kv_heads // batch.tensor)
     everything = pattern.rows * batch.rows
-    queries = pattern.scored_rows * batch.rows if last else everything
+    # Tiles are whole, whatever the clean half is short of.
+    whole = 2 * pattern.length * batch.rows if batch.kernel == "tiled" and pattern.clean_rows else everything
+    queries = pattern.scored_rows * batch.rows if last else whole
     query, key = queries * heads * config.head_size, everything * key_heads * config.head_size
     reordered = batch.sequence and pattern.rows != pattern.scored_rows  # `Stream.together` copies
     rotated = config.positions == "rotary"

@@ -34,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bd3_scale.config import Recipe
 from bd3_scale.diffusion.config import IN_BLOCKS
 from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.objectives import Objective, objective_at
+from bd3_scale.diffusion.objectives import Objective
 from bd3_scale.errors import TrainingError
 from bd3_scale.model import kernels
 from bd3_scale.model.flops import count_parameters
@@ -221,7 +221,7 @@ def _forward_backward(chunk: Transformer, inputs: NetworkInputs, received: Tenso
 
 def _objective(case: Situation, step: int) -> Objective:
     document_end = 0 if case.recipe.data.document_mask else None
-    return objective_at(case.recipe.objective, case.recipe.model.context, case.vocabulary - 1, step, document_end=document_end)
+    return case.recipe.objective_of(case.vocabulary - 1, step, "cpu", document_end)
 
 
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:

@@ -47,10 +47,9 @@ class Trainer:
         self.folder = Path(recipe.run.dir)
         self.step, self.samples = 0, 0
         self.total_steps = recipe.total_steps
-        self.pad_to = 256 if layout.device.type == "cuda" else 1  # CUDA wants shapes that repeat
         checkpoint = resume.find(recipe, self.folder, data, layout)
         vocabulary, mask_id = data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id
-        pattern = recipe.objective_at(data.tokenizer, 0).pattern
+        pattern = recipe.objective_at(data.tokenizer, 0, device=layout.device.type).pattern
         probed = probe_recipe(recipe, pattern, layout.device)
         self.engine = build_engine(recipe, layout, vocabulary, mask_id, pattern, selected_share(recipe, pattern))
         decay = recipe.training.ema
@@ -125,9 +124,9 @@ class Trainer:
     def objective(self) -> Objective:
         """The objective of the next update: the block size of its stage, on the tuned interval."""
         recipe, tokenizer = self.recipe, self.data.tokenizer
-        block_size = recipe.objective_at(tokenizer, self.step, pad_to=self.pad_to).block_size
+        block_size = recipe.objective_at(tokenizer, self.step).block_size
         self.tuning = self.tuning.at(block_size, recipe.objective.interval)
-        return recipe.objective_at(tokenizer, self.step, self.tuning.interval, self.pad_to)
+        return recipe.objective_at(tokenizer, self.step, self.tuning.interval, self.layout.device.type)
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""

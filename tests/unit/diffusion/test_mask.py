@@ -18,6 +18,7 @@ LONG = [(130, 13), (192, 1), (200, 8), (200, 200), (256, 16), (257, 257)]
 
 def patterns(shapes: list[tuple[int, int]]) -> list[AttentionPattern]:
     both = [AttentionPattern("block_diffusion", *shape, clean_half=half) for shape in shapes for half in ("block_causal", "causal")]  # type: ignore[arg-type]
+    both += [replace(pattern, last_clean=False) for pattern in both]
     return [*both, *(AttentionPattern(kind, length, 1) for length, _ in shapes for kind in ("causal", "full"))]  # type: ignore[arg-type]
 
 
@@ -61,6 +62,9 @@ def test_closed_forms(length: int, block: int) -> None:
         assert torch.equal(before, everything.tril(-1)) and torch.equal(clean, everything.tril())
     if block == length:
         assert noisy.all() and clean.all() and not before.any()
+    short = AttentionPattern("block_diffusion", length, block, last_clean=False)
+    assert not mask[:length, short.rows :].any(), "no noisy row sees the clean rows of the last block"
+    assert torch.equal(dense(short), mask[: short.rows, : short.rows]) and dense(short).sum() == length * length
 
 
 @pytest.mark.parametrize("halves", ["all_rows", "scored_rows"])

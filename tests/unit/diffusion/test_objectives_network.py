@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_scale.diffusion.inputs import NetworkInputs, row_nelbo
+from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.transformer import Transformer
@@ -76,14 +78,21 @@ def _logits_loss_and_gradients(model: Transformer, inputs: NetworkInputs) -> tup
 
 
 @every_variant
-def test_masked_diffusion_is_block_diffusion_with_one_block(variant: str) -> None:
-    """Same masks: same logits, loss and gradients, from half the rows."""
+def test_one_stream_is_two_of_which_the_clean_one_is_not_seen(variant: str) -> None:
+    """L' = L: the same logits, loss and gradients as from [x_t ; x_0] under the mask of block diffusion, from half the rows."""
     length = 12
     model = _network(5, length, variant)
     rows = np.random.default_rng(1).integers(0, 5, (3, length))
-    alone, twin = (
+    alone, block = (
         objective.training_inputs(rows, np.arange(3), 0, 0, 3)
         for objective in (MaskedDiffusion(5, length), BlockDiffusion(5, length, length))
+    )
+    assert torch.equal(alone.tokens, block.tokens) and alone.pattern == block.pattern
+    twin = replace(
+        alone,
+        tokens=torch.cat([alone.tokens, torch.from_numpy(rows)], 1),
+        positions=torch.cat([alone.positions] * 2),
+        pattern=AttentionPattern("block_diffusion", length, length),
     )
     logits, loss, gradients = _logits_loss_and_gradients(model, alone)
     twin_logits, twin_loss, twin_gradients = _logits_loss_and_gradients(model, twin)

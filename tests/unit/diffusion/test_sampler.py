@@ -118,10 +118,9 @@ def test_sampling_sees_what_training_saw(objective: Objective) -> None:
     for positions, block, log_p in calls:
         noisy = clean.copy()
         noisy[:, positions] = block
-        tokens = np.concatenate([noisy, clean], 1) if objective.pattern.kind == "block_diffusion" else noisy
         for target in range(WORDS):
             targets = np.full(len(positions), target)
-            inputs = network_inputs(tokens, positions, targets, np.ones(len(positions)), np.zeros(1, np.int64), objective.pattern, 1)
+            inputs = network_inputs(noisy, clean, positions, targets, np.ones(len(positions)), np.zeros(1, np.int64), objective.pattern, 1)
             torch.testing.assert_close(network(inputs)[1], -log_p[:, target], rtol=1e-4, atol=1e-4)
 
 

@@ -90,10 +90,10 @@ def inputs_of(config: ModelConfig, kind: str) -> NetworkInputs:
         return bd3
     length = config.context
     return NetworkInputs(
-        tokens=bd3.tokens[:, length:],
-        positions=bd3.positions[length:],
+        tokens=torch.from_numpy(rows),
+        positions=bd3.positions[:length],
         selected=torch.arange(length - 1),
-        targets=bd3.tokens[0, length + 1 :],
+        targets=torch.from_numpy(rows[0, 1:]),
         weights=torch.ones(length - 1),
         dropout_keys=bd3.dropout_keys,
         pattern=AttentionPattern("causal" if kind == "causal" else "full", length, 1),

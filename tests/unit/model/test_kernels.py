@@ -83,10 +83,11 @@ def test_tiled_form_is_exact_forward_and_backward(
 ) -> None:
     """With tiles of one block (where the halves are kept apart), of several, and of the whole row."""
     monkeypatch.setattr(kernels, "CPU_TILE", target)
-    pattern = AttentionPattern("block_diffusion", length, block, clean_half)  # type: ignore[arg-type]
-    for (heads, kv_heads), batch in zip(HEADS, (1, 2, 1, 2, 2), strict=True):
-        for query_rows in (pattern.rows, pattern.scored_rows):
-            assert_attends(pattern, heads, kv_heads, batch, query_rows, ("tiled",))
+    for last_clean in (True, False)[: 2 if block < length else 1]:
+        pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=last_clean)  # type: ignore[arg-type]
+        for (heads, kv_heads), batch in zip(HEADS, (1, 2, 1, 2, 2), strict=True):
+            for query_rows in (pattern.rows, pattern.scored_rows):
+                assert_attends(pattern, heads, kv_heads, batch, query_rows, ("tiled",))
 
 
 def test_both_ways_to_arrange_a_tile_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +105,10 @@ def test_both_ways_to_arrange_a_tile_are_tested(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("length", "block"), [(13, 1), (35, 7), (64, 64), (130, 13)])
 def test_dense_and_flex_attend_as_the_mask_says(length: int, block: int, clean_half: str) -> None:
     """(130, 13): Flex has tiles of 128, one of them over both halves."""
-    pattern = AttentionPattern("block_diffusion", length, block, clean_half)  # type: ignore[arg-type]
-    assert_attends(pattern, 4, 2, 2, pattern.rows, ("dense", "flex"))
-    assert_attends(pattern, 3, 3, 1, pattern.scored_rows, ("dense", "flex"))
+    for last_clean in (True, False)[: 2 if block < length else 1]:
+        pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=last_clean)  # type: ignore[arg-type]
+        assert_attends(pattern, 4, 2, 2, pattern.rows, ("dense", "flex"))
+        assert_attends(pattern, 3, 3, 1, pattern.scored_rows, ("dense", "flex"))
 
 
 @pytest.mark.parametrize("kind", ["causal", "full"])
@@ -156,7 +158,8 @@ def test_documents_are_kept_apart_by_every_kernel(
     length: int, block: int, clean_half: str, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "CPU_TILE", target)
-    pattern = AttentionPattern("block_diffusion", length, block, clean_half)  # type: ignore[arg-type]
+    whole = clean_half == "causal" or block == length
+    pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=whole)  # type: ignore[arg-type]
     for (heads, kv_heads), query_rows in itertools.product([(1, 1), (4, 2)], [pattern.rows, pattern.scored_rows]):
         inputs, segments = tensors(pattern, heads, kv_heads, 3, query_rows, torch.float32), documents(pattern, 3)
         expected = reference(*inputs, pattern, segments)

@@ -124,7 +124,8 @@ def test_one_pass_is_a_plain_forward_for_each_block(length: int, block_size: int
     """Property 2: logits and gradients equal those of separate forwards on [x_0^<b, x_t^b]."""
     objective = BlockDiffusion(5, length, block_size, (0.2, 1.0), clean_half)
     model = _network(5, length, variant)
-    inputs = objective.training_inputs(_rows(2, length, 5), np.arange(2), 0, 0, 2)
+    rows = _rows(2, length, 5)
+    inputs = objective.training_inputs(rows, np.arange(2), 0, 0, 2)
     one_pass = _one_pass_logits(model, inputs)
     loss, nll = model(inputs)
     (loss / (2 * objective.scored_tokens_per_row)).backward()
@@ -132,7 +133,7 @@ def test_one_pass_is_a_plain_forward_for_each_block(length: int, block_size: int
     model.zero_grad()
 
     reference_nll: list[Tensor] = []
-    noisy, clean = inputs.tokens.split(length, dim=1)
+    noisy, clean = inputs.tokens[:, :length], torch.from_numpy(rows)
     for row, start in itertools.product(range(2), range(0, length, block_size)):
         block = slice(start, start + block_size)
         sequence = torch.cat([clean[row, :start], noisy[row, block]])
@@ -165,11 +166,30 @@ def test_no_leakage(length: int, block_size: int, kernel: str) -> None:
     block = torch.arange(length) // block_size
     for half, changes in (("clean", block[:, None] < block[None]), ("noisy", block[:, None] == block[None])):
         tokens = inputs.tokens.clone()
-        place = (torch.arange(length), torch.arange(length) + (length if half == "clean" else 0))
+        there = torch.arange(length if half == "noisy" else objective.pattern.clean_rows)  # the last block's clean tokens do not exist
+        place = (there, there + (length if half == "clean" else 0))
         tokens[place] = (tokens[place] + 1) % 5
         after = _one_pass_logits(model, replace(inputs, tokens=tokens))
         changed = (after != before).any(-1)
         assert torch.equal(changed, changes), f"{half} token of block b reaches noisy logits of the wrong blocks"
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("clean_half", ["block_causal", "causal"])
+@pytest.mark.parametrize(("length", "block_size"), [(12, 1), (16, 4), (24, 12)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_clean_rows_of_the_last_block_are_not_missed(length: int, block_size: int, variant: str, clean_half: str) -> None:
+    """Loss, nll and gradients are those of a clean half that is whole, as where the rest would be no multiple of `row_multiple`."""
+    short, whole = (BlockDiffusion(5, length, block_size, (0.2, 1.0), clean_half, row_multiple=multiple) for multiple in (1, 7))
+    assert (short.pattern.rows, whole.pattern.rows) == (2 * length - block_size, 2 * length)
+    model, rows, found = _network(5, length, variant), _rows(2, length, 5), []
+    for objective in (short, whole):
+        loss, nll = model(objective.training_inputs(rows, np.arange(2), 0, 0, 2))
+        loss.backward()
+        found.append([loss.detach(), nll, *(parameter.grad for parameter in model.parameters())])
+        model.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_block_size_1_at_full_masking_is_an_autoregressive_likelihood() -> None:

@@ -10,7 +10,12 @@ from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.model.stream import Stream
 
 LENGTH = 24
-PATTERNS = [AttentionPattern("block_diffusion", LENGTH, 4), AttentionPattern("full", LENGTH, LENGTH), AttentionPattern("causal", LENGTH, 1)]
+PATTERNS = [
+    AttentionPattern("block_diffusion", LENGTH, 4),
+    AttentionPattern("block_diffusion", LENGTH, 12, last_clean=False),
+    AttentionPattern("full", LENGTH, LENGTH),
+    AttentionPattern("causal", LENGTH, 1),
+]
 CPU = torch.device("cpu")
 
 pytestmark = [

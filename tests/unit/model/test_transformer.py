@@ -41,9 +41,12 @@ def network(variant: str = "gpt", std: float = 0.2, **options: Any) -> Transform
     return model
 
 
+def data(rows: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, MASK, (rows, LENGTH))
+
+
 def inputs(block_size: int = 4, rows: int = 2, interval: tuple[float, float] = (0.3, 0.9)) -> NetworkInputs:
-    data = np.random.default_rng(1).integers(0, MASK, (rows, LENGTH))
-    return BlockDiffusion(MASK, LENGTH, block_size, interval).training_inputs(data, np.arange(rows), 0, 0, rows)
+    return BlockDiffusion(MASK, LENGTH, block_size, interval).training_inputs(data(rows), np.arange(rows), 0, 0, rows)
 
 
 def trained_logits(model: Transformer, given: NetworkInputs) -> Tensor:
@@ -72,7 +75,7 @@ def test_decoding_each_block_is_the_training_forward(variant: str, block_size: i
     """With the cache of the clean blocks before it, and without a cache, under the decoding mask."""
     model, given = network(variant), inputs(block_size)
     expected = trained_logits(model, given)
-    noisy, clean = given.tokens.split(LENGTH, 1)
+    noisy, clean = given.tokens[:, :LENGTH], torch.from_numpy(data())
     cache = model.new_cache(2, LENGTH)
     for start in range(0, LENGTH, block_size):
         block = torch.arange(start, start + block_size)
@@ -95,8 +98,8 @@ def test_decoding_each_block_is_the_training_forward(variant: str, block_size: i
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_token_by_token_is_the_causal_forward(variant: str) -> None:
     model = network(variant)
-    data = np.random.default_rng(2).integers(0, MASK, (2, LENGTH))
-    given = Autoregressive(MASK, LENGTH).training_inputs(data, np.arange(2), 0, 0, 2)
+    others = np.random.default_rng(2).integers(0, MASK, (2, LENGTH))
+    given = Autoregressive(MASK, LENGTH).training_inputs(others, np.arange(2), 0, 0, 2)
     expected, cache = trained_logits(model, given), model.new_cache(2, LENGTH)
     for i in range(LENGTH):
         logits = model.decode(given.tokens[:, i : i + 1], torch.tensor([i]), cache, None, commit=True, last=1)
@@ -106,7 +109,7 @@ def test_decoding_token_by_token_is_the_causal_forward(variant: str) -> None:
 def test_rows_that_were_dropped_are_as_if_masked() -> None:
     """In the first layer; deeper ones keep what the dropped rows told the others. So: a network of one layer."""
     model = network("llama", layers=1)
-    tokens, positions = inputs().tokens[:, LENGTH:], torch.arange(LENGTH)
+    tokens, positions = torch.from_numpy(data()), torch.arange(LENGTH)
     cache = model.new_cache(2, LENGTH)
     model.decode(tokens[:, :16], positions[:16], cache, None, commit=True)
     cache.drop(8)
@@ -153,7 +156,7 @@ def test_norm_of_heads_makes_scale_of_query_and_key_meaningless() -> None:
 
 
 def test_last_rows_and_misuse_of_the_cache() -> None:
-    model, tokens, positions = network(), inputs().tokens[:, LENGTH:], torch.arange(LENGTH)
+    model, tokens, positions = network(), torch.from_numpy(data()), torch.arange(LENGTH)
     whole = model.decode(tokens, positions, None, None, last=LENGTH)
     assert whole.dtype == torch.float32 and whole.shape == (2, LENGTH, VOCABULARY) and torch.isneginf(whole[..., MASK]).all()
     torch.testing.assert_close(model.decode(tokens, positions, None, None, last=3), whole[:, -3:], rtol=0, atol=1e-5)

@@ -101,7 +101,7 @@ def test_plans_say_what_fits() -> None:
 def test_phases_are_the_stages_of_the_block_size_within_the_budget() -> None:
     plan = make_plan(large("owt_1b"), 0.4)
     assert [(phase.steps, phase.block_size) for phase in plan.phases] == [(425_000, 1024), (75_000, 16)]
-    assert plan.phases[0].flops_per_token > plan.phases[1].flops_per_token
+    assert 1.8 < plan.phases[1].flops_per_token / plan.phases[0].flops_per_token < 2.0, "one stream, then two"
     assert plan.seconds == pytest.approx(sum(phase.steps * phase.step_seconds for phase in plan.phases))
     short = make_plan(large("owt_1b", 64, "h100", "training.tokens=null", "training.steps=1000"), 0.4)
     assert [(phase.steps, phase.block_size) for phase in short.phases] == [(1000, 1024)]
