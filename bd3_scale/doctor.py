@@ -354,7 +354,6 @@ def kernels(recipe: Recipe) -> Finding:
     """What of FlexAttention's backends and max-autotune works here, and whether what the recipe asks for does."""
     import torch
 
-    from bd3_scale.diffusion.objectives import objective_at
     from bd3_scale.parallel.probe import OPTIONS, survey
 
     asked = [f"{key} = {value}" for key, value in OPTIONS if recipes.flatten(recipe)[key] == value]
@@ -362,8 +361,7 @@ def kernels(recipe: Recipe) -> Finding:
         if asked:
             return Finding("kernels", "fail", f"{' and '.join(asked)} without CUDA", "set model.attention=auto and training.compile=none")
         return Finding("kernels", "ok", f"cpu: {', '.join(value for _, value in OPTIONS)} need CUDA, and nothing asks for them")
-    pattern = objective_at(recipe.objective, recipe.model.context, 1, 0).pattern
-    works, broken = survey(recipe, pattern, torch.device("cuda"))
+    works, broken = survey(recipe, torch.device("cuda"))
     text = f"these work: {', '.join(works) or 'none'}"
     for name, error in broken.items():
         if name in asked:

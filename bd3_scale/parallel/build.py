@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bd3_scale.config import Recipe, resolve_precision
-from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
@@ -29,15 +28,12 @@ COMPILE_MODES = {"blocks": "default", "max-autotune": "max-autotune-no-cudagraph
 ZeRO 3 change."""
 
 
-def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int, pattern: AttentionPattern, selected: float) -> Engine:
-    """The recipe's network for `vocabulary` ids (MASK included), with initial weights, under its engine.
-
-    `pattern` and `selected` (the share of scored tokens that reach the head) weigh the stages of a pipeline.
-    """
+def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) -> Engine:
+    """The recipe's network for `vocabulary` ids (MASK included), with initial weights, under its engine."""
     training, parallel = recipe.training, recipe.parallel
     bf16 = resolve_precision(recipe, layout.device.type) == "bf16"
     chunks = []
-    for layers in layers_of_rank(recipe, layout, vocabulary, pattern, selected):
+    for layers in layers_of_rank(recipe, layout, vocabulary):
         linears = Linears(parallel.tensor, sequence=parallel.sequence, vocabulary_multiple=VOCABULARY_MULTIPLE[layout.device.type])
         model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
         initialise(model, recipe.model, recipe.run.seed, layout.tensor_rank, layout.tensor)
@@ -57,9 +53,9 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int, 
     return ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=accumulation, bf16=bf16)
 
 
-def layers_of_rank(recipe: Recipe, layout: Layout, vocabulary: int, pattern: AttentionPattern, selected: float) -> list[range]:
+def layers_of_rank(recipe: Recipe, layout: Layout, vocabulary: int) -> list[range]:
     """The layers of this rank's stage, one range per virtual stage."""
-    chunks = stages.chunks_of(recipe, layout.data, vocabulary, pattern, selected)
+    chunks = stages.chunks_of(recipe, layout.data, vocabulary, stages.phases_of(recipe, vocabulary - 1, layout.device.type))
     return stages.of_rank(chunks, layout.pipeline, layout.pipeline_rank)
 
 

@@ -24,6 +24,7 @@ from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.errors import TrainingError
 from bd3_scale.model.kernels import BACKENDS, attend
 from bd3_scale.parallel.build import COMPILE_MODES
+from bd3_scale.parallel.stages import phases_of
 
 OPTIONS = (("model.attention", "flex_triton"), ("model.attention", "flex_flash"), ("training.compile", "max-autotune"))
 """(key, value) of all that can be probed."""
@@ -59,14 +60,16 @@ class Shape:
     """Whether documents of a row are kept apart."""
 
 
-def shape_of(recipe: Recipe, device: str, pattern: AttentionPattern) -> Shape:
+def shape_of(recipe: Recipe, device: str) -> Shape:
+    """That of the phase of the run with the most rows: one stream needs no kernel of its own."""
     model = recipe.model
+    pattern = max((phase.pattern for phase in phases_of(recipe, 1, device)), key=lambda pattern: pattern.rows)
     return Shape(pattern, model.heads // model.kv_heads, model.head_size, resolve_precision(recipe, device), recipe.data.document_mask)
 
 
-def probe_recipe(recipe: Recipe, pattern: AttentionPattern, device: torch.device) -> list[Probed]:
+def probe_recipe(recipe: Recipe, device: torch.device) -> list[Probed]:
     """Try everything that the recipe asks for by name; nothing for a recipe of defaults. Raises TrainingError for what does not work."""
-    shape = shape_of(recipe, device.type, pattern)
+    shape = shape_of(recipe, device.type)
     kernel, compile = recipe.model.attention, recipe.training.compile
     found = []
     if BACKENDS.get(kernel) is not None:
@@ -76,10 +79,10 @@ def probe_recipe(recipe: Recipe, pattern: AttentionPattern, device: torch.device
     return found
 
 
-def survey(recipe: Recipe, pattern: AttentionPattern, device: torch.device) -> tuple[list[str], dict[str, str]]:
+def survey(recipe: Recipe, device: torch.device) -> tuple[list[str], dict[str, str]]:
     """Of `OPTIONS`, asked for or not: "key = value" of those that work, and {"key = value": what is wrong and the cure} of the others."""
     works, broken = [], {}
-    shape = shape_of(recipe, device.type, pattern)
+    shape = shape_of(recipe, device.type)
     for key, value in OPTIONS:
         try:
             probe(shape, device, **({"kernel": value} if key == "model.attention" else {"compile": value}))

@@ -4,6 +4,8 @@ A stage costs what its slowest member computes: the first also embeds, the last 
 is cheap because its clean half yields keys and values only. Chunk c of the P x v chunks (v virtual stages a rank) lies on
 pipeline rank c mod P, as megatron-core's interleaved schedule has it.
 
+A run whose block size changes has phases, in which layers cost differently: its stages are cut for the mean over its steps.
+
 Invariants: every layer is in exactly one chunk, every chunk has a layer, and no other division has a cheaper costliest chunk.
 """
 
@@ -11,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from bd3_scale.diffusion.config import EVERY_TOKEN, ON_SIMPLEX
+from bd3_scale.diffusion.config import EVERY_TOKEN, IN_BLOCKS, ON_SIMPLEX, block_sizes
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.schedule import expected_masked
 from bd3_scale.model.config import ModelConfig
@@ -26,6 +28,27 @@ if TYPE_CHECKING:
 
 FLOPS_PER_BYTE = 150
 """Machine balance of current GPUs (bf16 FLOP/s over memory bytes/s, derated), to weigh the embedding, which only moves memory."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of a run with one attention pattern: a stage of `objective.block_size`."""
+
+    steps: int
+    block_size: int
+    pattern: AttentionPattern
+
+
+def phases_of(recipe: Recipe, mask_id: int, device: str) -> tuple[Phase, ...]:
+    """The phases of the whole run, in their order; at least one, each with at least one step."""
+    total = recipe.total_steps
+    starts = [start for start, _ in block_sizes(recipe.objective.block_size)] if recipe.objective.kind in IN_BLOCKS else [0]
+    found = []
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        if start < min(end, total) or start == 0:
+            objective = recipe.objective_of(mask_id, start, device, None)
+            found.append(Phase(max(1, min(end, total) - start), objective.block_size, objective.pattern))
+    return tuple(found)
 
 
 def layer_costs(
@@ -96,15 +119,19 @@ def micro_batch_group(micro_batches: int, stages: int) -> int:
     return next(size for size in sizes if micro_batches % size == 0 or micro_batches % size >= stages)
 
 
-def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, pattern: AttentionPattern, selected: float) -> list[range]:
+def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[Phase]) -> list[range]:
     """The layers of every chunk, pipeline x virtual stages of them, among `replicas` data-parallel ranks: those that the recipe
     gives, or by cost."""
     parallel = recipe.parallel
     if parallel.stage_layers is not None:
         return given(parallel.stage_layers)
     rows, simplex = recipe.micro_batch(replicas), recipe.objective.kind in ON_SIMPLEX
-    costs, embedding, head = layer_costs(recipe.model, pattern, vocabulary, selected, rows, simplex)
-    return divide(costs, parallel.pipeline * parallel.virtual_stages, embedding, head)
+    mean = [0.0] * (recipe.model.layers + 2)
+    for phase in phases:
+        share = selected_share(recipe, phase.pattern)
+        costs, embedding, head = layer_costs(recipe.model, phase.pattern, vocabulary, share, rows, simplex)
+        mean = [sum + phase.steps * cost for sum, cost in zip(mean, [*costs, embedding, head], strict=True)]
+    return divide(mean[:-2], parallel.pipeline * parallel.virtual_stages, *mean[-2:])
 
 
 def selected_share(recipe: Recipe, pattern: AttentionPattern, interval: Sequence[float] | None = None) -> float:

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from bd3_scale.diffusion.config import ON_SIMPLEX
+from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.model.flops import RowFlops, count_flops
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
 from bd3_scale.parallel.memory import LARGEST_BUCKET, stage_parameters, state_bytes
+from bd3_scale.parallel.stages import Phase
 from bd3_scale.parallel.traffic import Transfer, step_traffic
 from bd3_scale.planning.devices import EFFICIENCY
-from bd3_scale.planning.situation import Phase, Situation
+from bd3_scale.planning.situation import Situation
 
 LIVE = 1_000_000_000
 """Elements of gathered weights that DeepSpeed 3 lets live at a time (stage3_max_live_parameters)."""
@@ -69,7 +71,7 @@ class StepTime:
 
 
 def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
-    """Of the ranks of a stage: tensor and data-parallel peers hold as much."""
+    """Of the ranks of a stage, in the widest phase of the run: tensor and data-parallel peers hold as much."""
     recipe, parallel, batch = case.recipe, case.recipe.parallel, case.batch()
     held = case.stages_of(pipeline_rank)
     bf16 = case.precision == "bf16"
@@ -113,6 +115,12 @@ def row_flops(case: Situation, phase: Phase) -> RowFlops:
     return count_flops(case.recipe.model, phase.pattern, case.vocabulary, share, simplex)
 
 
+def autoregressive_flops(case: Situation) -> float:
+    """Model FLOPs of one row of the same network in a next-token run: what a run of block diffusion is compared with."""
+    length = case.recipe.model.context
+    return count_flops(case.recipe.model, AttentionPattern("causal", length, 1), case.vocabulary, 1.0).model
+
+
 def layer_passes(case: Situation, phase: Phase) -> float:
     """Forwards of the layers that one forward and backward cost: 3, and the share of one that is computed again."""
     row = row_flops(case, phase)
@@ -142,8 +150,8 @@ def bubble_fraction(case: Situation) -> float:
     return (pipeline - 1) / (virtual * case.micro_batches + pipeline - 1)
 
 
-def traffic_of(case: Situation, pipeline_rank: int) -> list[Transfer]:
-    batch = case.batch()
+def traffic_of(case: Situation, phase: Phase, pipeline_rank: int) -> list[Transfer]:
+    batch = case.batch(phase)
     return step_traffic(
         case.recipe, case.stages_of(pipeline_rank), case.vocabulary, batch, case.replicas, case.micro_batches, pipeline_rank
     )
@@ -161,7 +169,7 @@ def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
     parallel = case.recipe.parallel
     rank = slowest_stage(case, phase)
     once = stage_flops(case, phase, rank) / (mfu * case.device.peak(case.precision))
-    moved = traffic_of(case, rank)
+    moved = traffic_of(case, phase, rank)
 
     def seconds(group: str, *operations: str) -> float:
         chosen = [one for one in moved if one.group == group and (not operations or one.operation in operations)]

@@ -175,7 +175,6 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
     """A micro-batch through the rank's own stages, forwards and backwards; the first rank runs all stages, each on what the one before
     hands on, for every block size of the run. Returns the shape of the hidden states that stages exchange."""
     recipe = case.recipe
-    batch = case.batch()
     start = 0
     shape: list[int] = []
     for phase in case.phases:
@@ -188,7 +187,7 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
             tensors: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
             fake = replace(inputs, **tensors)
             # As megatron-core's schedules have it: rows of the stream on this rank, micro-batch, hidden.
-            shape = [batch.held(phase.pattern.rows) // case.micro_batch, case.micro_batch, recipe.model.hidden]
+            shape = [case.batch(phase).held(phase.pattern.rows) // case.micro_batch, case.micro_batch, recipe.model.hidden]
             handed: Tensor | None = None
             for chunk in built if here.rank == 0 else _own(here, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()
@@ -261,7 +260,7 @@ def run_engine(case: Situation, rank: int) -> str:
     recipe = small.recipe
     with fake_world(small, rank) as here:
         objective = _objective(small, 0)
-        engine = build_engine(recipe, here, small.vocabulary, small.vocabulary - 1, objective.pattern, small.selected)
+        engine = build_engine(recipe, here, small.vocabulary, small.vocabulary - 1)
         average = ExponentialAverage(engine.masters, recipe.training.ema, engine.publish) if recipe.training.ema else None
         batch, rows = recipe.training.global_batch, small.micro_batch
         share = batch // here.data

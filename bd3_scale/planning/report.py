@@ -9,6 +9,7 @@ from bd3_scale.model.flops import ParameterCount, count_parameters
 from bd3_scale.planning.estimate import (
     RankMemory,
     StepTime,
+    autoregressive_flops,
     bandwidth,
     bubble_fraction,
     rank_memory,
@@ -68,6 +69,8 @@ class Plan:
     tokens_per_step: int
     flops: float
     """Model FLOPs of the whole run."""
+    flops_ratio: float
+    """To those of a next-token run of the same network over the same tokens."""
     memory: list[RankMemory]
     """By pipeline rank."""
     fullest: int
@@ -105,13 +108,14 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         reached = per_token * recipe.tokens_per_step / (step.total * peak)
         phases.append(PhasePlan(phase.steps, phase.block_size, per_token, step, step.total, reached))
         flops += phase.steps * recipe.tokens_per_step * per_token
+    total = recipe.total_steps * recipe.training.global_batch
     seconds = sum(phase.steps * phase.step_seconds for phase in phases)
     hours = seconds / 3600 * case.world_size
     steps, tokens = recipe.total_steps, recipe.total_steps * recipe.tokens_per_step
     counted = count_parameters(recipe.model, case.vocabulary)
     state = STATE_BYTES - (0 if recipe.training.ema else 4)
     on_node = min(case.device.per_node, case.world_size)
-    busiest = max(range(parallel.pipeline), key=lambda rank: sum(one.sent for one in traffic_of(case, rank)))
+    busiest = max(range(parallel.pipeline), key=lambda rank: sum(one.sent for one in traffic_of(case, case.longest, rank)))
     return Plan(
         name=recipe.run.name,
         world_size=case.world_size,
@@ -136,6 +140,7 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         tokens=tokens,
         tokens_per_step=recipe.tokens_per_step,
         flops=flops,
+        flops_ratio=flops / (total * autoregressive_flops(case)),
         memory=memory,
         fullest=fullest,
         usable=case.device.usable,
@@ -143,7 +148,7 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         bubble=bubble_fraction(case),
         traffic=[
             Moved(one.group, one.operation, one.ranks, one.bytes, one.sent, one.sent / bandwidth(case, one.group))
-            for one in traffic_of(case, busiest)
+            for one in traffic_of(case, case.longest, busiest)
         ],
         assumed_mfu=mfu,
         phases=phases,
@@ -173,7 +178,8 @@ def as_text(plan: Plan) -> str:
         f"layout      {' x '.join(parts)}, ZeRO {layout['zero']}{again}",
         f"step        {layout['micro_batches']} micro-batches of {layout['micro_batch']} rows on each of {layout['data']} replicas: "
         f"{plan.tokens_per_step:,} data tokens",
-        f"run         {plan.steps:,} steps, {plan.tokens:,} data tokens, {plan.flops:.3g} FLOPs",
+        f"run         {plan.steps:,} steps, {plan.tokens:,} data tokens, {plan.flops:.3g} FLOPs: "
+        f"{plan.flops_ratio:.2f} x those of a next-token run",
         "",
         *_memory(plan),
         "",

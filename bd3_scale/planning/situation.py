@@ -9,25 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from bd3_scale.config import Recipe, resolve_precision, validate
-from bd3_scale.diffusion.config import IN_BLOCKS, block_sizes
-from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import objective_at
+from bd3_scale.diffusion.config import SELECTED_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import Batch
+from bd3_scale.parallel.stages import Phase
 from bd3_scale.planning.devices import Device
-
-PADDED = {"cpu": 1, "cuda": 256}
-"""The number of selected positions is padded to a multiple of this (`Trainer.pad_to`)."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps of a run with one attention pattern: a stage of `objective.block_size`."""
-
-    steps: int
-    block_size: int
-    pattern: AttentionPattern
 
 
 @dataclass(frozen=True)
@@ -57,44 +44,35 @@ class Situation:
         return resolve_precision(self.recipe, self.device.type)
 
     @cached_property
-    def phases(self) -> list[Phase]:
-        recipe = self.recipe
-        total = recipe.total_steps
-        sizes = block_sizes(recipe.objective.block_size) if recipe.objective.kind in IN_BLOCKS else ((0, 0),)
-        ends = [start for start, _ in sizes[1:]] + [total]
-        found = []
-        for (start, _), end in zip(sizes, ends, strict=True):
-            if start < min(end, total):
-                objective = objective_at(recipe.objective, recipe.model.context, self.vocabulary - 1, start)
-                found.append(Phase(min(end, total) - start, objective.block_size, objective.pattern))
-        return found
+    def phases(self) -> tuple[Phase, ...]:
+        return stages.phases_of(self.recipe, self.vocabulary - 1, self.device.type)
 
     @property
-    def pattern(self) -> AttentionPattern:
-        """Of step 0, by which the stages are cut, as `Trainer` does."""
-        return self.phases[0].pattern
+    def widest(self) -> Phase:
+        """The phase with the most rows in the network: its micro-batches need the most memory."""
+        return max(self.phases, key=lambda phase: phase.pattern.rows)
 
     @property
-    def selected(self) -> float:
-        """Expected share of the data tokens that reach the head."""
-        return stages.selected_share(self.recipe, self.pattern)
+    def longest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.steps)
 
     @cached_property
     def chunks(self) -> list[range]:
         """Layers of each of the pipeline x virtual stages."""
-        recipe = self.recipe
-        return _chunks(_Key(recipe, self.replicas), self.vocabulary, self.pattern, self.selected)
+        return _chunks(_Key(self.recipe, self.replicas), self.vocabulary, self.phases)
 
     def stages_of(self, pipeline_rank: int) -> list[range]:
         return stages.of_rank(self.chunks, self.recipe.parallel.pipeline, pipeline_rank)
 
-    def batch(self) -> Batch:
-        """The expected micro-batch on one tensor rank."""
+    def batch(self, phase: Phase | None = None) -> Batch:
+        """The expected micro-batch on one tensor rank in a phase of the run (None: the widest)."""
         parallel, model = self.recipe.parallel, self.recipe.model
-        selected = max(1, round(self.micro_batch * (model.context - 1) * self.selected))
-        padded = -(-selected // PADDED[self.device.type]) * PADDED[self.device.type]
+        pattern = (phase or self.widest).pattern
+        selected = max(1, round(self.micro_batch * (model.context - 1) * stages.selected_share(self.recipe, pattern)))
+        multiple = SELECTED_MULTIPLE[self.device.type]
+        padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
-        return Batch(model, self.pattern, self.micro_batch, padded, parallel.tensor, parallel.sequence, weight, self.device.type)
+        return Batch(model, pattern, self.micro_batch, padded, parallel.tensor, parallel.sequence, weight, self.device.type)
 
 
 class _Key:
@@ -106,6 +84,8 @@ class _Key:
         given = parallel.stage_layers and tuple(parallel.stage_layers)
         self.values = (
             recipe.objective.kind,
+            tuple(recipe.objective.interval),
+            recipe.objective.schedule,
             repr(recipe.model),
             parallel.pipeline * parallel.virtual_stages,
             recipe.micro_batch(replicas),
@@ -120,8 +100,8 @@ class _Key:
 
 
 @lru_cache(maxsize=256)
-def _chunks(key: _Key, vocabulary: int, pattern: AttentionPattern, selected: float) -> list[range]:
-    return stages.chunks_of(key.recipe, key.replicas, vocabulary, pattern, selected)
+def _chunks(key: _Key, vocabulary: int, phases: tuple[Phase, ...]) -> list[range]:
+    return stages.chunks_of(key.recipe, key.replicas, vocabulary, phases)
 
 
 def situation(recipe: Recipe, world_size: int, device: Device, vocabulary: int | None = None) -> Situation:

@@ -31,7 +31,7 @@ from bd3_scale.runtime.ema import ExponentialAverage
 from bd3_scale.runtime.garbage import collect, collected_on_demand
 from bd3_scale.runtime.learning_rate import learning_rate
 from bd3_scale.runtime.pulse import Pulse
-from bd3_scale.runtime.report import Reporter, flops_per_token, selected_share
+from bd3_scale.runtime.report import Reporter, flops_per_token
 from bd3_scale.runtime.signals import StopRequest, seconds_left
 from bd3_scale.runtime.validation import Validated, Validator
 
@@ -49,9 +49,8 @@ class Trainer:
         self.total_steps = recipe.total_steps
         checkpoint = resume.find(recipe, self.folder, data, layout)
         vocabulary, mask_id = data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id
-        pattern = recipe.objective_at(data.tokenizer, 0, device=layout.device.type).pattern
-        probed = probe_recipe(recipe, pattern, layout.device)
-        self.engine = build_engine(recipe, layout, vocabulary, mask_id, pattern, selected_share(recipe, pattern))
+        probed = probe_recipe(recipe, layout.device)
+        self.engine = build_engine(recipe, layout, vocabulary, mask_id)
         decay = recipe.training.ema
         self.ema = ExponentialAverage(self.engine.masters, decay, self.engine.publish) if decay else None
         self.run_state: dict[str, Any] = resume.new_run_state(recipe, data)

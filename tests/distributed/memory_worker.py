@@ -66,7 +66,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     here = layout.start(recipe.parallel, "cpu")
     before = storages()
     objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
-    engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1, objective.pattern, 0.5)
+    engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     average = ExponentialAverage(engine.masters, 0.9, engine.publish)
     most, step, held = 0, 0, []
     move = NetworkInputs.to

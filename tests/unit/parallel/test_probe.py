@@ -25,7 +25,7 @@ SHAPE = Shape(PATTERN, groups=2, head_size=16, precision="fp32", documents=False
 
 def asked(kernel: str = "auto", compile: str = "none") -> Recipe:
     recipe = Recipe()
-    return replace(recipe, model=replace(recipe.model, attention=kernel), training=replace(recipe.training, compile=compile))
+    return replace(recipe, model=replace(recipe.model, attention=kernel), training=replace(recipe.training, compile=compile, steps=1))
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_a_backend_without_cuda_is_an_error_and_not_another_kernel() -> None:
 
 
 def test_defaults_are_not_probed_and_what_is_asked_for_is() -> None:
-    assert probe_recipe(asked(), PATTERN, CPU) == [] and probe_recipe(asked(compile="blocks"), PATTERN, CPU) == []
+    assert probe_recipe(asked(), CPU) == [] and probe_recipe(asked(compile="blocks"), CPU) == []
     for kernel in ("flex_triton", "flex_flash"):
         with pytest.raises(
             TrainingError, match=rf"^model.attention = {kernel} does not work on cpu \(RecipeError: .*; set model.attention=auto"
         ):
-            probe_recipe(asked(kernel), PATTERN, CPU)
+            probe_recipe(asked(kernel), CPU)
     with pytest.raises(TrainingError, match=r"^training.compile = max-autotune does not work on cpu .*; set training.compile=blocks$"):
-        probe_recipe(asked(compile="max-autotune"), PATTERN, CPU)
+        probe_recipe(asked(compile="max-autotune"), CPU)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -85,7 +85,7 @@ def test_an_error_of_the_compiler_names_the_key_and_the_cure(monkeypatch: pytest
     monkeypatch.setattr(probe, "_difference", fails)
     monkeypatch.setattr(probe, "_need_tuning", lambda device: None)
     with pytest.raises(TrainingError) as error:
-        probe_recipe(asked("flex_flash"), PATTERN, CPU)
+        probe_recipe(asked("flex_flash"), CPU)
     text = str(error.value)
     assert (
         text.startswith("model.attention = flex_flash does not work")
@@ -93,7 +93,7 @@ def test_an_error_of_the_compiler_names_the_key_and_the_cure(monkeypatch: pytest
         and "not available); set model.attention=auto" in text
     )
     assert "pip install --pre flash-attn-4" in text
-    works, broken = survey(asked(), PATTERN, CPU)
+    works, broken = survey(asked(), CPU)
     assert works == [] and list(broken) == [f"{key} = {value}" for key, value in OPTIONS]
 
 
@@ -106,9 +106,9 @@ def test_what_works_is_listed_and_tried_with_its_own_options(monkeypatch: pytest
 
     monkeypatch.setattr(probe, "_difference", fine)
     monkeypatch.setattr(probe, "_need_tuning", lambda device: None)
-    assert survey(asked(), PATTERN, CPU) == ([f"{key} = {value}" for key, value in OPTIONS], {})
+    assert survey(asked(), CPU) == ([f"{key} = {value}" for key, value in OPTIONS], {})
     assert tried == [("flex_triton", "none"), ("flex_flash", "none"), ("auto", "max-autotune")]
-    found = probe_recipe(asked("flex_flash", "max-autotune"), PATTERN, CPU)
+    found = probe_recipe(asked("flex_flash", "max-autotune"), CPU)
     assert [(one.key, one.value) for one in found] == [("model.attention", "flex_flash"), ("training.compile", "max-autotune")]
     assert tried[3:] == [("flex_flash", "none"), ("flex_flash", "max-autotune")]
 
