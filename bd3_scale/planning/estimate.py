@@ -3,8 +3,8 @@
 Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a model, of which these are the assumptions: while it
 computes, a device reaches the stated share of its peak (`mfu`, of model FLOPs; recomputed ones cost as much); the slowest stage
 sets the pace; the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
-wait for their collectives, stages for theirs unless the schedule interleaves; gradients hide behind the backward where the engine
-overlaps them. The optimizer's own time, data, validations and checkpoints are not counted.
+wait for their collectives but for those that megatron-core's linears run behind products of their backward (`hidden_exchange`);
+stages wait for theirs unless the schedule interleaves; gradients hide behind the backward where the engine overlaps them. The optimizer's own time, data, validations and checkpoints are not counted.
 """
 
 from __future__ import annotations
@@ -189,7 +189,33 @@ def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
     return StepTime(
         compute=compute,
         bubble=once * (parallel.pipeline - 1) / parallel.virtual_stages,
-        tensor=seconds("tensor"),
+        tensor=seconds("tensor") - case.micro_batches * hidden_exchange(case, phase, rank, mfu),
         data=max(0.0, gradients - hidden) + weights + seconds("embedding"),
         pipeline=exchanged,
     )
+
+
+def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, mfu: float) -> float:
+    """Seconds of a micro-batch's collectives among the tensor ranks that run behind a product on CUDA.
+
+    In the backward of a column-parallel linear megatron-core sums the input's gradient while the weight's is computed; under sequence
+    parallelism it gathers the input once more while the input's gradient is computed. Each hides as long as its product takes.
+    """
+    recipe, parallel, batch = case.recipe, case.recipe.parallel, case.batch(phase)
+    model, tensor = recipe.model, parallel.tensor
+    if tensor == 1 or case.device.type != "cuda":
+        return 0.0
+    pattern, speed = phase.pattern, mfu * case.device.peak(case.precision)
+    key_value = 2 * model.kv_heads * model.head_size
+    shared = bool(model.kv_heads % tensor)  # such a projection gathers by itself, and waits
+    hidden = 0.0
+    for index in (index for layers in case.stages_of(pipeline_rank) for index in layers):
+        scored = pattern.scored_rows if index + 1 == model.layers else pattern.rows
+        linears = [(scored, model.heads * model.head_size), (scored, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
+        linears += [] if shared else [(pattern.rows, key_value)]
+        for rows, outputs in linears:
+            product = 2.0 * rows * batch.rows * model.hidden * outputs / tensor / speed
+            moved = batch.weight * rows * batch.rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
+            # Reduce-scatter and gather of as many bytes; or an all-reduce, which takes as long as both, behind one product.
+            hidden += 2 * min(moved, product) if parallel.sequence else min(2 * moved, product)
+    return hidden
