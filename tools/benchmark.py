@@ -1,6 +1,7 @@
 """Measure what this project saves: every comparison alternates its sides in one run, because machines are noisy.
 
     python tools/benchmark.py step --layers 12 --hidden 768 --heads 12 --context 1024 --block-size 16
+    python tools/benchmark.py one-block --micro-batch 4
     python tools/benchmark.py features
     python tools/benchmark.py memory --contexts 1024 2048 3072 4096
     python tools/benchmark.py device --contexts 2048 4096 --recompute layer
@@ -9,7 +10,7 @@
 
 `step`: the training step of block diffusion against (a) its naive form (dense 2L x 2L mask, every layer on both halves,
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, the peak of
-memory above weights, gradients and optimizer, and where the time goes. `features`: the same step with each saving switched off alone.
+memory above weights, gradients and optimizer, and where the time goes. `one-block`: a step at L' = L against `mdlm` and `ar`. `features`: the same step with each saving switched off alone.
 `memory`: its peak against L. `device`: the 1.3B network on a GPU, with
 each backend of FlexAttention and each way to compile. `sampling`: decoding with the cache against without, same seed, same
 tokens. `tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
@@ -27,13 +28,14 @@ from pathlib import Path
 
 import torch
 from benchmark_measure import machine, write_report
-from benchmark_network import benchmark_device, benchmark_features, benchmark_memory, benchmark_step
+from benchmark_network import benchmark_device, benchmark_features, benchmark_memory, benchmark_one_block, benchmark_step
 from benchmark_runs import benchmark_sampling, benchmark_tuner
 
 from bd3_scale.config import CHOICES
 
 COMMANDS = {
     "step": benchmark_step,
+    "one-block": benchmark_one_block,
     "features": benchmark_features,
     "memory": benchmark_memory,
     "device": benchmark_device,
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="name", required=True)
     for name, text in (
         ("step", "training step against its naive form and an autoregressive step"),
+        ("one-block", "training step at L' = L against masked diffusion and an autoregressive step"),
         ("features", "every saving switched off alone"),
         ("memory", "peak of a step as rows grow"),
         ("device", "MFU, attention against causal flash, parity with the CPU: made for a GPU, rehearsed anywhere"),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bd3_scale.diffusion.inputs import NetworkInputs
 from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import BlockDiffusion
+from bd3_scale.diffusion.objectives import BlockDiffusion, MaskedDiffusion
 from bd3_scale.errors import TrainingError
 from bd3_scale.model import kernels, loss
 from bd3_scale.model.attention import Attention, rotary_table
@@ -86,6 +86,8 @@ class Bench:
     model: Transformer
     optimizer: torch.optim.Optimizer
     inputs: NetworkInputs
+    whole: NetworkInputs
+    """The same with the clean rows that nobody sees, for the naive form."""
     causal: NetworkInputs
     rows: np.ndarray
     device: torch.device
@@ -139,10 +141,14 @@ def bench(options: argparse.Namespace, context: int | None = None) -> Bench:
     initialise(model, config, seed=0)
     model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     rows = np.random.default_rng(0).integers(0, VOCABULARY - 1, (options.micro_batch, context))
-    objective = BlockDiffusion(VOCABULARY - 1, context, options.block_size)
-    inputs = objective.training_inputs(rows, np.arange(len(rows)), 0, 0, len(rows)).to(device)
+    inputs, whole = (
+        BlockDiffusion(VOCABULARY - 1, context, options.block_size, row_multiple=multiple)
+        .training_inputs(rows, np.arange(len(rows)), 0, 0, len(rows))
+        .to(device)
+        for multiple in (1, 2 * context)
+    )
     causal = autoregressive_inputs(inputs, rows).to(device)
-    return Bench(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), inputs, causal, rows, device)
+    return Bench(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), inputs, whole, causal, rows, device)
 
 
 def tolerance(device: torch.device) -> float:
@@ -154,7 +160,7 @@ def benchmark_step(options: argparse.Namespace) -> dict[str, Any]:
     made = bench(options)
 
     def naive() -> Tensor:
-        return naive_loss(made.model, made.inputs)
+        return naive_loss(made.model, made.whole)
 
     made.same({"naive": (naive, "dense")}, tolerance(made.device))
     sides = {"block diffusion": made.side(made.ours), "naive": made.side(naive, "dense"), "autoregressive": made.side(made.autoregressive)}
@@ -174,6 +180,29 @@ def benchmark_step(options: argparse.Namespace) -> dict[str, Any]:
         "data_tokens_per_second": made.rows.size / median["block diffusion"],
         **speed(made, median["block diffusion"]),
         "share_of_time": split_of_time(sides["block diffusion"], VOCABULARY, made.device),
+    }
+
+
+def benchmark_one_block(options: argparse.Namespace) -> dict[str, Any]:
+    """A step of block diffusion at L' = L, most of the paper's schedule: against masked diffusion and an autoregressive step."""
+    options.block_size = options.context
+    made = bench(options)
+    masked = MaskedDiffusion(VOCABULARY - 1, options.context)
+    twin = masked.training_inputs(made.rows, np.arange(len(made.rows)), 0, 0, len(made.rows)).to(made.device)
+
+    def mdlm() -> Tensor:
+        return made.model(twin)[0]
+
+    made.same({"masked diffusion": (mdlm, "auto")}, 1e-12)
+    sides = {"block diffusion": made.side(made.ours), "masked diffusion": made.side(mdlm), "autoregressive": made.side(made.autoregressive)}
+    seconds = alternate(sides, options.rounds, made.device)
+    return {
+        "masked_positions": len(made.inputs.selected),
+        "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
+        "seconds": seconds,
+        "block_diffusion_over_masked_diffusion_time": paired_ratio(seconds["block diffusion"], seconds["masked diffusion"]),
+        "block_diffusion_over_autoregressive_time": paired_ratio(seconds["block diffusion"], seconds["autoregressive"]),
+        "the_same_in_exact_flops": flops(made, made.inputs) / flops(made, made.causal),
     }
 
 

@@ -40,3 +40,9 @@ def test_device_benchmark_is_rehearsed(tmp_path: Path, recompute: list[str]) -> 
         one = result[f"L = {context}"]
         assert list(one["attention_flops_per_second_over_causal_flash"]) == ["auto"] and one["seconds_by_compile"]["none"] > 0
         assert one["block_diffusion_over_autoregressive_time"] > 0 and sum(one["share_of_time"].values()) == pytest.approx(1)
+
+
+def test_one_block_is_masked_diffusion(tmp_path: Path) -> None:
+    result = run(tmp_path, "one-block", "--context", "64", "--micro-batch", "2")
+    assert set(result["median_seconds"]) == {"block diffusion", "masked diffusion", "autoregressive"}
+    assert result["the_same_in_exact_flops"] < 1.2, "half the logits for twice the pairs"
