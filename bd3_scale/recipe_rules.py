@@ -357,7 +357,6 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     virtual_stages_have_stages,
     every_stage_has_a_layer,
     given_layers_sum_up,
-    zero_suits_the_pipeline,
     masters_are_fp32,
     world_is_whole_replicas,
     batch_is_whole_micro_batches,
