@@ -10,10 +10,10 @@
 
 `step`: the training step of block diffusion against (a) its naive form (dense 2L x 2L mask, every layer on both halves,
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, the peak of
-memory above weights, gradients and optimizer, and where the time goes. `one-block`: a step at L' = L against `mdlm` and `ar`. `features`: the same step with each saving switched off alone.
-`memory`: its peak against L. `device`: the 1.3B network on a GPU, with
-each backend of FlexAttention and each way to compile. `sampling`: decoding with the cache against without, same seed, same
-tokens. `tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
+memory above weights, gradients and optimizer, and where the time goes. `one-block`: a step at L' = L against `mdlm` and `ar`.
+`features`: the same step with each saving switched off alone. `memory`: its peak against L. `device`: the 1.3B network on a
+GPU, with each backend of FlexAttention and each way to compile. `sampling`: decoding with the cache against without, same seed,
+same tokens. `tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
 Each writes benchmarks/DATE-NAME.{json,md} with commit, machine, command and numbers.
 """
 

@@ -1,18 +1,21 @@
 """From a recipe to a model that trains: the one place where parallelism is put around the network, in one fixed order.
 
-stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> weights by name ->
-activation checkpointing -> compile -> device -> ZeRO and schedule.
+stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> weights by name -> device ->
+activation checkpointing -> compile -> ZeRO and schedule. Where an engine divides weights from the start (fsdp) it is handed a
+network without any, and they are drawn last, by every rank for its own shards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bd3_scale.config import Recipe, resolve_precision
+from bd3_scale.diffusion.config import ON_SIMPLEX
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
@@ -32,16 +35,27 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     """The recipe's network for `vocabulary` ids (MASK included), with initial weights, under its engine."""
     training, parallel = recipe.training, recipe.parallel
     bf16 = resolve_precision(recipe, layout.device.type) == "bf16"
+    sharded = parallel.resolved_engine == "fsdp"
     chunks = []
     for layers in layers_of_rank(recipe, layout, vocabulary):
         linears = Linears(parallel.tensor, sequence=parallel.sequence, vocabulary_multiple=VOCABULARY_MULTIPLE[layout.device.type])
-        model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
-        initialise(model, recipe.model, recipe.run.seed, layout.tensor_rank, layout.tensor)
+        with torch.device("meta") if sharded else nullcontext():
+            model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
+        if not sharded:
+            initialise(model, recipe.model, recipe.run.seed, layout.tensor_rank, layout.tensor)
+            model.to(layout.device)
         mark_partial_gradients(model)
         apply_outside(model.blocks.values(), recompute=training.recompute, compile=training.compile)
-        chunks.append(model.to(layout.device))
+        chunks.append(model)
     betas = training.betas[0], training.betas[1]
     settings = OptimizerSettings(betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations)
+    if sharded:
+        from bd3_scale.parallel.fsdp import FsdpEngine
+
+        shard, looked_up = parallel.shard or layout.data, recipe.objective.kind not in ON_SIMPLEX
+        engine = FsdpEngine(chunks, layout, settings, zero=parallel.zero, shard=shard, bf16=bf16, looked_up=looked_up)
+        engine.initialise(recipe.model, recipe.run.seed)
+        return engine
     if parallel.resolved_engine == "megatron":
         from bd3_scale.parallel.megatron import MegatronEngine
 

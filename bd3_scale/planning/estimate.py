@@ -4,7 +4,8 @@ Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a m
 computes, a device reaches the stated share of its peak (`mfu`, of model FLOPs; recomputed ones cost as much); the slowest stage
 sets the pace; the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
 wait for their collectives but for those that megatron-core's linears run behind products of their backward (`hidden_exchange`);
-stages wait for theirs unless the schedule interleaves; gradients hide behind the backward where the engine overlaps them. The optimizer's own time, data, validations and checkpoints are not counted.
+stages wait for theirs unless the schedule interleaves; gradients hide behind the backward, and weights behind what computes with
+those before, where the engine overlaps them. The optimizer's own time, data, validations and checkpoints are not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bd3_scale.model.flops import RowFlops, count_flops
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
 from bd3_scale.parallel.memory import LARGEST_BUCKET, stage_parameters, state_bytes
+from bd3_scale.parallel.shapes import units_of, whole
 from bd3_scale.parallel.stages import Phase
 from bd3_scale.parallel.traffic import Transfer, step_traffic
 from bd3_scale.planning.devices import EFFICIENCY
@@ -92,9 +94,11 @@ def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
 
 
 def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
-    """What DeepSpeed allocates for a moment to reduce gradients (fp32 on the way) and to gather weights."""
+    """What DeepSpeed and FSDP allocate for a moment to reduce gradients (fp32 on the way) and to gather weights."""
     parallel, batch = case.recipe.parallel, case.batch()
-    if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # the others reduce in their gradient buffers
+    if parallel.resolved_engine == "fsdp":
+        return _gathered_bytes(case, held)
+    if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
         return 0
     multiple = 128 if case.device.type == "cuda" else 1
     n = sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)) for layers in held)
@@ -104,6 +108,20 @@ def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
         buckets = 2 if case.device.type == "cuda" else 1  # one is filled while the other is reduced
         return min(n, LARGEST_BUCKET) * (buckets * batch.weight + (4 if batch.weight < 4 else 0))
     return 4 * min(n, FALLBACK_BUCKET)
+
+
+def _gathered_bytes(case: Situation, held: Sequence[range]) -> int:
+    """FSDP's, of the chunk that needs the most: the weights of two groups, one that computes and one on its way (and, in ZeRO 3, what the
+    root holds), the gradients of one as they arise and, in fp32, as they are sent."""
+    parallel, weight = case.recipe.parallel, case.batch().weight
+    multiple = 128 if case.device.type == "cuda" else 1
+    most = 0
+    for layers in held:
+        chunk = units_of(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)
+        sizes = sorted((whole(group, case.sharers) for group in chunk.groups), reverse=True)
+        gathered = sum(sizes[:2]) + whole(chunk.rest, case.sharers) if parallel.zero == 3 else sizes[0]
+        most = max(most, weight * gathered + (weight + 4) * sizes[0])
+    return most
 
 
 # -- Time --------------------------------------------------------------------------------------------------------------
@@ -160,7 +178,11 @@ def traffic_of(case: Situation, phase: Phase, pipeline_rank: int) -> list[Transf
 def bandwidth(case: Situation, group: str) -> float:
     """Bytes/s of one device in a group: across nodes as soon as the group, or its neighbours, lie on more than one."""
     parallel, device = case.recipe.parallel, case.device
-    span = {"tensor": parallel.tensor, "data": parallel.tensor * case.replicas}.get(group, case.world_size)
+    span = {
+        "tensor": parallel.tensor,
+        "data": parallel.tensor * case.sharers,
+        "copies": parallel.tensor * case.replicas,
+    }.get(group, case.world_size)
     return EFFICIENCY * (device.inside if span <= device.per_node else device.outside)
 
 
@@ -177,20 +199,14 @@ def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
 
     compute = once * case.micro_batches
     backward = once * (1 - 1 / layer_passes(case, phase))
-    gradients, weights = seconds("data", "all_reduce", "reduce_scatter"), seconds("data", "all_gather")
-    if parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
-        hidden = case.micro_batches * backward
-        weights = max(0.0, weights - case.micro_batches * once) if parallel.zero == 3 else weights
-    elif parallel.pipeline > 1 or (parallel.zero == 1 and case.precision == "fp32" and case.device.type == "cuda"):
-        hidden = backward  # of the last micro-batch
-    else:
-        hidden = 0.0
+    gradients = seconds("data", "all_reduce", "reduce_scatter") + seconds("copies")
+    waited = _waited_for(case, gradients, seconds("data", "all_gather"), once, backward)
     exchanged = seconds("pipeline") if parallel.virtual_stages == 1 else 0.0
     return StepTime(
         compute=compute,
         bubble=once * (parallel.pipeline - 1) / parallel.virtual_stages,
         tensor=seconds("tensor") - case.micro_batches * hidden_exchange(case, phase, rank, mfu),
-        data=max(0.0, gradients - hidden) + weights + seconds("embedding"),
+        data=waited + seconds("embedding"),
         pipeline=exchanged,
     )
 
@@ -219,3 +235,20 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, mfu: floa
             # Reduce-scatter and gather of as many bytes; or an all-reduce, which takes as long as both, behind one product.
             hidden += 2 * min(moved, product) if parallel.sequence else min(2 * moved, product)
     return hidden
+
+
+def _waited_for(case: Situation, gradients: float, weights: float, once: float, backward: float) -> float:
+    """Seconds of the data-parallel communication that nothing hides. `once`, `backward`: what a micro-batch computes, and behind its
+    forward."""
+    parallel, count = case.recipe.parallel, case.micro_batches
+    if case.device.type == "cuda" and parallel.resolved_engine == "fsdp":
+        # Gradients hide behind all backwards; weights behind what computes with the ones before, and beside the gradients.
+        behind = count * once if parallel.zero == 3 else count * backward + (once - backward)
+        return max(0.0, gradients - count * backward, gradients + weights - behind)
+    hidden = 0.0
+    if parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
+        hidden = count * backward
+        weights = max(0.0, weights - count * once) if parallel.zero == 3 else weights
+    elif parallel.pipeline > 1 or (parallel.zero == 1 and case.precision == "fp32" and case.device.type == "cuda"):
+        hidden = backward  # of the last micro-batch
+    return max(0.0, gradients - hidden) + weights
