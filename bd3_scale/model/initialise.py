@@ -1,8 +1,9 @@
 """Initial weights as a function of (seed, canonical name): the same on every layout, rank by rank.
 
 Matrices are drawn in strips of rows, each from a generator of its own, so that a rank that holds some of the rows
-draws only those. Norms start at 1, biases and adaLN modulations at 0 (a layer starts unconditioned), projections back
-into the residual stream are scaled by 1 / sqrt(2 layers).
+draws only those: no rank needs the whole of a parameter to have its part of it (`fill`). Norms start at 1, biases and
+adaLN modulations at 0 (a layer starts unconditioned), projections back into the residual stream are scaled by
+1 / sqrt(2 layers).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from bd3_scale.checkpoint.state import Region
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.layers import full_shape
 
@@ -41,15 +43,32 @@ def initial_rows(name: str, shape: torch.Size, config: ModelConfig, seed: int, f
 
 
 @torch.no_grad()
+def fill(values: Tensor, name: str, region: Region, config: ModelConfig, seed: int) -> None:
+    """The initial values of `region` of the parameter `name` into `values` (1-D, on any device), strip by strip: however large
+    the parameter is, only what the region touches is drawn, and no more than a strip of it exists beside."""
+    shape = torch.Size(region.shape)
+    width = math.prod(shape[1:]) // (shape[region.dim] if region.dim else 1) * (region.size if region.dim else 1)
+    before = region.offset if region.dim == 0 else 0
+    row, end = region.start // width + before, -(-region.stop // width) + before
+    while row < end:
+        last = min((row // STRIP + 1) * STRIP, end)
+        drawn = initial_rows(name, shape, config, seed, row, last)
+        flat = (drawn.narrow(region.dim, region.offset, region.size) if region.dim else drawn).reshape(-1)
+        first = (row - before) * width
+        start, stop = max(region.start, first), min(region.stop, first + len(flat))
+        values[start - region.start : stop - region.start] = flat[start - first : stop - first]
+        row = last
+
+
+@torch.no_grad()
 def initialise(model: torch.nn.Module, config: ModelConfig, seed: int, tensor_rank: int = 0, tensor: int = 1) -> None:
     """Fill all parameters of this tensor rank in place; rows that pad the vocabulary are zeros."""
     for name, parameter in model.named_parameters():
-        full, dimension = full_shape(parameter, tensor)
-        held = parameter.shape[0]
-        first, last = (min((tensor_rank + side) * held, full[0]) for side in (0, 1)) if dimension == 0 else (0, full[0])
-        parameter[last - first :] = 0.0
-        # Strip by strip: of a large weight that is divided by columns no rank ever holds the whole.
-        for start in range(first, last, STRIP):
-            stop = min(start + STRIP, last)
-            values = initial_rows(name, torch.Size(full), config, seed, start, stop)
-            parameter[start - first : stop - first] = values.chunk(tensor, dimension)[tensor_rank] if dimension > 0 else values
+        shape, dimension = full_shape(parameter, tensor)
+        held = parameter.shape[max(dimension, 0)]
+        first = tensor_rank * held if dimension >= 0 else 0
+        size = min(held, shape[max(dimension, 0)] - first)
+        parameter.zero_()
+        if size > 0:
+            region = Region.divided(shape, max(dimension, 0), first, size)
+            fill(parameter.view(-1)[: region.numel], name, region, config, seed)

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_scale.checkpoint.state import Fragment, Region, share
+from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.initialise import fill
 from bd3_scale.model.layers import full_shape
 from bd3_scale.parallel.adamw import SkippingAdamW, StepRule
 from bd3_scale.parallel.layout import Layout
@@ -99,6 +101,16 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of hooks, so that the state goes when the engine does. Nothing works afterwards."""
+
+    @torch.no_grad()
+    def initialise(self, config: ModelConfig, seed: int) -> None:
+        """Give every master its part of the initial weights, and nothing to what pads them; then publish. For engines that are
+        made around a network without weights, so that no rank ever holds more of it than it keeps."""
+        for master in self.masters:
+            master.zero_()
+        for place in self.places:
+            fill(self.masters[place.master].view(-1)[place.offset : place.offset + place.numel], place.name, place.region, config, seed)
+        self.publish()
 
     def moments(self) -> dict[str, list[Tensor]]:
         """Adam's moments, beside the masters; made as zeros where no step has been taken."""

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bd3_scale.checkpoint.state import Region
 from bd3_scale.model import initialise as module
 from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.initialise import initial_rows, initialise
+from bd3_scale.model.initialise import fill, initial_rows, initialise
 from bd3_scale.model.layers import ColumnLinear, Embedding, Linears, RowLinear, full_shape, parameter_partition
 from bd3_scale.model.transformer import Transformer
 
@@ -192,3 +193,22 @@ def test_stages_together_are_the_network(config: ModelConfig, bounds: list[int])
     for name, count in held.items():
         tied = config.tied_head and name == "embedding.weight"
         assert count == (stages if name.startswith("condition.") else 2 if tied else 1), name
+
+
+@pytest.mark.parametrize("strip", [5, 1024])
+@pytest.mark.parametrize(("name", "shape"), [("blocks.0.mlp.up.weight", (24, 8)), ("blocks.1.mlp_norm.weight", (24,)), ("x.bias", (24,))])
+def test_any_part_of_a_parameter_is_that_part_of_the_whole(
+    name: str, shape: tuple[int, ...], strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat ranges of slices along either dimension, as ZeRO and tensor ranks cut them."""
+    monkeypatch.setattr(module, "STRIP", strip)
+    whole = initial_rows(name, torch.Size(shape), PAPER, 7, 0, shape[0])
+    for dim, extent in enumerate(shape):
+        for offset, size in ((0, extent), (extent // 4, extent // 4), (extent // 2, extent - extent // 2)):
+            last = math.prod(shape) // extent * size
+            for start, stop in ((0, last), (3, last - 2), (last // 2, last // 2 + 1), (last, last)):
+                if start <= stop:
+                    region = Region(shape, dim, offset, size, start, stop)
+                    values = torch.full((stop - start,), math.nan)
+                    fill(values, name, region, PAPER, 7)
+                    assert torch.equal(values, region.select(whole)), region
