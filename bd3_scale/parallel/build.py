@@ -1,7 +1,8 @@
 """From a recipe to a model that trains: the one place where parallelism is put around the network, in one fixed order.
 
-stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> weights by name ->
-activation checkpointing -> compile -> device -> ZeRO and schedule.
+stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> activation checkpointing ->
+compile -> device, ZeRO and schedule -> weights by name, each rank its own share. Until then the network is on the host and nothing
+has been written to it, so that it takes no memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from bd3_scale.config import Recipe, resolve_precision
 from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.model.initialise import initialise
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel import stages
@@ -40,21 +40,24 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int, 
     for layers in layers_of_rank(recipe, layout, vocabulary, pattern, selected):
         linears = Linears(parallel.tensor, sequence=parallel.sequence, vocabulary_multiple=VOCABULARY_MULTIPLE[layout.device.type])
         model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
-        initialise(model, recipe.model, recipe.run.seed, layout.tensor_rank, layout.tensor)
         mark_partial_gradients(model)
         apply_outside(model.blocks.values(), recompute=training.recompute, compile=training.compile)
-        chunks.append(model.to(layout.device))
+        chunks.append(model)
     betas = training.betas[0], training.betas[1]
     settings = OptimizerSettings(betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations)
+    engine: Engine
     if parallel.resolved_engine == "megatron":
         from bd3_scale.parallel.megatron import MegatronEngine
 
-        return MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
-    from bd3_scale.parallel.zero import ZeroEngine
+        engine = MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
+    else:
+        from bd3_scale.parallel.zero import ZeroEngine
 
-    micro_batch = recipe.micro_batch(layout.data)
-    accumulation = training.global_batch // (micro_batch * layout.data)
-    return ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=accumulation, bf16=bf16)
+        micro_batch = recipe.micro_batch(layout.data)
+        steps = training.global_batch // (micro_batch * layout.data)
+        engine = ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=steps, bf16=bf16)
+    engine.initialise(recipe.model, recipe.run.seed)
+    return engine
 
 
 def layers_of_rank(recipe: Recipe, layout: Layout, vocabulary: int, pattern: AttentionPattern, selected: float) -> list[range]:

@@ -39,12 +39,13 @@ def bucket_elements(elements: int, ranks: int) -> int:
 
 
 class MegatronEngine(ScheduledEngine):
-    """This rank's chunks of the network (one, or one per virtual stage) under megatron-core."""
+    """This rank's chunks of the network (one, or one per virtual stage) under megatron-core; `initialise` gives them their weights."""
 
     def __init__(self, chunks: Sequence[Transformer], layout: Layout, settings: OptimizerSettings, *, zero: int, bf16: bool) -> None:
         self.layout, self.settings, self.zero = layout, settings, zero
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.transformers = [chunk.to(self.dtype) for chunk in chunks]
+        # Under ZeRO 1 the weights become views of buffers on the device: no other copy of them is made there.
+        self.transformers = [chunk.to(self.dtype) if zero == 1 else chunk.to(layout.device, self.dtype) for chunk in chunks]
         # Each shared parameter gets a bucket of its own, so that every stage divides it alike (ZeRO 1).
         mark_shared(self.transformers, layout.pipeline)
         if layout.device.type == "cpu":
@@ -61,6 +62,8 @@ class MegatronEngine(ScheduledEngine):
             DistributedDataParallel(self.config, buffers, Stage(chunk, self.config), disable_bucketing=index > 0)
             for index, chunk in enumerate(self.transformers)
         ]
+        for chunk in self.transformers:
+            chunk.to(layout.device)  # what is no parameter
         self.config.no_sync_func = [chunk.no_sync for chunk in self.chunks] if self.interleaved else self.chunks[0].no_sync
         self.distributed = self._distributed_optimizer() if zero == 1 else None
         self.gathers = Gathers(self.chunks, self.transformers) if zero == 1 else None

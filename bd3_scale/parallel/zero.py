@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bd3_scale.parallel.engine import Engine, OptimizerSettings, Place, clip, global_norm, owns, place
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.zero_device import install, norm_on_device
+from bd3_scale.parallel.zero_start import divide
 
 
 class MegatronGroups:
@@ -43,7 +44,8 @@ class MegatronGroups:
 
 
 class ZeroEngine(Engine):
-    """A model under DeepSpeed ZeRO. Make it last: tensor parallelism, recomputation and compile come before."""
+    """A model under DeepSpeed ZeRO, which `initialise` gives its weights. Make it last: tensor parallelism, recomputation and compile
+    come before."""
 
     def __init__(
         self, model: nn.Module, layout: Layout, settings: OptimizerSettings, *, zero: int, micro_batch: int, accumulation: int, bf16: bool
@@ -55,7 +57,10 @@ class ZeroEngine(Engine):
         plain = [p for p in model.parameters() if p.dim() < 2]
         self.adam = settings.adam(decayed, plain, layout.device)
         config = _deepspeed_config(model, zero, micro_batch, accumulation, 0.0 if zero == 0 else settings.clip, bf16, layout.device.type)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=MegatronGroups())
+        groups = MegatronGroups()
+        if zero == 3:
+            divide(model, config, torch.bfloat16 if bf16 else torch.float32, groups)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=groups)
         self.masters = self._find_masters()
         self.places = list(self._find_places())
 
