@@ -95,8 +95,9 @@ def _layouts(case: Case) -> Iterator[Changes]:
     """Every layout worth trying, as what is other than the recipe has it."""
     asked, model = case.parallel, case.recipe.model
     sizes = divisors(case.world_size)
-    switches = product(_either(asked.sequence, False), _either(asked.zero, 1), _either(asked.stage_layers, None))
-    for (sequence, zero, stage_layers), tensor, pipeline in product(switches, sizes, sizes):
+    engines, shards = _either(asked.engine, "auto"), _either(asked.shard, None)
+    switches = product(_either(asked.sequence, False), _either(asked.zero, 1), _either(asked.stage_layers, None), engines, shards)
+    for (sequence, zero, stage_layers, engine, shard), tensor, pipeline in product(switches, sizes, sizes):
         if case.world_size % (tensor * pipeline) or model.heads % tensor or pipeline > model.layers:
             continue
         for virtual in range(1, min(asked.virtual_stages, model.layers // pipeline) + 1) if pipeline > 1 else (1,):
@@ -108,6 +109,8 @@ def _layouts(case: Case) -> Iterator[Changes]:
                 "parallel.context": 1,
                 "parallel.sequence": sequence,
                 "parallel.zero": zero,
+                "parallel.engine": engine,
+                "parallel.shard": shard,
             }
             for batch in _batches(case.changed(layout)):
                 yield {key: value for key, value in (layout | batch).items() if value != case.value(key)}

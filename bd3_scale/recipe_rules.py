@@ -257,21 +257,47 @@ def given_layers_sum_up(case: Case) -> Problem | None:
     )
 
 
-def zero_suits_the_pipeline(case: Case) -> Problem | None:
-    parallel = case.parallel
-    if parallel.pipeline == 1 or parallel.zero <= 1:
+def engine_suits_the_layout(case: Case) -> Problem | None:
+    engine, zero, pipeline = case.parallel.engine, case.parallel.zero, case.parallel.pipeline
+    rule, values = engine_suits_the_layout, []
+    if engine == "deepspeed" and pipeline > 1:
+        text = f"parallel.engine = deepspeed runs one stage, but parallel.pipeline = {pipeline}"
+    elif engine == "megatron" and zero > 1:
+        values = [1]
+        text = f"parallel.engine = megatron divides optimizer states at most, but parallel.zero = {zero} divides gradients, too"
+    elif engine == "fsdp" and zero < 2:
+        values = [2]
+        text = f"parallel.engine = fsdp always divides gradients, but parallel.zero = {zero} keeps them whole"
+    else:
         return None
-
-    def instead_of_stages() -> str | None:
-        """For those who need ZeRO's memory: as many ranks for a replica, all of them tensor ranks."""
-        wide = replace(parallel, tensor=case.model_ranks, pipeline=1)
-        return nearest_layout(case, works, wide, lambda found: found.zero == parallel.zero and found.pipeline == 1)
-
     return Problem(
-        f"parallel.zero = {parallel.zero} cannot be combined with parallel.pipeline = {parallel.pipeline} because gradients and weights "
-        "are needed whole over all micro-batches of the schedule",
-        lambda: [nearest_layout(case, works), instead_of_stages()],
+        text,
+        lambda: [
+            _first(case, rule, "parallel.engine", ["auto"]),
+            _first(case, rule, "parallel.zero", values),
+            nearest_layout(case, works),
+        ],
     )
+
+
+def copies_are_divided(case: Case) -> Problem | None:
+    """DeepSpeed's partitions of ZeRO 3 on a node (`zero_hpz_partition_size`) are no such copies: states stay divided over all ranks, and
+    the weights of a forward are kept a second time for its backward. megatron-core has them, but not on a CPU, where all is tested."""
+    shard, engine, zero, replicas = case.parallel.shard, case.parallel.resolved_engine, case.parallel.zero, case.replicas
+    if shard is None or (engine == "fsdp" and replicas % shard == 0 and (shard > 1 or replicas == 1)):
+        return None
+    rule = copies_are_divided
+    if engine != "fsdp":
+        text = (
+            f"parallel.shard = {shard} makes copies that ranks share, which parallel.engine = {engine} at parallel.zero = {zero} does not"
+        )
+        return Problem(text, lambda: [_first(case, rule, "parallel.engine", ["fsdp"]), _first(case, rule, "parallel.shard", [None])])
+    if shard == 1:
+        text = f"parallel.shard = 1 would divide nothing, but parallel.zero = {zero} divides"
+    else:
+        text = f"parallel.shard = {shard} must divide the data-parallel ranks = {replicas} because as many ranks share every copy"
+    sizes = nearest([size for size in divisors(replicas) if size > 1], shard)
+    return Problem(text, lambda: [_first(case, rule, "parallel.shard", [*sizes, None]), nearest_layout(case, works)])
 
 
 def masters_are_fp32(case: Case) -> Problem | None:
@@ -357,9 +383,10 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     virtual_stages_have_stages,
     every_stage_has_a_layer,
     given_layers_sum_up,
-    zero_suits_the_pipeline,
+    engine_suits_the_layout,
     masters_are_fp32,
     world_is_whole_replicas,
+    copies_are_divided,
     batch_is_whole_micro_batches,
     stages_are_interleaved_by_enough,
 )

@@ -2,18 +2,20 @@
 
 stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> activation checkpointing ->
 compile -> device, ZeRO and schedule -> weights by name, each rank its own share. Until then the network is on the host and nothing
-has been written to it, so that it takes no memory.
+has been written to it, so that it takes no memory (or, for fsdp, it is on the meta device).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bd3_scale.config import Recipe, resolve_precision
+from bd3_scale.diffusion.config import ON_SIMPLEX
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
@@ -39,14 +41,20 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int, 
     chunks = []
     for layers in layers_of_rank(recipe, layout, vocabulary, pattern, selected):
         linears = Linears(parallel.tensor, sequence=parallel.sequence, vocabulary_multiple=VOCABULARY_MULTIPLE[layout.device.type])
-        model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
+        with torch.device("meta") if parallel.resolved_engine == "fsdp" else nullcontext():
+            model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
         mark_partial_gradients(model)
         apply_outside(model.blocks.values(), recompute=training.recompute, compile=training.compile)
         chunks.append(model)
     betas = training.betas[0], training.betas[1]
     settings = OptimizerSettings(betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations)
     engine: Engine
-    if parallel.resolved_engine == "megatron":
+    if parallel.resolved_engine == "fsdp":
+        from bd3_scale.parallel.fsdp import FsdpEngine
+
+        shard, looked_up = parallel.shard or layout.data, recipe.objective.kind not in ON_SIMPLEX
+        engine = FsdpEngine(chunks, layout, settings, zero=parallel.zero, shard=shard, bf16=bf16, looked_up=looked_up)
+    elif parallel.resolved_engine == "megatron":
         from bd3_scale.parallel.megatron import MegatronEngine
 
         engine = MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)

@@ -105,12 +105,15 @@ def start(config: ParallelConfig, device: str) -> Layout:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device == "cpu":
         megatron_cpu.install()
+    replicas = world_size // (config.tensor * config.pipeline * config.context)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_stages if config.virtual_stages > 1 else None,
         context_parallel_size=config.context,
         order=ORDER,
+        # Copies of what ZeRO divides: megatron-core makes the groups inside of one and across them.
+        num_distributed_optimizer_instances=replicas // config.shard if config.shard else 1,
         create_gloo_process_groups=False,
     )
     return replace(current(config, place), world=world)

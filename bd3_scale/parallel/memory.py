@@ -13,6 +13,10 @@ the rank, d data-parallel ranks, 4-byte numbers unless said otherwise; w: bytes 
 | DeepSpeed 3 | w n/d, and the small ones whole | 4n/d | 4n/d | 8n/d | 4n/d |
 | megatron-core 0 (fp32) | 4n | 4n | the parameters | 8n | 4n |
 | megatron-core 1 | w n | 4n | 4n/d (fp32: views of the parameters) | 8n/d | 4n/d |
+| FSDP 2 | w p over a step's micro-batches | 4p/s | 4p/s | 8p/s | 4p/s |
+| FSDP 3 | layer by layer | 4p/s | 4p/s | 8p/s | 4p/s |
+
+(p: the elements with every parameter's rows padded to a multiple of s, the ranks that share a copy, `parallel.shard` or d.)
 
 DeepSpeed 3, and 1 in fp32, keep a reduce bucket while gradients are accumulated; the others have one for the time of a
 backward, not counted here.
@@ -25,7 +29,7 @@ from dataclasses import astuple, dataclass
 
 from bd3_scale.config import Recipe
 from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.flops import SINUSOIDS
+from bd3_scale.parallel.shapes import shard, units_of
 
 LARGEST_BUCKET = 200_000_000
 """Elements of DeepSpeed's reduce bucket (zero.py) where the model has as many."""
@@ -52,30 +56,8 @@ class StateBytes:
 
 def stage_parameters(config: ModelConfig, vocabulary: int, layers: range, tensor: int = 1, vocabulary_multiple: int = 1) -> list[int]:
     """Elements of every parameter on one tensor rank of the stage that holds `layers`; `vocabulary` is V, MASK included."""
-    hidden, head = config.hidden, config.head_size
-    query, key_value = config.heads * head // tensor, 2 * config.kv_heads * head
-    if config.kv_heads % tensor == 0:  # else each rank holds the weight of all key heads
-        key_value //= tensor
-    units = config.mlp_size // tensor
-    up = units * (2 if config.mlp == "swiglu" else 1)
-    norm = [hidden] * (2 if config.norm_bias else 1)
-    size = config.conditioning_size if config.conditioning == "adaln" else 0
-    layer = [query * hidden, key_value * hidden, query * hidden, up * hidden, units * hidden, *norm, *norm]
-    layer += [query, key_value] if config.attention_bias != "none" else []
-    layer += [hidden] if config.attention_bias == "all" else []
-    layer += [up, hidden] if config.mlp_bias else []
-    layer += [head, head] if config.query_key_norm else []
-    layer += [6 * hidden * size, 6 * hidden] if size else []
-    share = -(-vocabulary // (tensor * vocabulary_multiple)) * vocabulary_multiple
-    first, last = layers.start == 0, layers.stop == config.layers
-    sizes = layer * len(layers)
-    sizes += [share * hidden] if first or (last and config.tied_head) else []
-    sizes += [config.context * hidden] if first and config.positions == "learned" else []
-    sizes += [SINUSOIDS * size, size, size * size, size] if size else []  # on every stage
-    if last:
-        sizes += norm + ([2 * hidden * size, 2 * hidden] if size else [])
-        sizes += ([] if config.tied_head else [share * hidden]) + ([share] if config.head_bias else [])
-    return sizes
+    groups = units_of(config, vocabulary, layers, tensor, vocabulary_multiple).groups
+    return [rows * width for group in groups for rows, width in group]
 
 
 def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int, device: str, bf16: bool) -> StateBytes:
@@ -83,6 +65,8 @@ def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int,
     parallel = recipe.parallel
     multiple = 128 if device == "cuda" else 1
     sizes = [size for layers in stages for size in stage_parameters(recipe.model, vocabulary, layers, parallel.tensor, multiple)]
+    if parallel.resolved_engine == "fsdp":
+        return _sharded_bytes(recipe, stages, vocabulary, parallel.shard or data, multiple, 2 if bf16 else 4)
     n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(recipe.training.ema)
     divided = -(-n // data)
     if zero == 0:
@@ -96,3 +80,11 @@ def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int,
     gradients = (6 * n if bf16 else 4 * n) if zero == 1 else 4 * divided
     bucket = 4 * min(n, LARGEST_BUCKET) if zero == 1 and not bf16 else 0
     return StateBytes(weight * n, gradients, 4 * divided, 8 * divided, ema * divided, bucket)
+
+
+def _sharded_bytes(recipe: Recipe, stages: list[range], vocabulary: int, sharers: int, multiple: int, weight: int) -> StateBytes:
+    """Of the first of the ranks that share a copy: the last ones have fewer rows."""
+    chunks = [units_of(recipe.model, vocabulary, layers, recipe.parallel.tensor, multiple) for layers in stages]
+    own = sum(shard(group, sharers) for chunk in chunks for group in chunk.groups)
+    gathered = weight * sharers * own if recipe.parallel.zero == 2 else 0
+    return StateBytes(gathered, 4 * own, 4 * own, 8 * own, 4 * bool(recipe.training.ema) * own, 0)

@@ -14,7 +14,11 @@ Data (gradients are summed in fp32):
 | DeepSpeed 3 | reduce-scatter 4n for each of M | gather w n' for each of M, w (n - n') once |
 | megatron-core 0 | all-reduce 4n | |
 | megatron-core 1 | reduce-scatter 4n | gather w n |
+| FSDP 2 | reduce-scatter 4p for each of M, all-reduce 4p/s among copies | gather w p |
+| FSDP 3 | reduce-scatter 4p for each of M, all-reduce 4p/s among copies | gather w p and w p' for each of M |
 
+(p: n with every parameter's rows padded to a multiple of s, the ranks that share a copy; p': what is gathered again for the backward:
+not the head, which is done with its weight, nor an embedding that is only looked up in, nor, with one stage, what the root holds.)
 (n': what DeepSpeed 3 divides, and once more for the backward what it let go after the forward: nothing below half of `REUSE`, above
 it known to some per cent only, since what it prefetches stays, too.)
 
@@ -24,9 +28,9 @@ sums its output in the forward (embedding, attention output, MLP down), a column
 column-parallel linears gather their input once more for the gradient of the weight. The head sums the gradient of the selected
 positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold
 whole but know in part are summed
-for each micro-batch (DeepSpeed) or once (pipeline). Recomputation makes the forward collectives of its part of a layer again, up to
+for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its part of a layer again, up to
 the last tensor that is needed. Expected embeddings (ssdlm) sum one number of each noisy position. Pipeline: hidden states forwards,
-their gradients backwards; conditions and tied embeddings are summed once.
+their gradients backwards; conditions and tied embeddings are summed once (FSDP's as shards).
 
 Left out are numbers of a few bytes (norms, losses, the tuner's choice) and what only checkpoints and validations move.
 Invariant: a test counts the collectives of the real engines, call by call, and finds exactly these bytes.
@@ -43,7 +47,8 @@ from bd3_scale.diffusion.config import ON_SIMPLEX
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.flops import SINUSOIDS
 from bd3_scale.parallel.activations import Batch
-from bd3_scale.parallel.memory import PERSISTENT, stage_parameters
+from bd3_scale.parallel.memory import PERSISTENT
+from bd3_scale.parallel.shapes import Shape, Units, shard, units_of, whole
 
 REUSE = 1_000_000_000
 """Elements: DeepSpeed 3 keeps a gathered parameter that it needs again within as many (stage3_max_reuse_distance)."""
@@ -54,7 +59,7 @@ class Transfer:
     """All calls of one collective in one group in a step."""
 
     group: str
-    """data | tensor | pipeline | embedding (the first and the last stage)."""
+    """data (those that share a copy) | copies | tensor | pipeline | embedding (the first and the last stage)."""
     operation: str
     """all_reduce | all_gather | reduce_scatter | send."""
     ranks: int
@@ -72,25 +77,35 @@ def step_traffic(
     recipe: Recipe, stages: Sequence[range], vocabulary: int, batch: Batch, data: int, micro_batches: int, pipeline_rank: int
 ) -> list[Transfer]:
     """Of a rank that holds `stages` (one per virtual stage); `data`: data-parallel ranks. Groups of one rank move nothing."""
-    parallel = recipe.parallel
+    parallel, model = recipe.parallel, recipe.model
     multiple = 128 if batch.device == "cuda" else 1
-    sizes = [size for layers in stages for size in stage_parameters(recipe.model, vocabulary, layers, parallel.tensor, multiple)]
+    chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
+    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.kind in ON_SIMPLEX
+    sharers = (parallel.shard or data) if fsdp else 1
+    """Among whom what is summed at the end of a step has been divided."""
     found: Counter[tuple[str, str]] = Counter()
-    _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
+    if fsdp:
+        one_stage = parallel.pipeline == 1
+        for chunk in chunks:
+            _add(found, "data", sharded_bytes(chunk, parallel.zero, sharers, batch.weight, micro_batches, one_stage, not simplex))
+        _add(found, "copies", {"all_reduce": sum(4 * shard(group, sharers) for chunk in chunks for group in chunk.groups)})
+    else:
+        sizes = [rows * width for chunk in chunks for group in chunk.groups for rows, width in group]
+        _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
     for layers in stages:
         one = tensor_bytes(batch, layers, recipe.training.recompute, recipe.objective.kind)
         _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
-        if recipe.objective.kind in ON_SIMPLEX and layers.start == 0:  # the mass of each rank's words
+        if simplex and layers.start == 0:  # the mass of each rank's words
             _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
-        partial = partial_elements(batch, layers)
         times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
-        _add(found, "tensor", {"all_reduce": times * width * partial})
+        _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
     if parallel.pipeline > 1:
-        _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches))
-        if recipe.model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):
+        _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches, sharers))
+        if model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):
             share = -(-vocabulary // (parallel.tensor * multiple)) * multiple
-            _add(found, "embedding", {"all_reduce": 4 * share * recipe.model.hidden})
-    ranks = {"data": data, "tensor": parallel.tensor, "pipeline": parallel.pipeline, "embedding": 2}
+            _add(found, "embedding", {"all_reduce": 4 * shard([(share, model.hidden)], sharers)})
+    ranks = {"data": sharers if fsdp else data, "copies": data // sharers if fsdp else 1, "tensor": parallel.tensor}
+    ranks |= {"pipeline": parallel.pipeline, "embedding": 2}
     return [Transfer(group, operation, ranks[group], number) for (group, operation), number in found.items() if number and ranks[group] > 1]
 
 
@@ -112,6 +127,21 @@ def data_bytes(sizes: Sequence[int], zero: int, engine: str, weight: int, micro_
     gathered = sum(divided) + _gathered_again(divided)
     persistent = n - sum(divided)
     return {"reduce_scatter": micro_batches * 4 * n, "all_gather": weight * (micro_batches * gathered + persistent)}
+
+
+def sharded_bytes(
+    chunk: Units, zero: int, sharers: int, weight: int, micro_batches: int, one_stage: bool, looked_up: bool
+) -> dict[str, int]:
+    """Payload per step among the ranks that share a copy of a chunk under FSDP; `looked_up`: its embedding multiplies nothing."""
+    once = sum(whole(group, sharers) for group in chunk.groups)
+    if zero == 2:
+        gathered = once
+    else:
+        again = chunk.layers * whole(chunk.layer, sharers)
+        again += 0 if looked_up else whole(chunk.embedding, sharers)
+        again += 0 if one_stage else whole(chunk.rest, sharers)
+        gathered = micro_batches * (once + again)
+    return {"reduce_scatter": micro_batches * 4 * once, "all_gather": weight * gathered}
 
 
 def _gathered_again(divided: Sequence[int]) -> int:
@@ -159,28 +189,29 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict
     return {"reduce_scatter": sums, "all_gather": gathers, "all_reduce": head + condition}
 
 
-def partial_elements(batch: Batch, layers: range) -> int:
-    """Elements of the parameters whose gradient each tensor rank knows in part (see tensor.py)."""
+def partial_shapes(batch: Batch, layers: range) -> list[Shape]:
+    """Of the parameters whose gradient each tensor rank knows in part (see tensor.py)."""
     config: ModelConfig = batch.config
-    hidden, each = config.hidden, 0
+    hidden, each = config.hidden, []
+    vector = (hidden, 1)
     if batch.sequence:
-        each += 2 * hidden * (2 if config.norm_bias else 1)
-        each += 6 * hidden * (config.conditioning_size + 1) if config.conditioning == "adaln" else 0
-        each += (hidden if config.attention_bias == "all" else 0) + (hidden if config.mlp_bias else 0)
+        each += [vector] * (4 if config.norm_bias else 2)
+        each += [(6 * hidden, config.conditioning_size), (6 * hidden, 1)] if config.conditioning == "adaln" else []
+        each += ([vector] if config.attention_bias == "all" else []) + ([vector] if config.mlp_bias else [])
     if config.kv_heads % batch.tensor:
         width = 2 * config.kv_heads * config.head_size
-        each += width * (hidden + (config.attention_bias != "none"))
+        each += [(width, hidden)] + ([(width, 1)] if config.attention_bias != "none" else [])
     if config.query_key_norm:
-        each += 2 * config.head_size
-    positions = config.context * hidden if batch.sequence and layers.start == 0 and config.positions == "learned" else 0
+        each += [(config.head_size, 1)] * 2
+    positions = [(config.context, hidden)] if batch.sequence and layers.start == 0 and config.positions == "learned" else []
     return each * len(layers) + positions
 
 
-def pipeline_bytes(batch: Batch, virtual: int, pipeline: int, pipeline_rank: int, micro_batches: int) -> dict[str, int]:
-    """Payload from this rank to its neighbours, and in the sum of what all stages hold."""
+def pipeline_bytes(batch: Batch, virtual: int, pipeline: int, pipeline_rank: int, micro_batches: int, sharers: int = 1) -> dict[str, int]:
+    """Payload from this rank to its neighbours, and in the sum of what all stages hold, of which each rank has its share."""
     config = batch.config
     state = batch.weight * batch.held(batch.pattern.rows) * config.hidden
     forwards, backwards = virtual - (pipeline_rank == pipeline - 1), virtual - (pipeline_rank == 0)
-    size = config.conditioning_size
-    condition = 4 * (size * (SINUSOIDS + 1) + size * (size + 1)) if config.conditioning == "adaln" else 0
+    size = config.conditioning_size if config.conditioning == "adaln" else 0
+    condition = 4 * shard([(size, SINUSOIDS), (size, 1), (size, size), (size, 1)], sharers)
     return {"send": micro_batches * (forwards + backwards) * state, "all_reduce": condition}

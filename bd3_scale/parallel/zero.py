@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bd3_scale.parallel.engine import Engine, OptimizerSettings, Place, clip, global_norm, owns, place
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.zero_device import install, norm_on_device
-from bd3_scale.parallel.zero_start import divide
+from bd3_scale.parallel.zero_start import divide, without_broadcast
 
 
 class MegatronGroups:
@@ -60,7 +60,8 @@ class ZeroEngine(Engine):
         groups = MegatronGroups()
         if zero == 3:
             divide(model, config, torch.bfloat16 if bf16 else torch.float32, groups)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=groups)
+        with without_broadcast():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=groups)
         self.masters = self._find_masters()
         self.places = list(self._find_places())
 

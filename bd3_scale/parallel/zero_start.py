@@ -1,16 +1,18 @@
-"""A start under ZeRO 3 in which no rank ever holds the network: its parameters are divided one by one, before they have values.
+"""A start under DeepSpeed with a network that has no weights yet; under ZeRO 3 no rank ever holds it.
 
-`deepspeed.zero.Init` divides what has values, which it broadcasts; here nobody has any. The network was made on the host without being
-filled (memory that nobody writes costs nothing); each parameter gets room on the device, is divided, and gives the room back. Every
-rank then fills its own masters (`Engine.initialise`).
+DeepSpeed has the first rank broadcast every weight; here nobody has any. The network was made on the host without being filled, and
+memory that nobody writes costs nothing. Under ZeRO 3 each parameter gets room on the device, is divided, and gives the room back.
+Every rank then fills its own masters (`Engine.initialise`).
 
 Invariant: `deepspeed.initialize` finds the parameters divided as it would have divided them itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -29,3 +31,12 @@ def divide(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, mpu: A
                 parameter.partition()  # type: ignore[attr-defined]
 
     Divided(module, data_parallel_group=parallel_state.get_data_parallel_group(), dtype=dtype, config_dict_or_path=config, mpu=mpu)
+
+
+@contextmanager
+def without_broadcast() -> Iterator[None]:
+    """While `deepspeed.initialize` runs: no rank has weights that others want."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    with mock.patch.object(DeepSpeedEngine, "_broadcast_model", lambda self: None):
+        yield

@@ -78,11 +78,14 @@ def _size(value: Any) -> int:
 
 def _group(ranks: list[int]) -> str:
     groups = {
-        "data": parallel_state.get_data_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
+        "copies": parallel_state.get_inter_distributed_optimizer_instance_group(check_initialized=False),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
     }
+    if groups["copies"] is None:  # one copy, and maybe another order of the same ranks
+        groups["data"] = parallel_state.get_data_parallel_group()
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items() if isinstance(group, dist.ProcessGroup)}
     return next((name for name, own in members.items() if own == ranks), str(ranks))
 

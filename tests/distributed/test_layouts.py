@@ -43,7 +43,7 @@ MODELS = {
     "documents": ["objective.block_size=4", "data.document_mask=true"],
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
-VIRTUAL, ZERO = "parallel.virtual_stages=2", "parallel.zero={}"
+VIRTUAL, ZERO, FSDP = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.engine=fsdp"
 
 
 def layout(tensor: int = 1, pipeline: int = 1, zero: int = 1, *more: str) -> list[str]:
@@ -74,6 +74,15 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "tensor 2, pipeline 2 x 2 interleaved": (4, "base", layout(2, 2, 1, VIRTUAL, "training.recompute=layer", "parallel.micro_batch=2")),
     "pipeline 2, data 2": (4, "base", layout(1, 2)),
     "pipeline 2 x 2 interleaved, data 2, zero 0": (4, "base", layout(1, 2, 0, VIRTUAL)),
+    # torch's fully_shard: where stages share with ZeRO 2 and 3, and by name
+    "pipeline 2, zero 2": (2, "base", layout(1, 2, 2)),
+    "pipeline 2, zero 3": (2, "base", layout(1, 2, 3)),
+    "pipeline 4, zero 3": (4, "base", layout(1, 4, 3)),
+    "pipeline 2 x 2 interleaved, zero 2": (2, "base", layout(1, 2, 2, VIRTUAL)),
+    "pipeline 2 x 2 interleaved, data 2, zero 3": (4, "base", layout(1, 2, 3, VIRTUAL)),
+    "tensor 2, pipeline 2, sequence, zero 3": (4, "base", layout(2, 2, 3, SEQUENCE)),
+    "data 4, fsdp, zero 2": (4, "base", layout(1, 1, 2, FSDP)),
+    "data 4, fsdp, shard 2, zero 3": (4, "base", layout(1, 1, 3, FSDP, "parallel.shard=2")),
     # Other models and objectives, a spanning subset
     "L'=1: tensor 2, sequence": (2, "L'=1", layout(2, 1, 1, SEQUENCE)),
     "L'=16: pipeline 2": (2, "L'=16", layout(1, 2)),
@@ -83,14 +92,19 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "sedd: tensor 2, pipeline 2, sequence": (4, "sedd", layout(2, 2, 1, SEQUENCE)),
     "ssdlm: data 2, zero 3": (2, "ssdlm", layout(1, 1, 3)),
     "ssdlm: tensor 2, pipeline 2, sequence": (4, "ssdlm", layout(2, 2, 1, SEQUENCE)),
+    "ssdlm: pipeline 2, data 2, zero 2": (4, "ssdlm", layout(1, 2, 2)),
     "adaln: tensor 4, sequence": (4, "adaln", layout(4, 1, 1, SEQUENCE)),
     "adaln: pipeline 2 x 2 interleaved, data 2": (4, "adaln", layout(1, 2, 1, VIRTUAL)),
+    "adaln: pipeline 2 x 2 interleaved, data 2, zero 3": (4, "adaln", layout(1, 2, 3, VIRTUAL)),
     "adaln: tensor 2, pipeline 2, sequence, zero 0": (4, "adaln", layout(2, 2, 0, SEQUENCE)),
     "gpt2: tensor 2, pipeline 2, sequence": (4, "gpt2", layout(2, 2, 1, SEQUENCE)),
+    "gpt2: tensor 2, data 2, sequence, fsdp, zero 3": (4, "gpt2", layout(2, 1, 3, SEQUENCE, FSDP)),
     "qwen3: tensor 4, sequence, shared key heads": (4, "qwen3", layout(4, 1, 1, SEQUENCE)),
     "block sizes that change: data 2, zero 3": (2, "stages", layout(1, 1, 3)),
+    "block sizes that change: pipeline 2, zero 3": (2, "stages", layout(1, 2, 3)),
     "documents: tensor 2, pipeline 2, sequence": (4, "documents", layout(2, 2, 1, SEQUENCE)),
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),
+    "tied: pipeline 2, data 2, zero 3": (4, "tied", layout(1, 2, 3)),
     "tied: tensor 2, sequence, zero 2": (4, "tied", layout(2, 1, 2, SEQUENCE)),
 }  # fmt: skip
 

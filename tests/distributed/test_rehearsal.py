@@ -17,6 +17,7 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
         "model.context=128", "parallel.micro_batch=2"]  # fmt: skip
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
+FSDP = "parallel.engine=fsdp"
 ADALN = ["model.conditioning=adaln", "model.conditioning_size=32"]
 
 
@@ -53,6 +54,21 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "pipeline 2 x 2, tied, adaln": (2, 1, layout(1, 2, 1, "parallel.virtual_stages=2", "model.tied_head=true", *ADALN)),
     "tensor 2, pipeline 2 x 2, data 2, sequence, tied, adaln": (
         8, 5, layout(2, 2, 1, SEQUENCE, "parallel.virtual_stages=2", "model.tied_head=true", *ADALN)
+    ),
+    "pipeline 2, data 2, zero 2": (4, 0, layout(1, 2, 2)),
+    "pipeline 2, data 2, zero 3, bf16": (4, 2, layout(1, 2, 3, BF16)),
+    "pipeline 4, a middle stage, data 2, zero 3": (8, 2, layout(1, 4, 3)),
+    "data 4, fsdp, zero 3": (4, 0, layout(1, 1, 3, FSDP)),
+    "data 4, fsdp, tied, ssdlm, recomputed, zero 3": (
+        4, 0, layout(1, 1, 3, FSDP, RECOMPUTE, "objective.kind=ssdlm", "objective.block_size=16", "model.tied_head=true", *ADALN)
+    ),
+    "data 4, fsdp, ssdlm, zero 3": (4, 0, layout(1, 1, 3, FSDP, "objective.kind=ssdlm", "objective.block_size=16", *ADALN)),
+    "data 8, fsdp, shard 4, zero 3, bf16": (8, 0, layout(1, 1, 3, FSDP, BF16, "parallel.shard=4")),
+    "tensor 2, pipeline 2 x 2, data 2, sequence, tied, adaln, learned, zero 3": (
+        8, 5, layout(2, 2, 3, SEQUENCE, "parallel.virtual_stages=2", "model.tied_head=true", "model.positions=learned", *ADALN)
+    ),
+    "pipeline 2 x 2, data 4, shard 2, tied, adaln, zero 2": (
+        8, 0, layout(1, 2, 2, "parallel.virtual_stages=2", "parallel.shard=2", "model.tied_head=true", *ADALN)
     ),
 }  # fmt: skip
 LARGE = Path(__file__).resolve().parents[2] / "recipes" / "owt_7b.yaml"

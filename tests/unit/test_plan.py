@@ -31,7 +31,9 @@ def test_json_is_one_document_with_the_layouts_that_were_asked_for(capsys: pytes
     assert found["total_parameters"] == sum(found["parameters"].values())
 
 
-@pytest.mark.parametrize("wrong", [["parallel.tensor=3"], ["parallel.pipeline=4", "parallel.zero=2"], ["training.global_batch=100"]])
+@pytest.mark.parametrize(
+    "wrong", [["parallel.tensor=3"], ["parallel.pipeline=4", "parallel.engine=deepspeed"], ["training.global_batch=100"]]
+)
 def test_a_wrong_layout_has_the_line_of_the_cluster(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError) as error:
         recipes.validate(recipes.load(RECIPE, wrong), 64, "cuda")

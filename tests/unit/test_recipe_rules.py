@@ -82,10 +82,17 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("parallel.stage_layers=[3]", 1, "cpu", "set parallel.stage_layers=null"),
         ("parallel.pipeline=2 parallel.stage_layers=[2,0]", 2, "cpu", "set parallel.stage_layers=null"),
         ("parallel.stage_layers=[]", 1, "cpu", "set parallel.stage_layers=null"),
-        ("parallel.pipeline=2 parallel.zero=2", 2, "cpu", "set parallel.zero=1, or set parallel.tensor=2 and parallel.pipeline=1"),
-        ("parallel.pipeline=2 parallel.zero=3 parallel.tensor=2", 8, "cpu", "or set parallel.tensor=4 and parallel.pipeline=1"),
-        ("parallel.pipeline=2 parallel.zero=3 parallel.tensor=4", 8, "cpu", "set parallel.zero=1, or set parallel.pipeline=1"),
-        ("parallel.pipeline=2 parallel.zero=2 parallel.stage_layers=[1,1]", 2, "cpu", "parallel.pipeline=1 and parallel.stage_layers=null"),
+        # Engines, and copies of what ZeRO divides.
+        ("parallel.engine=deepspeed parallel.pipeline=2", 2, "cpu", "set parallel.engine=auto"),
+        ("parallel.engine=megatron parallel.zero=2", 1, "cpu", "set parallel.engine=auto, or set parallel.zero=1"),
+        ("parallel.engine=fsdp", 1, "cpu", "set parallel.engine=auto, or set parallel.zero=2"),
+        ("parallel.engine=fsdp parallel.shard=2", 4, "cpu", "set parallel.zero=2"),
+        ("parallel.shard=2 parallel.zero=3", 4, "cpu", "set parallel.engine=fsdp, or set parallel.shard=null"),
+        ("parallel.shard=2 parallel.pipeline=2", 4, "cpu", "set parallel.shard=null"),
+        ("parallel.shard=3 parallel.zero=3 parallel.engine=fsdp", 4, "cpu", "set parallel.shard=2"),
+        ("parallel.shard=1 parallel.zero=3 parallel.engine=fsdp", 4, "cpu", "set parallel.shard=2"),
+        ("parallel.shard=2 parallel.zero=3 parallel.engine=fsdp", 1, "cpu", "set parallel.shard=null"),
+        ("parallel.shard=2 parallel.zero=2 parallel.pipeline=2 parallel.engine=deepspeed", 8, "cpu", "set parallel.engine=auto"),
         ("parallel.zero=0 training.precision=bf16", 1, "cpu", "set parallel.zero=1"),
         ("parallel.zero=0", 1, "cuda", "set parallel.zero=1"),
         # The world and the batch.
@@ -132,7 +139,13 @@ def layout_works(recipe: recipes.Recipe, world_size: int) -> bool:
         return False
     if (model.kv_heads % tensor and tensor % model.kv_heads) or (asked.sequence and (tensor == 1 or model.context % tensor)):
         return False
-    if (stages == 1 and asked.virtual_stages > 1) or (stages > 1 and asked.zero > 1) or batch % replicas:
+    if (stages == 1 and asked.virtual_stages > 1) or batch % replicas:
+        return False
+    zeros = {"deepspeed": {0, 1, 2, 3} if stages == 1 else set(), "megatron": {0, 1}, "fsdp": {2, 3}, "auto": {0, 1, 2, 3}}
+    if asked.zero not in zeros[asked.engine]:
+        return False
+    fsdp = asked.engine == "fsdp" or (asked.engine == "auto" and stages > 1 and asked.zero > 1)
+    if asked.shard is not None and (not fsdp or replicas % asked.shard or (asked.shard == 1 < replicas)):
         return False
     if asked.stage_layers is not None and (len(asked.stage_layers) != chunks or sum(asked.stage_layers) != model.layers):
         return False
@@ -149,6 +162,8 @@ LAYOUTS = st.builds(
     stage_layers=st.sampled_from([None, None, None, [6], [2, 4], [1, 2, 3], [1, 1, 2, 2]]),
     context=st.sampled_from([1, 1, 1, 2]),
     zero=st.sampled_from([0, 1, 1, 2, 3]),
+    engine=st.sampled_from(["auto", "auto", "auto", "deepspeed", "megatron", "fsdp"]),
+    shard=st.sampled_from([None, None, None, 1, 2, 3]),
     sequence=st.booleans(),
     micro_batch=st.sampled_from([None, 1, 1, 2, 3, 8]),
 )
