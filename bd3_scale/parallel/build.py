@@ -1,8 +1,8 @@
 """From a recipe to a model that trains: the one place where parallelism is put around the network, in one fixed order.
 
-stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> weights by name -> device ->
-activation checkpointing -> compile -> ZeRO and schedule. Where an engine divides weights from the start (fsdp) it is handed a
-network without any, and they are drawn last, by every rank for its own shards.
+stages and tensor (each rank makes its slice of the layers, the linears their part of the weights) -> activation checkpointing ->
+compile -> device, ZeRO and schedule -> weights by name, each rank its own share. Until then the network is on the host and nothing
+has been written to it, so that it takes no memory (or, for fsdp, it is on the meta device).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from bd3_scale.config import Recipe, resolve_precision
 from bd3_scale.diffusion.config import ON_SIMPLEX
-from bd3_scale.model.initialise import initialise
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel import stages
@@ -35,36 +34,34 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     """The recipe's network for `vocabulary` ids (MASK included), with initial weights, under its engine."""
     training, parallel = recipe.training, recipe.parallel
     bf16 = resolve_precision(recipe, layout.device.type) == "bf16"
-    sharded = parallel.resolved_engine == "fsdp"
     chunks = []
     for layers in layers_of_rank(recipe, layout, vocabulary):
         linears = Linears(parallel.tensor, sequence=parallel.sequence, vocabulary_multiple=VOCABULARY_MULTIPLE[layout.device.type])
-        with torch.device("meta") if sharded else nullcontext():
+        with torch.device("meta") if parallel.resolved_engine == "fsdp" else nullcontext():
             model = Transformer(recipe.model, vocabulary, mask_id, linears, layers)
-        if not sharded:
-            initialise(model, recipe.model, recipe.run.seed, layout.tensor_rank, layout.tensor)
-            model.to(layout.device)
         mark_partial_gradients(model)
         apply_outside(model.blocks.values(), recompute=training.recompute, compile=training.compile)
         chunks.append(model)
     betas = training.betas[0], training.betas[1]
     settings = OptimizerSettings(betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations)
-    if sharded:
+    engine: Engine
+    if parallel.resolved_engine == "fsdp":
         from bd3_scale.parallel.fsdp import FsdpEngine
 
         shard, looked_up = parallel.shard or layout.data, recipe.objective.kind not in ON_SIMPLEX
         engine = FsdpEngine(chunks, layout, settings, zero=parallel.zero, shard=shard, bf16=bf16, looked_up=looked_up)
-        engine.initialise(recipe.model, recipe.run.seed)
-        return engine
-    if parallel.resolved_engine == "megatron":
+    elif parallel.resolved_engine == "megatron":
         from bd3_scale.parallel.megatron import MegatronEngine
 
-        return MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
-    from bd3_scale.parallel.zero import ZeroEngine
+        engine = MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
+    else:
+        from bd3_scale.parallel.zero import ZeroEngine
 
-    micro_batch = recipe.micro_batch(layout.data)
-    accumulation = training.global_batch // (micro_batch * layout.data)
-    return ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=accumulation, bf16=bf16)
+        micro_batch = recipe.micro_batch(layout.data)
+        steps = training.global_batch // (micro_batch * layout.data)
+        engine = ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=steps, bf16=bf16)
+    engine.initialise(recipe.model, recipe.run.seed)
+    return engine
 
 
 def layers_of_rank(recipe: Recipe, layout: Layout, vocabulary: int) -> list[range]:

@@ -41,6 +41,6 @@ class ParallelConfig:
         """deepspeed | megatron | fsdp: what `engine` = auto stands for in this layout."""
         if self.engine != "auto":
             return self.engine
-        if self.zero <= 1 and self.pipeline > 1:
+        if self.zero <= 1:
             return "megatron"
         return "deepspeed" if self.pipeline == 1 else "fsdp"

@@ -2,7 +2,7 @@
 
 The loop, the EMA and the checkpoints see a rank's state as a list of flat fp32 tensors (`masters`, with their Adam
 moments) and a list of `Place`s that says which region of which canonical parameter lies where in them. Behind it stand
-DeepSpeed's ZeRO 0-3 (`zero.py`) and megatron-core's pipeline schedules with its distributed optimizer (`megatron.py`).
+megatron-core's schedules, gradient buffers and distributed optimizer (`megatron.py`) and DeepSpeed's ZeRO (`zero.py`).
 
 Invariants: the gradient is the gradient of sum(weighted nll) / (global data tokens of the step), whatever the layout;
 parameters carry their canonical names; every element of the unsharded state is owned by exactly one rank of a replica
@@ -87,6 +87,9 @@ class Engine(ABC):
     def publish(self) -> None:
         """Copy the masters into the weights that compute (and to the other ranks, where weights are whole)."""
 
+    def settle(self) -> None:  # noqa: B027 - most engines have nothing under way between two calls
+        """Wait for whatever still reads the masters: to be called before others than the engine write them."""
+
     adam: SkippingAdamW
     """The torch optimizer whose parameters the masters are."""
 
@@ -120,7 +123,8 @@ class Engine(ABC):
         return {kind: [state[master][kind] for master in self.masters] for kind in MOMENTS}
 
     def fragments(self, ema: Sequence[Tensor] | None = None) -> list[Fragment]:
-        """Live views of all that this rank holds: weights, moments and, where given, EMA tensors parallel to `masters`."""
+        """Live views of all that this rank holds, to be written: weights, moments and, where given, EMA tensors parallel to `masters`."""
+        self.settle()
         return [fragment for fragment, _ in self._fragments(ema)]
 
     def owned_fragments(self, ema: Sequence[Tensor] | None = None) -> list[Fragment]:

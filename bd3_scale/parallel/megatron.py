@@ -1,9 +1,10 @@
 """Training under megatron-core's gradient buffers and distributed optimizer, by its schedules (`schedule.py`).
 
 ZeRO 0 keeps everything on every data-parallel rank; ZeRO 1 divides masters and moments over them (megatron-core's
-DistributedOptimizer). Gradients are summed in fp32.
+DistributedOptimizer). Gradients are summed in fp32, bucket by bucket behind the backward of the last micro-batch; updated
+weights are gathered behind the next forward (`gathers.py`). One data-parallel rank exchanges nothing.
 
-Invariants: as in `schedule.py`.
+Invariants: as in `schedule.py` and `gathers.py`.
 """
 
 from __future__ import annotations
@@ -22,29 +23,50 @@ from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel import megatron_cpu
 from bd3_scale.parallel.adamw import SkippingAdamW
 from bd3_scale.parallel.engine import OptimizerSettings, Place, clip, global_norm, owns, place
+from bd3_scale.parallel.gathers import Gathers
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.schedule import ScheduledEngine, Stage, mark_shared
 
 
+SMALLEST_BUCKET = 1_000_000
+"""Elements below which a collective costs more for being one than for what it moves."""
+
+
+def bucket_elements(elements: int, ranks: int) -> int:
+    """Of gradients that are reduced together, of `elements` on this rank: an eighth, so that a backward has something to hide what
+    came before behind, but neither so few that links idle nor more than megatron-core's own choice."""
+    return max(SMALLEST_BUCKET, min(elements // 8, max(40_000_000, 1_000_000 * ranks)))
+
+
 class MegatronEngine(ScheduledEngine):
-    """This rank's chunks of the network (one, or one per virtual stage) under megatron-core."""
+    """This rank's chunks of the network (one, or one per virtual stage) under megatron-core; `initialise` gives them their weights."""
 
     def __init__(self, chunks: Sequence[Transformer], layout: Layout, settings: OptimizerSettings, *, zero: int, bf16: bool) -> None:
         self.layout, self.settings, self.zero = layout, settings, zero
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.transformers = [chunk.to(self.dtype) for chunk in chunks]
+        # Under ZeRO 1 the weights become views of buffers on the device: no other copy of them is made there.
+        self.transformers = [chunk.to(self.dtype) if zero == 1 else chunk.to(layout.device, self.dtype) for chunk in chunks]
         # Each shared parameter gets a bucket of its own, so that every stage divides it alike (ZeRO 1).
         mark_shared(self.transformers, layout.pipeline)
         if layout.device.type == "cpu":
             megatron_cpu.name_types_as_on_cuda(p for chunk in chunks for p in chunk.parameters())
         self.config = self.schedule_config(layout, self.dtype)
-        buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=zero == 1)
+        buffers = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=layout.data > 1,
+            overlap_param_gather=zero == 1,
+            use_distributed_optimizer=zero == 1,
+            bucket_size=bucket_elements(sum(p.numel() for chunk in chunks for p in chunk.parameters()), layout.data),
+        )
         self.chunks: list[Any] = [
             DistributedDataParallel(self.config, buffers, Stage(chunk, self.config), disable_bucketing=index > 0)
             for index, chunk in enumerate(self.transformers)
         ]
+        for chunk in self.transformers:
+            chunk.to(layout.device)  # what is no parameter
         self.config.no_sync_func = [chunk.no_sync for chunk in self.chunks] if self.interleaved else self.chunks[0].no_sync
         self.distributed = self._distributed_optimizer() if zero == 1 else None
+        self.gathers = Gathers(self.chunks, self.transformers) if zero == 1 else None
         self.named = [(name, p) for chunk in self.transformers for name, p in chunk.named_parameters()]
         self.adam = self._make_adam()
         self.places = list(self._find_places())
@@ -57,8 +79,9 @@ class MegatronEngine(ScheduledEngine):
             chunk.zero_grad_buffer()
 
     def finish_reduction(self) -> None:
-        for chunk in self.chunks:
-            chunk.finish_grad_sync()
+        if self.layout.data > 1:
+            for chunk in self.chunks:
+                chunk.finish_grad_sync()
 
     def gradient(self, parameter: Any) -> Tensor:
         gradient: Tensor = parameter.main_grad
@@ -77,12 +100,11 @@ class MegatronEngine(ScheduledEngine):
         norm = global_norm([m.grad for m in self._owned if m.grad is not None], holders, self.layout.device)
         self.adam.begin(lambda: norm)
         clip([m.grad for m in self.masters if m.grad is not None], norm, self.settings.clip)
-        if self.distributed is None:
-            self.adam.step()
-            for parameter in self.masters:
-                parameter.grad = None  # else the next backward would add to the buffer that it is
-        else:
-            self.distributed.step_with_ready_grads()
+        assert self.gathers is None or not self.gathers.under_way, "a part of the network did not wait for its weights"
+        self.adam.step()
+        for master in self.masters:
+            master.grad = None  # of a parameter, the next backward would add to the buffer that it is
+        self._spread()
         return norm
 
     # -- the state -----------------------------------------------------------------------------------------------------
@@ -91,14 +113,29 @@ class MegatronEngine(ScheduledEngine):
     def replicas(self) -> tuple[int, int]:
         return (self.layout.data_rank, self.layout.data) if self.zero == 0 else (0, 1)
 
-    @torch.no_grad()
+    def settle(self) -> None:
+        if self.gathers is not None:
+            self.gathers.finish()
+
     def publish(self) -> None:
-        if self.distributed is not None:
+        self.settle()
+        self._spread()
+        self.settle()
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Begin to bring this rank's masters into the weights of all ranks."""
+        if self.distributed is None:
+            return
+        if self.dtype != torch.float32:
             self.distributed._copy_main_params_to_model_params()
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+        if self.layout.data > 1:
+            assert self.gathers is not None
+            self.gathers.start()
 
     def close(self) -> None:
+        if self.gathers is not None:
+            self.gathers.close()
         for chunk in self.chunks:
             chunk.grad_accs.clear()
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from bd3_scale.parallel.engine import Engine, OptimizerSettings, Place, clip, global_norm, owns, place
 from bd3_scale.parallel.layout import Layout
+from bd3_scale.parallel.zero_device import install, norm_on_device
+from bd3_scale.parallel.zero_start import divide, without_broadcast
 
 
 class MegatronGroups:
@@ -42,7 +44,8 @@ class MegatronGroups:
 
 
 class ZeroEngine(Engine):
-    """A model under DeepSpeed ZeRO. Make it last: tensor parallelism, recomputation and compile come before."""
+    """A model under DeepSpeed ZeRO, which `initialise` gives its weights. Make it last: tensor parallelism, recomputation and compile
+    come before."""
 
     def __init__(
         self, model: nn.Module, layout: Layout, settings: OptimizerSettings, *, zero: int, micro_batch: int, accumulation: int, bf16: bool
@@ -54,7 +57,11 @@ class ZeroEngine(Engine):
         plain = [p for p in model.parameters() if p.dim() < 2]
         self.adam = settings.adam(decayed, plain, layout.device)
         config = _deepspeed_config(model, zero, micro_batch, accumulation, 0.0 if zero == 0 else settings.clip, bf16, layout.device.type)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=MegatronGroups())
+        groups = MegatronGroups()
+        if zero == 3:
+            divide(model, config, torch.bfloat16 if bf16 else torch.float32, groups)
+        with without_broadcast():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=groups)
         self.masters = self._find_masters()
         self.places = list(self._find_places())
 
@@ -86,10 +93,9 @@ class ZeroEngine(Engine):
             clip([p.grad for p in with_gradient], norm, self.settings.clip)
             self.engine.step()
             return norm
-        self.adam.begin(lambda: torch.as_tensor(self.optimizer._global_grad_norm, dtype=torch.float32))
+        self.adam.begin(lambda: norm_on_device(self.optimizer._global_grad_norm))
         self.engine.step()
-        self.adam.decide()  # where DeepSpeed itself saw that the norm is not finite, and made no step
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+        return norm_on_device(self.optimizer._global_grad_norm)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any]) -> list[Tensor | None]:
@@ -176,6 +182,7 @@ def _import_deepspeed(device: str) -> Any:
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    install()
     return deepspeed
 
 
@@ -199,7 +206,8 @@ def _deepspeed_config(
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket // 4,
         },
-        "bf16": {"enabled": bf16},
+        # Whether a step is left out is decided elsewhere, without waiting for the device.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         # Gradients of bf16 weights are accumulated over micro-batches and summed over ranks in fp32.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},

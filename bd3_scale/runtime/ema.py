@@ -14,12 +14,15 @@ from torch import Tensor
 
 
 class ExponentialAverage:
-    """`masters`: this rank's flat fp32 tensors (live). `publish` copies masters into the weights that compute."""
+    """`masters`: this rank's flat fp32 tensors (live). `publish` copies masters into the weights that compute; `settle` waits until
+    masters may be written."""
 
-    def __init__(self, masters: Sequence[Tensor], decay: float, publish: Callable[[], None]) -> None:
+    def __init__(
+        self, masters: Sequence[Tensor], decay: float, publish: Callable[[], None], settle: Callable[[], None] = lambda: None
+    ) -> None:
         self.masters = [master.detach() for master in masters]
         self.tensors = [master.clone() for master in self.masters]
-        self.decay, self.publish = decay, publish
+        self.decay, self.publish, self.settle = decay, publish, settle
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -38,6 +41,7 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        self.settle()
         for average, master in zip(self.tensors, self.masters, strict=True):
             kept = master.clone()
             master.copy_(average)

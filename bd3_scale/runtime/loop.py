@@ -52,7 +52,7 @@ class Trainer:
         probed = probe_recipe(recipe, layout.device)
         self.engine = build_engine(recipe, layout, vocabulary, mask_id)
         decay = recipe.training.ema
-        self.ema = ExponentialAverage(self.engine.masters, decay, self.engine.publish) if decay else None
+        self.ema = ExponentialAverage(self.engine.masters, decay, self.engine.publish, self.engine.settle) if decay else None
         self.run_state: dict[str, Any] = resume.new_run_state(recipe, data)
         if checkpoint is not None:
             checkpoint.load_into(self.engine.fragments(self._averages), layout)
