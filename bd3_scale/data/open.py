@@ -80,7 +80,7 @@ class Data:
             return orders[0]
         return MixedOrder(self.mixture, orders, [len(source.train.shard_rows) for source in self.sources])
 
-    def loader(self, seed: int, *, global_batch: int, micro_batch: int, replica: int, replicas: int) -> Loader:
+    def loader(self, seed: int, *, global_batch: int, micro_batch: int | None, replica: int, replicas: int) -> Loader:
         """What reads the global batches of a run. Raises DataError where a bounded cache is too small for what is read at a time."""
         for source in self.sources:
             order = GlobalOrder(source.train.shard_rows, seed, self.config.window)

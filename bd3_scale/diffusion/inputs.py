@@ -7,7 +7,7 @@ counted; padding adds exactly nothing; the losses of a row depend on no other ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,6 +95,20 @@ def network_inputs(
         pattern=pattern,
         # The clean tokens are the last L rows.
         segments=torch.from_numpy(document_segments(tokens[:, -pattern.length :], pattern)) if pattern.document_end is not None else None,
+    )
+
+
+def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
+    """The same inputs of which only the first `real` rows are scored: the others become padding, which adds exactly nothing to loss,
+    gradients and statistics. Shapes stay as they are."""
+    if real == inputs.tokens.shape[0]:
+        return inputs
+    ours = inputs.selected < real * inputs.pattern.length
+    return replace(
+        inputs,
+        selected=torch.where(ours, inputs.selected, 0),
+        targets=torch.where(ours, inputs.targets, 0),
+        weights=torch.where(ours, inputs.weights, 0.0),
     )
 
 

@@ -52,8 +52,8 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int, 
         return MegatronEngine(chunks, layout, settings, zero=parallel.zero, bf16=bf16)
     from bd3_scale.parallel.zero import ZeroEngine
 
-    micro_batch = recipe.micro_batch(layout.data)
-    accumulation = training.global_batch // (micro_batch * layout.data)
+    shares = recipe.shares(layout.data)
+    micro_batch, accumulation = shares.micro_batch, shares.micro_batches
     return ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=accumulation, bf16=bf16)
 
 

@@ -66,6 +66,10 @@ class Plan:
     steps: int
     tokens: int
     tokens_per_step: int
+    shares: str
+    """How the replicas share a step's rows, and what of the computed rows is filler."""
+    filler: float
+    """Share of the computed rows that are not data; it costs time and counts nowhere."""
     flops: float
     """Model FLOPs of the whole run."""
     memory: list[RankMemory]
@@ -135,6 +139,8 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         steps=steps,
         tokens=tokens,
         tokens_per_step=recipe.tokens_per_step,
+        shares=str(case.shares),
+        filler=case.shares.filler,
         flops=flops,
         memory=memory,
         fullest=fullest,
@@ -173,6 +179,7 @@ def as_text(plan: Plan) -> str:
         f"layout      {' x '.join(parts)}, ZeRO {layout['zero']}{again}",
         f"step        {layout['micro_batches']} micro-batches of {layout['micro_batch']} rows on each of {layout['data']} replicas: "
         f"{plan.tokens_per_step:,} data tokens",
+        *([f"            {plan.shares}"] if plan.filler else []),
         f"run         {plan.steps:,} steps, {plan.tokens:,} data tokens, {plan.flops:.3g} FLOPs",
         "",
         *_memory(plan),

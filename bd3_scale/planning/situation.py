@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from bd3_scale.config import Recipe, resolve_precision, validate
+from bd3_scale.data.shares import Shares
 from bd3_scale.diffusion.config import IN_BLOCKS, block_sizes
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.objectives import objective_at
@@ -44,13 +45,18 @@ class Situation:
         return self.world_size // (self.recipe.parallel.tensor * self.recipe.parallel.pipeline)
 
     @property
+    def shares(self) -> Shares:
+        """Of the replicas in a global batch; filler is computed, and takes its time."""
+        return self.recipe.shares(self.replicas)
+
+    @property
     def micro_batch(self) -> int:
-        return self.recipe.micro_batch(self.replicas)
+        return self.shares.micro_batch
 
     @property
     def micro_batches(self) -> int:
         """Of a step, on one replica."""
-        return self.recipe.training.global_batch // (self.replicas * self.micro_batch)
+        return self.shares.micro_batches
 
     @property
     def precision(self) -> str:

@@ -21,6 +21,7 @@ from bd3_scale.config import Recipe
 from bd3_scale.data.open import Data
 from bd3_scale.data.unigram import unigram_perplexity
 from bd3_scale.diffusion import tuner
+from bd3_scale.diffusion.inputs import scored_rows
 from bd3_scale.diffusion.objectives import Objective
 from bd3_scale.errors import TrainingError
 from bd3_scale.parallel.build import build_engine
@@ -82,6 +83,8 @@ class Trainer:
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
         self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
         self.report.probed(probed)
+        if (remark := recipe.shares(layout.data).remark) is not None:
+            self.report.say(remark)
         self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size)  # the reporter made the folder
         self.validated: Validated | None = None
         checkpoints = self.folder / "checkpoints"
@@ -133,7 +136,7 @@ class Trainer:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
         recipe, seed, objective = self.recipe, self.recipe.run.seed, self.objective
         inputs = [
-            objective.training_inputs(batch.rows, batch.slots, self.step, seed, recipe.training.global_batch)
+            scored_rows(objective.training_inputs(batch.rows, batch.slots, self.step, seed, recipe.training.global_batch), batch.real)
             for batch in self.loader.micro_batches(self.samples)
         ]
         loss = self.engine.forward_backward(inputs, recipe.training.global_batch * objective.scored_tokens_per_row)
