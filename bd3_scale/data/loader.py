@@ -1,20 +1,22 @@
 """The rows of each global batch that one data-parallel replica works on, read ahead by a thread, their shards fetched by another.
 
+The thread that reads also makes of the rows what its user wants to have ready (`prepare`).
+
 Invariants: what is read is a function of (order, samples consumed, replica, replicas) alone - `samples_consumed` is the whole state;
 the replicas' shares are disjoint and together the global batch, each row with its slot (its place in the batch, which keys its noise;
 `Shares` says which are whose); where a share is short its last micro-batch is filled up with a row that it has; an error while
-reading ahead is raised where that batch is asked for; closing leaves no thread behind; where shards come from a remote, those of the
-next windows are fetched ahead and those of windows that are read are let go.
+reading or preparing ahead is raised where that batch is asked for; closing leaves no thread behind; where shards come from a remote,
+those of the next windows are fetched ahead and those of windows that are read are let go.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -71,8 +73,10 @@ class Loader:
         replicas: int,
         prefetch: int = 2,
         download_ahead: int = 0,
+        prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> None:
         """`micro_batch`: the most rows at a time. `download_ahead`: shards fetched after those of the batches that are read ahead.
+        `prepare`: (samples consumed, its micro-batches) -> what `take` gives with them, made where they are read.
 
         Raises RecipeError where there are fewer rows than replicas.
         """
@@ -86,7 +90,8 @@ class Loader:
         shares = Shares(global_batch, replicas, micro_batch)
         self._slots, self._micro_batch = shares.slots(replica), shares.micro_batch
         self._reader, self._order, self._global_batch, self._prefetch = reader, order, global_batch, prefetch
-        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+        self._prepare = prepare
+        self._ahead: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data-loader") if prefetch else None
         self._download_ahead, self._closing = download_ahead, threading.Event()
         self._downloader = ThreadPoolExecutor(1, thread_name_prefix="data-download") if reader.fetches else None
@@ -97,18 +102,22 @@ class Loader:
 
         Raises DataError where a row cannot be read.
         """
+        return self.take(samples_consumed)[0]
+
+    def take(self, samples_consumed: int) -> tuple[list[MicroBatch], Any]:
+        """The same, and what `prepare` made of them (None without). Raises what that raises, too."""
         if self._downloader is not None and (self._downloading is None or self._downloading.done()):
             if self._downloading is not None:
                 self._downloading.result()  # what it did not expect is not lost
             self._downloading = self._downloader.submit(self._download, samples_consumed)
         if self._thread is None:
-            return self._read(samples_consumed)
+            return self._make(samples_consumed)
         wanted = [samples_consumed + step * self._global_batch for step in range(self._prefetch + 1)]
         for position in [position for position in self._ahead if position not in wanted]:
             self._ahead.pop(position).cancel()  # a jump: what was read ahead is of no use
         for position in wanted:
             if position not in self._ahead:
-                self._ahead[position] = self._thread.submit(self._read, position)
+                self._ahead[position] = self._thread.submit(self._make, position)
         return self._ahead.pop(samples_consumed).result()
 
     def close(self) -> None:
@@ -124,6 +133,10 @@ class Loader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _make(self, position: int) -> tuple[list[MicroBatch], Any]:
+        batches = self._read(position)
+        return batches, None if self._prepare is None else self._prepare(position, batches)
 
     def _read(self, position: int) -> list[MicroBatch]:
         samples = self._order.sample_ids(position, self._global_batch)

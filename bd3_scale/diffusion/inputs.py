@@ -7,6 +7,7 @@ counted; padding adds exactly nothing; the losses of a row depend on no other ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,6 +59,13 @@ class NetworkInputs:
             value = value.pin_memory() if pin and not value.is_cuda else value
             return value.to(device, non_blocking=non_blocking)
 
+        return self._moved(move)
+
+    def pinned(self) -> NetworkInputs:
+        """A copy in pinned memory, from which copies to a device need not wait; what is there already stays."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> NetworkInputs:
         return NetworkInputs(
             tokens=move(self.tokens),
             positions=move(self.positions),
