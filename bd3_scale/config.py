@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bd3_scale import recipe_rules
 from bd3_scale.checkpoint.config import CheckpointConfig
 from bd3_scale.data.config import DataConfig
+from bd3_scale.data.shares import Shares
 from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig, TunerConfig, block_sizes
 from bd3_scale.errors import RecipeError
 from bd3_scale.model.config import ModelConfig
@@ -55,9 +56,13 @@ class Recipe:
         assert self.training.tokens is not None, "validate() asks for one of the two"
         return -(-self.training.tokens // self.tokens_per_step)
 
+    def shares(self, replicas: int) -> Shares:
+        """How `replicas` data-parallel ranks share the global batch."""
+        return Shares(self.training.global_batch, replicas, self.parallel.micro_batch)
+
     def micro_batch(self, replicas: int) -> int:
         """Rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
-        return self.parallel.micro_batch or self.training.global_batch // replicas
+        return self.shares(replicas).micro_batch
 
     @property
     def tokens_per_step(self) -> int:

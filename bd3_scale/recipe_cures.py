@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from bd3_scale.data.shares import Shares
 from bd3_scale.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class Case:
         return self.world_size // self.model_ranks
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows that all replicas take together in one forward."""
-        return max(1, self.recipe.micro_batch(self.replicas)) * self.replicas
+    def shares(self) -> Shares:
+        """How the replicas share a global batch; only where there is a replica."""
+        return self.recipe.shares(self.replicas)
 
     def changed(self, changes: Changes) -> Case:
         sections: dict[str, Changes] = {}
@@ -69,6 +70,8 @@ class Problem:
 
 WEIGHTS = {"tensor": 4, "pipeline": 3, "virtual_stages": 1, "micro_batch": 1}
 """What it costs to change a size, before its ratio counts."""
+FILLER = 4
+"""What it would cost if all rows that are computed were filler."""
 
 
 def nearest_layout(
@@ -121,26 +124,24 @@ def _either(asked: Any, plain: Any) -> list[Any]:
 
 
 def _batches(case: Case) -> Iterator[Changes]:
-    """Global batch and micro-batch as they are, with a micro-batch that fits, with the next global batch that fits."""
+    """Global batch and micro-batch as they are, with smaller micro-batches where many are needed, with a row for every replica."""
     yield {}
-    if case.recipe.training.global_batch % case.rows_at_once == 0 and case.parallel.virtual_stages == 1:
-        return
-    for micro_batch in fitting_micro_batches(case):
+    for micro_batch in fitting_micro_batches(case) if case.parallel.virtual_stages > 1 else ():
         yield {"parallel.micro_batch": micro_batch}
-    for micro_batch in _either(case.parallel.micro_batch, 1):
-        unit = case.replicas * (micro_batch or 1)
-        yield {"parallel.micro_batch": micro_batch, "training.global_batch": -(-case.recipe.training.global_batch // unit) * unit}
+    if case.recipe.training.global_batch < case.replicas:
+        yield {"training.global_batch": case.replicas}
 
 
 def fitting_micro_batches(case: Case) -> list[int]:
-    """Micro-batches, at most the recipe's, that divide the global batch on these ranks, largest first; none where none does."""
-    share, rest = divmod(case.recipe.training.global_batch, case.replicas)
+    """Micro-batches, at most the recipe's, that divide a replica's share on these ranks, largest first: they need no more filler."""
+    share = case.shares.share
     limit = case.parallel.micro_batch or share
-    return [] if rest else [size for size in reversed(divisors(share)) if size <= limit]
+    return [size for size in reversed(divisors(share)) if size <= limit]
 
 
 def _distance(wanted: ParallelConfig, case: Case, changes: Changes) -> float:
-    distance = 0.0
+    shares = case.changed(changes).shares
+    distance = FILLER * shares.filler
     for key in {*changes, "parallel.tensor", "parallel.pipeline"}:
         name = key.split(".")[1]
         before, now = getattr(wanted, name, None), changes.get(key, case.value(key))

@@ -325,35 +325,30 @@ def world_is_whole_replicas(case: Case) -> Problem | None:
     )
 
 
-def batch_is_whole_micro_batches(case: Case) -> Problem | None:
-    training, replicas, micro_batch = case.recipe.training, case.replicas, case.parallel.micro_batch
-    unit = replicas * (micro_batch or 1)
-    batch = training.global_batch
-    if batch % unit == 0:
+def every_replica_has_a_row(case: Case) -> Problem | None:
+    batch, replicas = case.recipe.training.global_batch, case.replicas
+    if replicas <= batch:
         return None
-    if micro_batch is None:
-        text = f"training.global_batch = {batch} must be a multiple of the data-parallel ranks = {replicas} because every "
-        text += "rank takes as many rows"
-    else:
-        text = f"training.global_batch = {batch} must be a multiple of parallel.micro_batch x data-parallel ranks = {micro_batch} x "
-        text += f"{replicas} because every rank takes whole micro-batches"
-    rule, larger = batch_is_whole_micro_batches, -(-batch // unit)
+    rows = (replicas * count for count in range(1, case.parallel.pipeline + 1))  # an interleaved schedule needs more than one
+
+    def fewer_replicas() -> str | None:
+        """The same rows: more ranks for each replica."""
+        return nearest_layout(case, works, accepted=lambda found: case.world_size // (found.tensor * found.pipeline) <= batch)
+
     return Problem(
-        text,
-        lambda: [
-            _first(case, rule, "parallel.micro_batch", fitting_micro_batches(case)),
-            _first(case, rule, "training.global_batch", (unit * count for count in range(larger, larger + case.parallel.pipeline + 1))),
-        ],
+        f"training.global_batch = {batch} must be at least the data-parallel ranks = {replicas} because each needs a row",
+        lambda: [_first(case, every_replica_has_a_row, "training.global_batch", rows), fewer_replicas()],
     )
 
 
 def stages_are_interleaved_by_enough(case: Case) -> Problem | None:
-    parallel, micro_batches = case.parallel, case.recipe.training.global_batch // case.rows_at_once
-    if parallel.virtual_stages == 1 or micro_batches >= parallel.pipeline:
+    parallel, shares = case.parallel, case.shares
+    if parallel.virtual_stages == 1 or shares.micro_batches >= parallel.pipeline:
         return None
     return Problem(
         f"parallel.virtual_stages = {parallel.virtual_stages} needs as many micro-batches as parallel.pipeline = {parallel.pipeline}, but "
-        f"training.global_batch = {case.recipe.training.global_batch} makes {micro_batches} of {case.rows_at_once} rows",
+        f"training.global_batch = {case.recipe.training.global_batch} makes {shares.micro_batches} of "
+        f"{shares.micro_batch} rows on every replica",
         lambda: [
             _first(case, stages_are_interleaved_by_enough, "parallel.micro_batch", fitting_micro_batches(case)),
             _first(case, stages_are_interleaved_by_enough, "parallel.virtual_stages", [1]),
@@ -387,7 +382,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     masters_are_fp32,
     world_is_whole_replicas,
     copies_are_divided,
-    batch_is_whole_micro_batches,
+    every_replica_has_a_row,
     stages_are_interleaved_by_enough,
 )
 RULES = MODEL_RULES + LAYOUT_RULES

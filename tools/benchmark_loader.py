@@ -34,6 +34,7 @@ from bd3_scale.data.mds_shards import rows_per_shard, xxh64
 from bd3_scale.data.open import Data, open_data
 from bd3_scale.data.packing import Document
 from bd3_scale.data.prepare import SHARD_BYTES, Packing, prepare
+from bd3_scale.data.shares import Shares
 from bd3_scale.data.tokenizer import load_tokenizer
 
 SEED = 1
@@ -75,7 +76,7 @@ def make(folder: Path, kind: str, context: int, samples: int, shard_bytes: int) 
 
 def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     manifest = make(folder, kind, options.context, options.samples, options.shard_bytes)
-    share = options.global_batch // options.replicas
+    share = Shares(options.global_batch, options.replicas).share
     step_seconds = share * options.context / options.tokens_per_second
     start = options.samples // options.global_batch * options.global_batch
 
@@ -84,7 +85,7 @@ def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, A
         return open_data(config, options.context, leader=True, barrier=lambda: None)
 
     def loader(data: Data) -> Loader:
-        return data.loader(SEED, global_batch=options.global_batch, micro_batch=share, replica=0, replicas=options.replicas)
+        return data.loader(SEED, global_batch=options.global_batch, micro_batch=None, replica=0, replicas=options.replicas)
 
     before = psutil.Process().memory_info().rss
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """What chaos.py looks at: the samples and noise of every rank, written down inside it, and the comparison with the reference.
 
-Invariants: the product knows nothing of this, its loader and objectives are wrapped in the rank's own process, after the product's
+Invariants: the product knows nothing of this, what it takes for a step is written down in the rank's own process, after the product's
 handlers of signals are in place; records are whole lines whenever a rank is killed; nothing here knows rounds, signals or layouts.
 """
 
@@ -48,11 +48,10 @@ def rank_main(trace: Path, arguments: list[str]) -> int:
 
 
 def write_down(path: Path) -> None:
-    """Wrap the loader and the objectives of this process."""
+    """Wrap what this process takes for each step: inputs that were made ahead and never taken are not trained on."""
     import numpy as np
 
-    from bd3_scale.data.loader import Loader
-    from bd3_scale.diffusion import masked, objectives, simplex_diffusion
+    from bd3_scale.runtime.feed import Feed
 
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -62,34 +61,25 @@ def write_down(path: Path) -> None:
     def append(*record: Any) -> None:
         os.write(file, (json.dumps(record) + "\n").encode())  # one write: a kill leaves whole lines
 
-    def wrap_loader(original: Any) -> Any:
-        def micro_batches(self: Any, samples_consumed: int) -> Any:
-            batches = original(self, samples_consumed)
-            for batch in batches:
-                append("rows", samples_consumed, batch.slots.tolist(), [digest(row) for row in batch.rows])
-            return batches
+    def seen(inputs: Any, index: int) -> str:
+        length = inputs.pattern.length
+        selected, weights = inputs.selected.numpy(), inputs.weights.numpy()
+        own = (selected // length == index) & (weights != 0)  # weight 0: padding
+        told = () if inputs.noise_levels is None else (inputs.noise_levels[index],)
+        words = () if inputs.simplex is None else (inputs.simplex.keys[index], inputs.simplex.signal[index])
+        return digest(inputs.tokens[index], selected[own] % length, weights[own], inputs.dropout_keys[index], *told, *words)
 
-        return micro_batches
+    original = Feed.take
 
-    def wrap_objective(original: Any) -> Any:
-        def training_inputs(self: Any, rows: Any, slots: Any, step: int, *more: Any) -> Any:
-            inputs = original(self, rows, slots, step, *more)
-            length = inputs.pattern.length
-            selected, weights = inputs.selected.numpy(), inputs.weights.numpy()
-            seen = []
-            for index in range(len(rows)):
-                own = (selected // length == index) & (weights != 0)  # weight 0: padding
-                told = () if inputs.noise_levels is None else (inputs.noise_levels[index],)
-                words = () if inputs.simplex is None else (inputs.simplex.keys[index], inputs.simplex.signal[index])
-                seen.append(digest(inputs.tokens[index], selected[own] % length, weights[own], inputs.dropout_keys[index], *told, *words))
-            append("noise", step, np.asarray(slots).tolist(), seen)
-            return inputs
+    def take(self: Any, step: int, samples: int) -> Any:
+        taken = original(self, step, samples)
+        for batch, inputs in zip(taken.micro_batches, taken.inputs, strict=True):
+            slots = batch.slots[: batch.real].tolist()  # what follows is filler
+            append("rows", samples, slots, [digest(row) for row in batch.rows[: batch.real]])
+            append("noise", step, slots, [seen(inputs, index) for index in range(batch.real)])
+        return taken
 
-        return training_inputs
-
-    setattr(Loader, "micro_batches", wrap_loader(Loader.micro_batches))  # noqa: B010
-    for kind in (masked.Diffusion, objectives.Autoregressive, simplex_diffusion.SimplexDiffusion):
-        setattr(kind, "training_inputs", wrap_objective(kind.training_inputs))  # noqa: B010
+    Feed.take = take  # type: ignore[method-assign]
 
 
 @dataclass

@@ -1,23 +1,26 @@
 """The rows of each global batch that one data-parallel replica works on, read ahead by a thread, their shards fetched by another.
 
+The thread that reads also makes of the rows what its user wants to have ready (`prepare`).
+
 Invariants: what is read is a function of (order, samples consumed, replica, replicas) alone - `samples_consumed` is the whole state;
-the replicas' shares are disjoint and together the global batch, each row with its slot (its place in the batch, which keys its noise);
-micro-batch j of replica r holds slots j * micro_batch * replicas + r * micro_batch + i, so that the j-th micro-batches of all replicas
-stand side by side; an error while reading ahead is raised where that batch is asked for; closing leaves no thread behind; where shards
-come from a remote, those of the next windows are fetched ahead and those of windows that are read are let go.
+the replicas' shares are disjoint and together the global batch, each row with its slot (its place in the batch, which keys its noise;
+`Shares` says which are whose); where a share is short its last micro-batch is filled up with a row that it has; an error while
+reading or preparing ahead is raised where that batch is asked for; closing leaves no thread behind; where shards come from a remote,
+those of the next windows are fetched ahead and those of windows that are read are let go.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from bd3_scale.data.shares import Shares
 from bd3_scale.errors import RecipeError
 
 
@@ -46,12 +49,14 @@ class TrainingRows(Rows, Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one replica computes at a time."""
+    """What one replica computes at a time: as many rows for every micro-batch of every replica."""
 
     slots: np.ndarray
     """int64 [m]: places in the global batch."""
     rows: np.ndarray
     """int64 [m, L]: token ids."""
+    real: int
+    """The first so many rows are this replica's; what follows is filler, a row of the replica once more, and counts nowhere."""
 
 
 class Loader:
@@ -63,27 +68,30 @@ class Loader:
         order: Order,
         *,
         global_batch: int,
-        micro_batch: int,
+        micro_batch: int | None,
         replica: int,
         replicas: int,
         prefetch: int = 2,
         download_ahead: int = 0,
+        prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> None:
-        """`download_ahead`: shards fetched after those of the batches that are read ahead.
+        """`micro_batch`: the most rows at a time. `download_ahead`: shards fetched after those of the batches that are read ahead.
+        `prepare`: (samples consumed, its micro-batches) -> what `take` gives with them, made where they are read.
 
-        Raises RecipeError where the micro-batches of all replicas do not divide the global batch.
+        Raises RecipeError where there are fewer rows than replicas.
         """
-        if global_batch % (micro_batch * replicas):
+        if replicas > global_batch:
             raise RecipeError(
-                f"training.global_batch {global_batch} must be a multiple of parallel.micro_batch {micro_batch} x {replicas} "
-                "data-parallel replicas because every replica computes whole micro-batches; set training.global_batch"
+                f"training.global_batch {global_batch} must be at least the {replicas} data-parallel replicas because each needs a row; "
+                f"set training.global_batch={replicas}"
             )
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas}")
-        side_by_side = np.arange(0, global_batch, micro_batch * replicas)[:, None]
-        self._slots = (side_by_side + replica * micro_batch + np.arange(micro_batch)).astype(np.int64)
+        shares = Shares(global_batch, replicas, micro_batch)
+        self._slots, self._micro_batch = shares.slots(replica), shares.micro_batch
         self._reader, self._order, self._global_batch, self._prefetch = reader, order, global_batch, prefetch
-        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+        self._prepare = prepare
+        self._ahead: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data-loader") if prefetch else None
         self._download_ahead, self._closing = download_ahead, threading.Event()
         self._downloader = ThreadPoolExecutor(1, thread_name_prefix="data-download") if reader.fetches else None
@@ -94,18 +102,22 @@ class Loader:
 
         Raises DataError where a row cannot be read.
         """
+        return self.take(samples_consumed)[0]
+
+    def take(self, samples_consumed: int) -> tuple[list[MicroBatch], Any]:
+        """The same, and what `prepare` made of them (None without). Raises what that raises, too."""
         if self._downloader is not None and (self._downloading is None or self._downloading.done()):
             if self._downloading is not None:
                 self._downloading.result()  # what it did not expect is not lost
             self._downloading = self._downloader.submit(self._download, samples_consumed)
         if self._thread is None:
-            return self._read(samples_consumed)
+            return self._make(samples_consumed)
         wanted = [samples_consumed + step * self._global_batch for step in range(self._prefetch + 1)]
         for position in [position for position in self._ahead if position not in wanted]:
             self._ahead.pop(position).cancel()  # a jump: what was read ahead is of no use
         for position in wanted:
             if position not in self._ahead:
-                self._ahead[position] = self._thread.submit(self._read, position)
+                self._ahead[position] = self._thread.submit(self._make, position)
         return self._ahead.pop(samples_consumed).result()
 
     def close(self) -> None:
@@ -122,10 +134,20 @@ class Loader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
+    def _make(self, position: int) -> tuple[list[MicroBatch], Any]:
+        batches = self._read(position)
+        return batches, None if self._prepare is None else self._prepare(position, batches)
+
     def _read(self, position: int) -> list[MicroBatch]:
         samples = self._order.sample_ids(position, self._global_batch)
-        rows = self._reader.rows(samples[self._slots.ravel()]).reshape(*self._slots.shape, -1)
-        return [MicroBatch(slots, share) for slots, share in zip(self._slots, rows, strict=True)]
+        slots = np.concatenate([np.asarray(part, np.int64) for part in self._slots])
+        rows = self._reader.rows(samples[slots])
+        made, size = [], self._micro_batch
+        for index, part in enumerate(self._slots):
+            # What is missing repeats the replica's last row, which lies behind no other.
+            places = np.minimum(np.arange(index * size, (index + 1) * size), len(slots) - 1)
+            made.append(MicroBatch(slots[places], rows[places], len(part)))
+        return made
 
     def _download(self, position: int) -> None:
         """Let go of the shards that were read and fetch those that come, nearest first, as far as there is room."""

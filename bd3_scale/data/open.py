@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from bd3_scale.data.cache import Cache
 from bd3_scale.data.config import DataConfig, SourceConfig
 from bd3_scale.data.documentation import documentation
-from bd3_scale.data.loader import Loader, Order, Rows, TrainingRows
+from bd3_scale.data.loader import Loader, MicroBatch, Order, Rows, TrainingRows
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.mixture import MixedHeldOut, MixedOrder, MixedRows, Mixture
 from bd3_scale.data.order import GlobalOrder
@@ -80,7 +81,16 @@ class Data:
             return orders[0]
         return MixedOrder(self.mixture, orders, [len(source.train.shard_rows) for source in self.sources])
 
-    def loader(self, seed: int, *, global_batch: int, micro_batch: int, replica: int, replicas: int) -> Loader:
+    def loader(
+        self,
+        seed: int,
+        *,
+        global_batch: int,
+        micro_batch: int | None,
+        replica: int,
+        replicas: int,
+        prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
+    ) -> Loader:
         """What reads the global batches of a run. Raises DataError where a bounded cache is too small for what is read at a time."""
         for source in self.sources:
             order = GlobalOrder(source.train.shard_rows, seed, self.config.window)
@@ -94,6 +104,7 @@ class Data:
             replicas=replicas,
             prefetch=self.config.prefetch,
             download_ahead=self.config.download_ahead,
+            prepare=prepare,
         )
 
     def close(self) -> None:

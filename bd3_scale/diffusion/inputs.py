@@ -7,7 +7,8 @@ counted; padding adds exactly nothing; the losses of a row depend on no other ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,6 +59,13 @@ class NetworkInputs:
             value = value.pin_memory() if pin and not value.is_cuda else value
             return value.to(device, non_blocking=non_blocking)
 
+        return self._moved(move)
+
+    def pinned(self) -> NetworkInputs:
+        """A copy in pinned memory, from which copies to a device need not wait; what is there already stays."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> NetworkInputs:
         return NetworkInputs(
             tokens=move(self.tokens),
             positions=move(self.positions),
@@ -96,6 +104,20 @@ def network_inputs(
         dropout_keys=torch.from_numpy(dropout_keys),
         pattern=pattern,
         segments=torch.from_numpy(document_segments(rows, pattern)) if pattern.document_end is not None else None,
+    )
+
+
+def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
+    """The same inputs of which only the first `real` rows are scored: the others become padding, which adds exactly nothing to loss,
+    gradients and statistics. Shapes stay as they are."""
+    if real == inputs.tokens.shape[0]:
+        return inputs
+    ours = inputs.selected < real * inputs.pattern.length
+    return replace(
+        inputs,
+        selected=torch.where(ours, inputs.selected, 0),
+        targets=torch.where(ours, inputs.targets, 0),
+        weights=torch.where(ours, inputs.weights, 0.0),
     )
 
 

@@ -57,8 +57,8 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     else:
         from bd3_scale.parallel.zero import ZeroEngine
 
-        micro_batch = recipe.micro_batch(layout.data)
-        steps = training.global_batch // (micro_batch * layout.data)
+        shares = recipe.shares(layout.data)
+        micro_batch, steps = shares.micro_batch, shares.micro_batches
         engine = ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=steps, bf16=bf16)
     engine.initialise(recipe.model, recipe.run.seed)
     return engine

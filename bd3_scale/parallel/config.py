@@ -29,7 +29,8 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1): norms, dropout and residuals divided over the tensor ranks along the rows."""
     micro_batch: int | None = 1
-    """Rows per forward on one replica; what is missing to training.global_batch is accumulated. null: all of its share at once."""
+    """The most rows per forward on one replica; its share of training.global_batch is computed in as few forwards as that allows, of
+    equally many rows (data/shares.py). null: the whole share at once."""
     timeout: int = 1800
     """Seconds after which a collective that does not finish is an error."""
     heartbeat: int = 30

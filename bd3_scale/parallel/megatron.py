@@ -27,7 +27,6 @@ from bd3_scale.parallel.gathers import Gathers
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.schedule import ScheduledEngine, Stage, mark_shared
 
-
 SMALLEST_BUCKET = 1_000_000
 """Elements below which a collective costs more for being one than for what it moves."""
 

@@ -67,6 +67,10 @@ class Plan:
     steps: int
     tokens: int
     tokens_per_step: int
+    shares: str
+    """How the replicas share a step's rows, and what of the computed rows is filler."""
+    filler: float
+    """Share of the computed rows that are not data; it costs time and counts nowhere."""
     flops: float
     """Model FLOPs of the whole run."""
     flops_ratio: float
@@ -141,6 +145,8 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         steps=steps,
         tokens=tokens,
         tokens_per_step=recipe.tokens_per_step,
+        shares=str(case.shares),
+        filler=case.shares.filler,
         flops=flops,
         flops_ratio=flops / (total * autoregressive_flops(case)),
         memory=memory,
@@ -180,6 +186,7 @@ def as_text(plan: Plan) -> str:
         f"layout      {' x '.join(parts)}, ZeRO {layout['zero']}{again}",
         f"step        {layout['micro_batches']} micro-batches of {layout['micro_batch']} rows on each of {layout['data']} replicas: "
         f"{plan.tokens_per_step:,} data tokens",
+        *([f"            {plan.shares}"] if plan.filler else []),
         f"run         {plan.steps:,} steps, {plan.tokens:,} data tokens, {plan.flops:.3g} FLOPs: "
         f"{plan.flops_ratio:.2f} x those of a next-token run",
         "",

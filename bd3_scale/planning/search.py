@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bd3_scale.config import Recipe
+from bd3_scale.data.shares import Shares
 from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.planning.estimate import bubble_fraction, rank_memory, step_time
 from bd3_scale.planning.situation import Situation
@@ -52,16 +53,18 @@ def _recipes(case: Situation) -> Iterator[Recipe]:
         for pipeline in divisors(world // tensor):
             if pipeline > recipe.model.layers:
                 continue
-            share = recipe.training.global_batch // (world // (tensor * pipeline))
-            for layout in _layouts(case, tensor, pipeline, share):
+            for layout in _layouts(case, tensor, pipeline):
                 for recompute in ("none", "mlp", "attention", "layer"):
                     tried = replace(recipe, parallel=layout, training=replace(recipe.training, recompute=recompute))
                     if works(Case(tried, world, case.device.type, case.precision)):
                         yield tried
 
 
-def _layouts(case: Situation, tensor: int, pipeline: int, share: int) -> Iterator[ParallelConfig]:
-    """`share`: rows of a global batch on one replica."""
+def _layouts(case: Situation, tensor: int, pipeline: int) -> Iterator[ParallelConfig]:
+    whole = Shares(case.recipe.training.global_batch, case.world_size // (tensor * pipeline))
+    # Doubling: half the forwards each time, with the rows that they then have, which may be fewer.
+    largest = [2**power for power in range(whole.share.bit_length())]
+    micro_batches = sorted({replace(whole, largest=rows).micro_batch for rows in largest})
     base = replace(case.recipe.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
     sequence = tensor > 1 and case.recipe.model.context % tensor == 0
     virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= case.recipe.model.layers] if pipeline > 1 else [1]
@@ -73,7 +76,7 @@ def _layouts(case: Situation, tensor: int, pipeline: int, share: int) -> Iterato
         ways += [(zero, "fsdp", on_node)] if 1 < on_node < replicas else []
     for virtual in virtual_stages:
         for zero, engine, shard in ways:
-            for micro_batch in [size for size in divisors(share) if size & (size - 1) == 0] if share else []:
+            for micro_batch in micro_batches:
                 yield replace(
                     base, virtual_stages=virtual, zero=zero, engine=engine, shard=shard, sequence=sequence, micro_batch=micro_batch
                 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from bd3_scale.config import Recipe, resolve_precision, validate
+from bd3_scale.data.shares import Shares
 from bd3_scale.diffusion.config import SELECTED_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.parallel import stages
@@ -36,13 +37,18 @@ class Situation:
         return self.recipe.parallel.shard or self.replicas
 
     @property
+    def shares(self) -> Shares:
+        """Of the replicas in a global batch; filler is computed, and takes its time."""
+        return self.recipe.shares(self.replicas)
+
+    @property
     def micro_batch(self) -> int:
-        return self.recipe.micro_batch(self.replicas)
+        return self.shares.micro_batch
 
     @property
     def micro_batches(self) -> int:
         """Of a step, on one replica."""
-        return self.recipe.training.global_batch // (self.replicas * self.micro_batch)
+        return self.shares.micro_batches
 
     @property
     def precision(self) -> str:

@@ -31,7 +31,7 @@ class TrainingConfig:
     tokens: int | None = None
     """Data tokens; rounded up to whole steps."""
     global_batch: int = 512
-    """Rows per optimizer step over all ranks and micro-batches."""
+    """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank."""
     learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

@@ -1,4 +1,4 @@
-"""The training run: fetch, forward-backward, step, EMA, log, validate, tune, save, stop - and nothing else.
+"""The training run: take inputs, forward-backward, step, EMA, log, validate, tune, save, stop - and nothing else.
 
 All state that a resume needs is (weights, moments, EMA, step, samples consumed, a small dictionary): none of it depends
 on the number of ranks. Everything random is keyed by (seed, step, place in the global batch). Nothing waits for the
@@ -28,6 +28,7 @@ from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.probe import probe_recipe
 from bd3_scale.runtime import resume
 from bd3_scale.runtime.ema import ExponentialAverage
+from bd3_scale.runtime.feed import Feed
 from bd3_scale.runtime.garbage import collect, collected_on_demand
 from bd3_scale.runtime.learning_rate import learning_rate
 from bd3_scale.runtime.pulse import Pulse
@@ -61,13 +62,8 @@ class Trainer:
             if "step_rule" in self.run_state:
                 self.engine.adam.rule.load(self.run_state["step_rule"])
         self.tuning = tuner.TunerState.from_dict(self.run_state["tuner"])
-        self.loader = data.loader(
-            recipe.run.seed,
-            global_batch=recipe.training.global_batch,
-            micro_batch=recipe.micro_batch(layout.data),
-            replica=layout.data_rank,
-            replicas=layout.data,
-        )
+        self._advance(self.step)
+        self.feed = Feed(recipe, layout, data, self.objective_at, step=self.step, samples=self.samples)
         self.validator = Validator(
             data.validation,
             layout,
@@ -80,6 +76,8 @@ class Trainer:
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
         self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
         self.report.probed(probed)
+        if (remark := recipe.shares(layout.data).remark) is not None:
+            self.report.say(remark)
         self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size)  # the reporter made the folder
         self.validated: Validated | None = None
         checkpoints = self.folder / "checkpoints"
@@ -121,22 +119,29 @@ class Trainer:
 
     @property
     def objective(self) -> Objective:
-        """The objective of the next update: the block size of its stage, on the tuned interval."""
-        recipe, tokenizer = self.recipe, self.data.tokenizer
-        block_size = recipe.objective_at(tokenizer, self.step).block_size
-        self.tuning = self.tuning.at(block_size, recipe.objective.interval)
-        return recipe.objective_at(tokenizer, self.step, self.tuning.interval, self.layout.device.type)
+        """The objective of the next update."""
+        return self.objective_at(self.step)
+
+    def objective_at(self, step: int) -> Objective:
+        """The objective of update `step` as far as is known now: the block size of its stage, on the tuned interval. Changes nothing;
+        the thread of the feed asks, too."""
+        return self.recipe.objective_at(self.data.tokenizer, step, self._tuning_at(step).interval, self.layout.device.type)
+
+    def _tuning_at(self, step: int) -> tuner.TunerState:
+        block_size = self.recipe.objective_at(self.data.tokenizer, step).block_size
+        return self.tuning.at(block_size, self.recipe.objective.interval)
+
+    def _advance(self, step: int) -> None:
+        """The run is at `step`, and what was tuned with it: another block size begins its search anew."""
+        self.step, self.tuning = step, self._tuning_at(step)
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
-        recipe, seed, objective = self.recipe, self.recipe.run.seed, self.objective
-        inputs = [
-            objective.training_inputs(batch.rows, batch.slots, self.step, seed, recipe.training.global_batch)
-            for batch in self.loader.micro_batches(self.samples)
-        ]
-        loss = self.engine.forward_backward(inputs, recipe.training.global_batch * objective.scored_tokens_per_row)
+        recipe = self.recipe
+        taken = self.feed.take(self.step, self.samples)
+        loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(learning_rate(recipe.training, self.step, self.total_steps))
-        self.step += 1
+        self._advance(self.step + 1)
         self.samples += recipe.training.global_batch
         if self.ema is not None:
             self.ema.update(self.step)
@@ -209,7 +214,7 @@ class Trainer:
         """Wait for the last checkpoint, end threads and files, let go of the state; the signals are the caller's again."""
         stopped = self.step < self.total_steps  # whoever asked for it waits at most 30 s
         self.saver.close(upload_seconds=10.0 if stopped else self.recipe.parallel.timeout / 2)
-        self.loader.close()
+        self.feed.close()
         self.report.close()
         self.engine.close()
         self.pulse.beat(self.step, "stopped" if stopped else "finished")

@@ -85,9 +85,9 @@ def test_bad_shard_is_one_clear_line_and_no_success(recipe: Path, tiny_data: Pat
 
 
 def test_wrong_world_size_ends_before_any_process_group(recipe: Path, tmp_path: Path) -> None:
-    finished = launch(2, ["-m", "bd3_scale.train", str(recipe), "training.global_batch=9"], tmp_path / "log", timeout=120)
+    finished = launch(2, ["-m", "bd3_scale.train", str(recipe), "training.global_batch=1"], tmp_path / "log", timeout=120)
     assert finished.status != 0
-    assert sum("bd3_scale: error: training.global_batch = 9" in line for line in finished.output.splitlines()) == 1
+    assert sum("bd3_scale: error: training.global_batch = 1" in line for line in finished.output.splitlines()) == 1
 
 
 def test_ranks_that_disagree_on_the_interval_abort(recipe: Path, tmp_path: Path) -> None:

@@ -41,9 +41,11 @@ MODELS = {
     "tied": ["model.tied_head=true", "model.norm=rmsnorm"],
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
+    "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED],
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
 VIRTUAL, ZERO, FSDP = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.engine=fsdp"
+WHOLE = "parallel.micro_batch=null"
 
 
 def layout(tensor: int = 1, pipeline: int = 1, zero: int = 1, *more: str) -> list[str]:
@@ -61,6 +63,11 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "pipeline 2, zero 0": (2, "base", layout(1, 2, 0)),
     "pipeline 2": (2, "base", layout(1, 2)),
     "pipeline 2 x 2 interleaved": (2, "base", layout(1, 2, 1, VIRTUAL)),
+    # 8 rows on 3 replicas: the third has two, and computes a whole micro-batch of filler, or one row of it in its only one
+    "data 3, zero 0": (3, "base", layout(1, 1, 0)),
+    "data 3, zero 1": (3, "base", layout()),
+    "data 3, zero 2": (3, "base", layout(1, 1, 2, WHOLE)),
+    "data 3, zero 3": (3, "base", layout(1, 1, 3)),
     "data 4, zero 0": (4, "base", layout(1, 1, 0)),
     "data 4, zero 1": (4, "base", layout()),
     "data 4, zero 3": (4, "base", layout(1, 1, 3)),
@@ -100,9 +107,14 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "gpt2: tensor 2, pipeline 2, sequence": (4, "gpt2", layout(2, 2, 1, SEQUENCE)),
     "gpt2: tensor 2, data 2, sequence, fsdp, zero 3": (4, "gpt2", layout(2, 1, 3, SEQUENCE, FSDP)),
     "qwen3: tensor 4, sequence, shared key heads": (4, "qwen3", layout(4, 1, 1, SEQUENCE)),
+    "ssdlm: data 3": (3, "ssdlm", layout(1, 1, 1, WHOLE)),
     "block sizes that change: data 2, zero 3": (2, "stages", layout(1, 1, 3)),
     "block sizes that change: pipeline 2, zero 3": (2, "stages", layout(1, 2, 3)),
     "documents: tensor 2, pipeline 2, sequence": (4, "documents", layout(2, 2, 1, SEQUENCE)),
+    "7 rows: data 4, zero 3": (4, "7 rows", layout(1, 1, 3)),
+    "7 rows: pipeline 2, data 2": (4, "7 rows", layout(1, 2)),
+    "7 rows: pipeline 2 x 2 interleaved, data 2": (4, "7 rows", layout(1, 2, 1, VIRTUAL)),
+    "7 rows: tensor 2, data 2, sequence": (4, "7 rows", [*layout(2, 1, 1, SEQUENCE), "parallel.micro_batch=3"]),
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),
     "tied: pipeline 2, data 2, zero 3": (4, "tied", layout(1, 2, 3)),
     "tied: tensor 2, sequence, zero 2": (4, "tied", layout(2, 1, 2, SEQUENCE)),
@@ -120,7 +132,7 @@ RECIPES = {"owt_1b": [], "owt_7b": ["parallel.tensor=2", "parallel.pipeline=2"]}
 @pytest.fixture(scope="module")
 def runs(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    for world_size in (1, 2, 4):
+    for world_size in (1, 2, 3, 4):
         plan: list[tuple[str, list[str]]] = []
         if world_size == 1:
             plan += [(str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *model]) for name, model in MODELS.items()]

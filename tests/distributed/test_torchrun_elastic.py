@@ -18,7 +18,8 @@ import pytest
 from tests.distributed.conftest import metrics
 from tests.distributed.launch import ROOT, give_turn, launch, take_turn
 
-COMMON = ["training.steps=40", "checkpoint.every=4", "parallel.micro_batch=1"]
+COMMON = ["training.steps=40", "training.global_batch=7", "checkpoint.every=4", "parallel.micro_batch=1"]
+"""7 rows: four ranks take 2 or 1 of them, the two that are left 4 and 3."""
 
 
 class Node:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,7 +24,7 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
     rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
-    original = loader.Loader.micro_batches
+    original = loader.Loader.take
     for number, (path, overrides, name) in enumerate(plan):
         recipe = config.load(path, overrides)
         config.validate(recipe, world_size, "cpu")
@@ -32,15 +33,15 @@ def main() -> None:
         here = layout.start(recipe.parallel, "cpu")
         with open(Path(sys.argv[2]) / f"{name}-{rank}.jsonl", "a") as trace:
 
-            def micro_batches(self: loader.Loader, samples: int, trace=trace, here=here) -> list[loader.MicroBatch]:
-                batches = original(self, samples)
-                rows = [row for batch in batches for row in batch.rows.tolist()]
-                slots = [slot for batch in batches for slot in batch.slots.tolist()]
+            def take(self: loader.Loader, samples: int, trace=trace, here=here) -> tuple[list[loader.MicroBatch], Any]:
+                batches, prepared = original(self, samples)
+                rows = [row for batch in batches for row in batch.rows[: batch.real].tolist()]
+                slots = [slot for batch in batches for slot in batch.slots[: batch.real].tolist()]
                 place = [here.tensor, here.pipeline, here.data]
                 trace.write(json.dumps({"samples": samples, "slots": slots, "rows": rows, "layout": place}) + "\n")
-                return batches
+                return batches, prepared
 
-            loader.Loader.micro_batches = micro_batches  # type: ignore[method-assign]
+            loader.Loader.take = take  # type: ignore[method-assign]
             train.train(recipe, here)
             here.barrier()
         layout.stop()

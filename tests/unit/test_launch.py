@@ -114,14 +114,14 @@ def test_sizes_and_site_come_from_the_command(capsys: pytest.CaptureFixture[str]
 def test_recipe_is_refused_as_training_would(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same line, before anything is rendered."""
     monkeypatch.setenv("RANK", "0")
-    for override in ("parallel.tensor=3", "training.stepz=3", "model.heads=7", "training.precision=fp16", "training.global_batch=500"):
+    for override in ("parallel.tensor=3", "training.stepz=3", "model.heads=7", "training.precision=fp16", "training.global_batch=30"):
         monkeypatch.setenv("WORLD_SIZE", "64")
         assert train.main([RECIPE, override]) == 2
         said = capsys.readouterr().err.removeprefix("bd3_scale: error: ")
         for target in (["slurm"], ["kubernetes", *CLAIM]):
             assert refused(capsys, target[0], RECIPE, override, "--nodes", "8", *target[1:]) == said
-    # 24 replicas with 8 rows at once do not divide 512 rows; a job that may shrink to that must not begin.
-    assert "--nodes 6:8, at 6 node(s): " in refused(capsys, "slurm", RECIPE, "--nodes", "6:8")
+    # 56 ranks are no whole replicas of 16; a job that may shrink to that must not begin.
+    assert "--nodes 6:8, at 7 node(s): " in refused(capsys, "slurm", RECIPE, "parallel.tensor=16", "--nodes", "6:8")
 
 
 @pytest.mark.parametrize(

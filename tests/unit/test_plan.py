@@ -32,13 +32,28 @@ def test_json_is_one_document_with_the_layouts_that_were_asked_for(capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "wrong", [["parallel.tensor=3"], ["parallel.pipeline=4", "parallel.engine=deepspeed"], ["training.global_batch=100"]]
+    "wrong", [["parallel.tensor=3"], ["parallel.pipeline=4", "parallel.engine=deepspeed"], ["training.global_batch=30"]]
 )
 def test_a_wrong_layout_has_the_line_of_the_cluster(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError) as error:
         recipes.validate(recipes.load(RECIPE, wrong), 64, "cuda")
     assert plan.main([RECIPE, *wrong, "--world-size", "64", "--rehearse"]) == RecipeError.exit_code
     assert capsys.readouterr().err == f"bd3_scale: error: {error.value}\n"
+
+
+def test_filler_is_said_and_its_time_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A node is lost: 28 of 32 replicas share 512 rows, 19 or 18 each where it were 16; the step is that much longer."""
+    found, text = {}, {}
+    for world_size in (56, 64):
+        assert plan.main([RECIPE, "--world-size", str(world_size), "--json", "parallel.micro_batch=1"]) == 0
+        found[world_size] = json.loads(capsys.readouterr().out)
+        assert plan.main([RECIPE, "--world-size", str(world_size), "parallel.micro_batch=1"]) == 0
+        text[world_size] = capsys.readouterr().out
+    assert "512 rows on 28 replicas: 19 or 18 each, 3.8 % of the computed rows are filler" in text[56]
+    assert "filler" not in text[64] and (found[64]["filler"], found[56]["filler"]) == (0.0, pytest.approx(1 - 512 / 532))
+    compute = [found[world_size]["phases"][0]["step"]["compute"] for world_size in (56, 64)]
+    assert compute[0] / compute[1] == pytest.approx(19 / 16)
+    assert found[56]["tokens_per_step"] == found[64]["tokens_per_step"]
 
 
 def test_options_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

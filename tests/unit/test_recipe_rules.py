@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +64,8 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("training.compile=max-autotune", 1, "cpu", "set training.compile=none, or set training.compile=blocks"),
         # Tensor parallelism: heads, key/value heads, MLP.
         ("parallel.tensor=2", 1, "cpu", "start 2 ranks, or set parallel.tensor=1"),
-        ("parallel.tensor=3", 6, "cpu", "set parallel.tensor=2 and training.global_batch=9"),
-        ("parallel.tensor=3", 12, "cpu", "set parallel.tensor=4 and training.global_batch=9"),
+        ("parallel.tensor=3", 6, "cpu", "set parallel.tensor=2"),
+        ("parallel.tensor=3", 12, "cpu", "set parallel.tensor=4"),
         ("parallel.tensor=8", 8, "cpu", "set parallel.tensor=4"),
         ("model.heads=12 model.hidden=48 model.key_value_heads=4 parallel.tensor=6", 12, "cpu", "set parallel.tensor=12"),
         ("model.mlp_hidden=66 parallel.tensor=4", 4, "cpu", "set parallel.tensor=2, or set model.mlp_hidden=68"),
@@ -96,14 +97,13 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("parallel.zero=0 training.precision=bf16", 1, "cpu", "set parallel.zero=1"),
         ("parallel.zero=0", 1, "cuda", "set parallel.zero=1"),
         # The world and the batch.
-        ("parallel.tensor=4", 6, "cpu", "start 8 ranks, or set parallel.tensor=2 and training.global_batch=9"),
+        ("parallel.tensor=4", 6, "cpu", "start 8 ranks, or set parallel.tensor=2"),
         ("parallel.tensor=2 parallel.pipeline=2", 2, "cpu", "start 4 ranks, or set parallel.pipeline=1"),
         ("parallel.tensor=2 parallel.pipeline=2 parallel.sequence=true", 3, "cpu", "start 4 ranks"),
-        ("training.global_batch=9 parallel.micro_batch=2", 1, "cpu", "set parallel.micro_batch=1, or set training.global_batch=10"),
-        ("", 3, "cpu", "set training.global_batch=9"),
-        ("parallel.micro_batch=2", 3, "cpu", "set training.global_batch=12"),
-        ("parallel.micro_batch=null", 16, "cpu", "set training.global_batch=16"),
-        ("parallel.micro_batch=null", 3, "cpu", "set training.global_batch=9"),
+        ("", 9, "cpu", "set training.global_batch=9"),
+        ("parallel.micro_batch=2", 16, "cpu", "set training.global_batch=16, or set parallel.pipeline=2"),
+        ("parallel.micro_batch=null", 16, "cpu", "set training.global_batch=16, or set parallel.pipeline=2"),
+        ("model.heads=1", 17, "cpu", "set training.global_batch=17"),
         # Interleaving.
         (
             "model.layers=4 parallel.pipeline=2 parallel.virtual_stages=2 parallel.micro_batch=8",
@@ -117,7 +117,13 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
             "cpu",
             "set parallel.virtual_stages=1",
         ),
-        ("model.layers=8 parallel.pipeline=4 parallel.virtual_stages=2 parallel.micro_batch=1", 24, "cpu", "set training.global_batch=24"),
+        ("model.layers=8 parallel.pipeline=4 parallel.virtual_stages=2 parallel.micro_batch=1", 24, "cpu", "set parallel.virtual_stages=1"),
+        (
+            "model.layers=8 parallel.pipeline=4 parallel.virtual_stages=2 parallel.micro_batch=1",
+            64,
+            "cpu",
+            "set training.global_batch=64, or set parallel.pipeline=8 and parallel.virtual_stages=1",
+        ),
     ],
 )
 def test_the_cure_cures(base: Path, overrides: str, world_size: int, device: str, proposed: str) -> None:
@@ -139,7 +145,7 @@ def layout_works(recipe: recipes.Recipe, world_size: int) -> bool:
         return False
     if (model.kv_heads % tensor and tensor % model.kv_heads) or (asked.sequence and (tensor == 1 or model.context % tensor)):
         return False
-    if (stages == 1 and asked.virtual_stages > 1) or batch % replicas:
+    if (stages == 1 and asked.virtual_stages > 1) or batch < replicas:
         return False
     zeros = {"deepspeed": {0, 1, 2, 3} if stages == 1 else set(), "megatron": {0, 1}, "fsdp": {2, 3}, "auto": {0, 1, 2, 3}}
     if asked.zero not in zeros[asked.engine]:
@@ -149,8 +155,8 @@ def layout_works(recipe: recipes.Recipe, world_size: int) -> bool:
         return False
     if asked.stage_layers is not None and (len(asked.stage_layers) != chunks or sum(asked.stage_layers) != model.layers):
         return False
-    micro_batches, rest = divmod(batch // replicas, asked.micro_batch or batch // replicas)
-    return not rest and (asked.virtual_stages == 1 or micro_batches >= stages)
+    share = math.ceil(batch / replicas)
+    return asked.virtual_stages == 1 or math.ceil(share / (asked.micro_batch or share)) >= stages
 
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 8])

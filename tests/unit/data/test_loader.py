@@ -91,9 +91,28 @@ def test_reading_is_ahead_of_need(reader: ShardReader, monkeypatch: pytest.Monke
         assert read == [0, 24, 48]
 
 
-def test_a_global_batch_that_does_not_divide_is_refused(reader: ShardReader) -> None:
-    with pytest.raises(RecipeError, match=r"training\.global_batch 24 must be a multiple of parallel\.micro_batch 5 x 2"):
-        loader(reader, 5, 0, 2)
+@pytest.mark.parametrize(("micro_batch", "replicas"), [(5, 1), (2, 5), (24, 7), (1, 23), (3, 16), (1, 24)])
+def test_what_a_share_is_short_of_is_filled_up(reader: ShardReader, micro_batch: int, replicas: int) -> None:
+    """Every row of the batch is one replica's; what follows is a row that the replica has, with its slot."""
+    expected = reader.rows(GlobalOrder(reader.shard_rows, 1, 2).sample_ids(GLOBAL_BATCH, GLOBAL_BATCH))
+    seen: list[int] = []
+    shapes = set()
+    for replica in range(replicas):
+        with loader(reader, micro_batch, replica, replicas) as opened:
+            batches = opened.micro_batches(GLOBAL_BATCH)
+        own = [slot for batch in batches for slot in batch.slots[: batch.real].tolist()]
+        filler = [slot for batch in batches for slot in batch.slots[batch.real :].tolist()]
+        assert set(filler) <= set(own)
+        assert all((batch.rows == expected[batch.slots]).all() for batch in batches)
+        seen += own
+        shapes.add(tuple(batch.rows.shape for batch in batches))
+    assert sorted(seen) == list(range(GLOBAL_BATCH))
+    assert len(shapes) == 1 and len(set(*shapes)) == 1, "all forwards of all replicas have one shape"
+
+
+def test_a_replica_without_a_row_is_refused(reader: ShardReader) -> None:
+    with pytest.raises(RecipeError, match=r"training\.global_batch 24 must be at least the 25 data-parallel replicas"):
+        loader(reader, 1, 0, 25)
 
 
 def test_validation_rows_are_interleaved(reader: ShardReader) -> None:
