@@ -18,11 +18,11 @@ FIRST = 8.0
 
 
 class Waiting:
-    """One wait, from now on."""
+    """One wait."""
 
-    def __init__(self, speaks: bool = True) -> None:
-        """`speaks`: False where another process of this host says the same."""
-        self._began = time.monotonic()
+    def __init__(self, speaks: bool = True, began: float | None = None) -> None:
+        """`speaks`: False where another process of this host says the same. `began`: on the monotonic clock, if not now."""
+        self._began = time.monotonic() if began is None else began
         self._next = FIRST if speaks else float("inf")
 
     def look(self, whom: Callable[[], str]) -> None:
