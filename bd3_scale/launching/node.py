@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -41,6 +42,8 @@ PAUSE = 5.0
 """Seconds before another attempt to meet the other nodes."""
 DEAF = {"PET_SIGNALS_TO_HANDLE": "SIGINT", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"}
 """What torchrun listens to (its option as a variable, and what versions without the option read)."""
+JOINABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""For elastic worlds: else nobody can join who was not there from the start (torch 2.13; see `launching.elastic`)."""
 QUIET = 2.0
 """Seconds without a rank after which somebody looks for whom torchrun waits, to say it within ten: see `meeting`."""
 SPEAKER = [sys.executable, "-m", "bd3_scale.launching.meeting"]
@@ -100,7 +103,7 @@ class Node:
     def _attempt(self) -> int:
         torchrun = subprocess.Popen(
             [*TORCHRUN, *self.arguments],
-            env={**os.environ, **DEAF},
+            env={**(JOINABLE if _elastic(self.arguments) else {}), **os.environ, **DEAF},
             start_new_session=True,
             preexec_fn=_deafen,
         )
@@ -140,6 +143,13 @@ class Node:
         if now.checkpoint != self.before.checkpoint:
             return UNFINISHED, f"failed with status {status} after {now.checkpoint.strip()} was saved; the same command goes on from there"
         return status, f"failed with status {status} and without a new checkpoint; mend the cause, which stands above or in the logs"
+
+
+def _elastic(arguments: list[str]) -> bool:
+    """Whether torchrun's --nnodes is a range, in one of its ways to write it."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    given = [after for word, after in pairwise(words) if word == "--nnodes"]
+    return ":" in (given[0] if given else os.environ.get("PET_NNODES", ""))
 
 
 class _Speaker:
