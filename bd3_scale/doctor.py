@@ -321,6 +321,13 @@ def all_reduce(recipe: Recipe) -> Finding:
     return Finding("all-reduce", "ok", f"two processes on {backend}")
 
 
+def nodes(recipe: Recipe) -> Finding:
+    """Whether torchrun's command as it stands would find the other nodes."""
+    from bd3_scale.launching.advice import meeting
+
+    return Finding("nodes", *meeting(os.environ))
+
+
 def attention(recipe: Recipe) -> Finding:
     """The kernel of the device, forwards and backwards, against the dense reference."""
     import torch
@@ -396,7 +403,7 @@ def _in_netrc() -> bool:
 
 
 CHECKS: tuple[Callable[[Recipe], Finding], ...] = (
-    versions, device, backends, compiler, disk, clock, shared_memory, open_files, data, attention, kernels, all_reduce, wandb,
+    versions, device, backends, compiler, disk, clock, shared_memory, open_files, data, attention, kernels, all_reduce, nodes, wandb,
 )  # fmt: skip
 """In the order in which they are shown."""
 

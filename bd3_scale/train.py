@@ -1,7 +1,8 @@
 """`python -m bd3_scale.train RECIPE [key=value ...]`, alone or under torchrun: build the parts, run the loop.
 
 Exit status: 0 when the budget is spent or the run was asked to stop (its state is saved), 2 for a recipe that cannot work
-(found before any process group exists), 1 for data or checkpoints that cannot be used. Errors are one line each.
+(found before any process group exists), 1 for data or checkpoints that cannot be used. Errors are one line each. A recipe that does not
+fit an elastic world, but a larger one that may come, waits for its nodes: see `launching.elastic`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bd3_scale import config as recipes
-from bd3_scale.errors import UserError
+from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.launching.elastic import wait_for_nodes
 from bd3_scale.runtime.leaving import leaving_at_once
 
 if TYPE_CHECKING:
@@ -33,7 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
         with leaving_at_once(leader=rank == 0, last=arguments is None):
             recipe = recipes.load(options.recipe, options.overrides)
             device = recipes.resolve_device(recipe)
-            recipes.validate(recipe, world_size, device)
+            try:
+                recipes.validate(recipe, world_size, device)
+            except RecipeError as misfit:
+                wait_for_nodes(recipe, device, misfit)
+                raise
             started = True
             run(recipe, device)
     except UserError as error:

@@ -4,7 +4,8 @@
 
 torchrun alone cannot be asked by a scheduler: SIGUSR1 ends it without its ranks; on SIGTERM it gives the ranks 30 s and fails even
 if they saved; and a run that was stopped looks to it like one that is finished. So SIGTERM, SIGINT and SIGUSR1 go to the ranks
-themselves (as SIGUSR1), again and again until they are gone, and the last word is what the run wrote into its directory.
+themselves (as SIGUSR1), again and again until they are gone, and the last word is what the run wrote into its directory. It also waits
+for other nodes in silence: while it has no ranks, `meeting` says who has come and where the others are expected.
 
 Exit status, for whoever decides about another attempt:
     0            finished (`heartbeat.json` of this attempt says so)
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -40,6 +42,11 @@ PAUSE = 5.0
 """Seconds before another attempt to meet the other nodes."""
 DEAF = {"PET_SIGNALS_TO_HANDLE": "SIGINT", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"}
 """What torchrun listens to (its option as a variable, and what versions without the option read)."""
+JOINABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""For elastic worlds: else nobody can join who was not there from the start (torch 2.13; see `launching.elastic`)."""
+QUIET = 2.0
+"""Seconds without a rank after which somebody looks for whom torchrun waits, to say it within ten: see `meeting`."""
+SPEAKER = [sys.executable, "-m", "bd3_scale.launching.meeting"]
 SETTLE = 65.0
 """Seconds that a network file system may need to show what the leader wrote last (attributes are kept for up to 60)."""
 
@@ -96,18 +103,21 @@ class Node:
     def _attempt(self) -> int:
         torchrun = subprocess.Popen(
             [*TORCHRUN, *self.arguments],
-            env={**os.environ, **DEAF},
+            env={**(JOINABLE if _elastic(self.arguments) else {}), **os.environ, **DEAF},
             start_new_session=True,
             preexec_fn=_deafen,
         )
         told = lonely = None
+        speaker = _Speaker(self.arguments)
         while True:
             try:
                 status = torchrun.wait(0.2)
+                speaker.look(ranks=True)
                 return status if status >= 0 else 128 - status
             except subprocess.TimeoutExpired:
                 now, ranks = time.monotonic(), _children(torchrun.pid)
             self._met = self._met or bool(ranks)
+            speaker.look(ranks=bool(ranks or self.asked))
             if not self.asked or (told is not None and now - told < AGAIN):
                 continue
             if told is None:
@@ -133,6 +143,31 @@ class Node:
         if now.checkpoint != self.before.checkpoint:
             return UNFINISHED, f"failed with status {status} after {now.checkpoint.strip()} was saved; the same command goes on from there"
         return status, f"failed with status {status} and without a new checkpoint; mend the cause, which stands above or in the logs"
+
+
+def _elastic(arguments: list[str]) -> bool:
+    """Whether torchrun's --nnodes is a range, in one of its ways to write it."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    given = [after for word, after in pairwise(words) if word == "--nnodes"]
+    return ":" in (given[0] if given else os.environ.get("PET_NNODES", ""))
+
+
+class _Speaker:
+    """Says for whom torchrun waits while it has no ranks, before the first ones or after others were lost; see `meeting`."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments, self._since = arguments, time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def look(self, ranks: bool) -> None:
+        """`ranks`: whether there are any, or nothing is to be said."""
+        if ranks:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+            self._process, self._since = None, time.monotonic()
+        elif self._process is None and time.monotonic() - self._since > QUIET:
+            self._process = subprocess.Popen([*SPEAKER, str(self._since), *self._arguments])
 
 
 def _deafen() -> None:

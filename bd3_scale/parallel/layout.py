@@ -21,7 +21,8 @@ from megatron.core import parallel_state
 
 from bd3_scale.parallel import megatron_cpu
 from bd3_scale.parallel.config import ParallelConfig
-from bd3_scale.parallel.rendezvous import meet
+from bd3_scale.parallel.rendezvous import meet, reach
+from bd3_scale.runtime.waiting import waiting_for
 
 ORDER = "tp-cp-ep-dp-pp"
 """megatron-core's words, fastest first (ep, experts, is always 1)."""
@@ -98,11 +99,12 @@ def start(config: ParallelConfig, device: str) -> Layout:
             store: dist.Store = dist.HashStore()
             rank = 0
         else:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            store.set_timeout(timeout)
+            store, rank, world_size = reach(config.timeout)
         world = meet(dist.PrefixStore("bd3_scale", store), rank, world_size, config.timeout)
         store = dist.PrefixStore(f"bd3_scale/{world}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        whom = f"all {world_size} ranks are here, but rank {rank} has no connection to each of them; see GLOO_SOCKET_IFNAME, and NCCL's"
+        with waiting_for(lambda: whom, speaks=rank == 0):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device == "cpu":
         megatron_cpu.install()
     replicas = world_size // (config.tensor * config.pipeline * config.context)

@@ -32,7 +32,7 @@ class Pulse:
         self._clock, self._written = clock, float("-inf")
 
     def beat(self, step: int, doing: str) -> None:
-        """`doing`: train | validate | save | finished | stopped."""
+        """`doing`: train | validate | save | finished | stopped | wait (for nodes)."""
         now, turned = self._clock(), doing != self.doing
         self.count, self.step, self.doing = self.count + 1, step, doing
         if self._path is not None and (turned or now - self._written >= EVERY):

@@ -23,14 +23,15 @@ COMMON = ["training.steps=40", "training.global_batch=7", "checkpoint.every=4", 
 
 
 class Node:
-    """One launcher with two ranks, as a node of a cluster would run it: `torchrun --nnodes 1:2`."""
+    """One launcher and its ranks, as a node of a cluster would run it: `torchrun --nnodes 1:2`."""
 
-    def __init__(self, port: int, arguments: list[str], log: Path) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--max-restarts", "3", "--nproc-per-node", "2"]
+    def __init__(self, port: int, arguments: list[str], log: Path, ranks: int = 2, restarts: int = 3, **variables: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2"]
+        command += ["--max-restarts", str(restarts), "--nproc-per-node", str(ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"]
         # How long it waits for more nodes where there are enough: 30 s by default.
         command += ["--rdzv-conf", "last_call_timeout=5", "-m", "bd3_scale.train", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT), **variables}
         self.log, self.port = log, port
         with open(log, "w") as output:
             self.process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)

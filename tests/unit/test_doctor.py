@@ -117,3 +117,22 @@ def test_data_that_is_not_there_is_said(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "manifest.json").write_text("{}")
     assert doctor.data(recipe).state == "ok"
+
+
+def test_what_several_nodes_need_is_said(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    for name in ("PET_NNODES", "PET_RDZV_BACKEND", "PET_RDZV_ENDPOINT", "PET_MASTER_ADDR", "PET_NODE_RANK", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    found = doctor.nodes(recipe)
+    assert found.state == "ok" and "--rdzv-backend c10d --rdzv-endpoint HOST:PORT, or PET_RDZV_BACKEND" in found.text
+    monkeypatch.setenv("PET_NNODES", "8")
+    found = doctor.nodes(recipe)
+    assert found.state == "warn" and "8 nodes" in found.text and "none is set here" in found.text and "PET_RDZV_ENDPOINT=" in found.cure
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "127.0.0.1:29400")
+    assert doctor.nodes(recipe).state == "warn", "static, and no place is told"
+    monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
+    found = doctor.nodes(recipe)
+    assert found.state == "ok" and "c10d at 127.0.0.1:29400, 8 node(s)" in found.text
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "no-such-host.invalid:29400")
+    assert doctor.nodes(recipe).state == "fail"
+    monkeypatch.setenv("PET_NNODES", "eight")
+    assert doctor.nodes(recipe).state == "fail"

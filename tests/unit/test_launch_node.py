@@ -87,6 +87,15 @@ def test_meeting_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert start(tmp_path, monkeypatch, "late").run() == 1 and (tmp_path / "attempts").read_text() == "x"
 
 
+def test_only_an_elastic_world_lets_nodes_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PET_NNODES", raising=False)
+    rank = ["-m", "bd3_scale.train", "recipe.yaml"]
+    assert node._elastic(["--nnodes", "4:8", *rank]) and node._elastic(["--nnodes=4:8", *rank])
+    assert not node._elastic(["--nnodes", "8", *rank]) and not node._elastic(["--standalone", *rank])
+    monkeypatch.setenv("PET_NNODES", "4:8")
+    assert node._elastic(rank) and not node._elastic(["--nnodes", "8", *rank])
+
+
 def write(folder: Path, doing: str, checkpoint: str) -> None:
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "heartbeat.json").write_text(json.dumps({"doing": doing, "time": time.time()}))

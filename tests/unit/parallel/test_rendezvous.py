@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from bd3_scale.errors import TrainingError
-from bd3_scale.parallel.rendezvous import meet
+from bd3_scale.parallel.rendezvous import meet, names
 
 
 @pytest.fixture
@@ -50,3 +50,13 @@ def test_a_rank_that_never_starts_is_named(store: dist.TCPStore) -> None:
         meet(store, 0, 3, timeout=0.2)
     with pytest.raises(TrainingError, match=r"rank 1 heard nothing from rank 0"):
         meet(store, 1, 3, timeout=0.2)
+
+
+def test_missing_ranks_are_named_with_their_hosts() -> None:
+    assert names({1, 2}, {0: "a"}, per_node=1) == "ranks 1, 2"
+    assert names({3}, {0: "a"}, per_node=1) == "rank 3"
+    assert (
+        names({3, 8, 9, 10, 11, 12}, {0: "a", 1: "a", 13: "c"}, per_node=4)
+        == "rank 3 (host a), ranks 8-11 (all of node 2), rank 12 (host c)"
+    )
+    assert names(range(1, 1024), {0: "a"}, per_node=1).endswith("16, ...")

@@ -1,0 +1,104 @@
+"""What torchrun was told, and who has come: how many nodes it may have, where they meet, which of them are there.
+
+torchrun tells its ranks the size of the world that there is, not the sizes that there may be, and says nothing while it waits for
+nodes. Its own parser knows: options on its command line, else PET_* variables (PET_NNODES, PET_RDZV_BACKEND, PET_RDZV_ENDPOINT, ...;
+measured with torch 2.13), else defaults. Who has come stands in the store of the c10d rendezvous, whose keys and classes are torch's
+own affair: whatever cannot be read is None here, never an error. Invariant: what comes from the store may name torch's rendezvous
+classes and dates, and nothing else is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import io
+import pickle
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+LAUNCHERS = ("torchrun", "torch.distributed.run", "torch/distributed/run.py", "torch.distributed.launch")
+"""How the word on a command line ends after which torchrun's arguments come."""
+STATE_MODULE = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
+PATIENCE = 2.0
+"""Seconds for the store to answer."""
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    least: int
+    most: int
+    """Nodes."""
+    backend: str
+    """static: the number of nodes and the place of each are given; others: they are found, and may change."""
+    endpoint: str
+    """HOST:PORT."""
+    run_id: str
+    node_rank: int
+    """Only with static."""
+
+    @property
+    def nodes(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+
+    @property
+    def place(self) -> tuple[str, int]:
+        host, _, port = self.endpoint.rpartition(":")
+        return (host, int(port)) if host and port.isdigit() else (self.endpoint, 29400)  # torch's DEFAULT_PORT of c10d
+
+
+def read(arguments: list[str]) -> Torchrun | None:
+    """What these arguments, and PET_* in the environment, tell torchrun; None where its parser refuses them."""
+    from torch.distributed.run import get_args_parser, parse_min_max_nnodes
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            told = get_args_parser().parse_args(arguments)
+        least, most = parse_min_max_nnodes(told.nnodes)
+    except (SystemExit, RuntimeError, ValueError):
+        return None
+    backend, endpoint = told.rdzv_backend, told.rdzv_endpoint
+    if told.standalone or (backend == "static" and not endpoint and most == 1):
+        backend, endpoint = "c10d", "localhost:0"
+    elif backend == "static" and not endpoint:
+        endpoint = f"{told.master_addr}:{told.master_port or 29500}"
+    return Torchrun(least, most, backend, endpoint, told.rdzv_id, told.node_rank)
+
+
+def of_this_rank() -> Torchrun | None:
+    """What the torchrun was told that started this process, or a process above it; None where there is none."""
+    import psutil
+
+    try:
+        above = [parent.cmdline() for parent in psutil.Process().parents()]
+    except psutil.Error:
+        return None
+    for words in above:
+        for place, word in enumerate(words[:8]):
+            if word.endswith(LAUNCHERS):
+                return read(words[place + 1 :])
+    return None
+
+
+def hosts_present(told: Torchrun) -> list[str] | None:
+    """The hosts of the nodes that have come to a c10d rendezvous, first come first; None where nobody answers there."""
+    import torch.distributed as dist
+
+    host, port = told.place
+    try:
+        with socket.create_connection((host, port), timeout=PATIENCE):
+            pass  # TCPStore itself would try for long and print its own traces
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=PATIENCE))
+        key = f"torch.rendezvous.{told.run_id}"
+        state = _State(io.BytesIO(base64.b64decode(store.get(key)))).load() if store.check([key]) else None
+        return [node.addr for node in (*state.participants, *state.wait_list)] if state is not None else []
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError, AttributeError):
+        return None
+
+
+class _State(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in (STATE_MODULE, "datetime") or (module, name) == ("builtins", "set"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong to a rendezvous")
