@@ -78,7 +78,7 @@ def source_files() -> Iterator[tuple[str, Path]]:
     if spec is None or not spec.submodule_search_locations:
         raise DataError("data.source=documentation reads the packages beside torch, which is not installed; pip install torch")
     installed = Path(spec.submodule_search_locations[0]).parent
-    folders = [path.name for path in installed.iterdir() if path.is_dir() and path.name.isidentifier()]
+    folders = [path.name for path in installed.iterdir() if path.is_dir() and path.name.isidentifier() and path.name not in SKIPPED_FOLDERS]
     others = sorted(name for name in folders if not name.startswith("_"))
     for package in (*PACKAGES, *(name for name in others if name not in PACKAGES and name not in GENERATED)):
         if (installed / package).is_dir():
