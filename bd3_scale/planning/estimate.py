@@ -4,7 +4,8 @@ Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a m
 computes, a device reaches the stated share of its peak (`mfu`, of model FLOPs; recomputed ones cost as much); the slowest stage
 sets the pace; the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
 wait for their collectives, stages for theirs unless the schedule interleaves; gradients hide behind the backward where the engine
-overlaps them. The optimizer's own time, data, validations and checkpoints are not counted.
+overlaps them, and what is gathered of weights behind the forward, but for one bucket of each. The optimizer's own time, data,
+validations and checkpoints are not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bd3_scale.diffusion.config import ON_SIMPLEX
 from bd3_scale.model.flops import RowFlops, count_flops
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
-from bd3_scale.parallel.memory import LARGEST_BUCKET, stage_parameters, state_bytes
+from bd3_scale.parallel.memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
 from bd3_scale.parallel.traffic import Transfer, step_traffic
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.situation import Phase, Situation
@@ -94,14 +95,20 @@ def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
     parallel, batch = case.recipe.parallel, case.batch()
     if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # the others reduce in their gradient buffers
         return 0
-    multiple = 128 if case.device.type == "cuda" else 1
-    n = sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)) for layers in held)
+    n = _elements(case, held)
     if parallel.zero == 3:
         return batch.weight * min(n, LIVE)
     if parallel.zero == 2:
         buckets = 2 if case.device.type == "cuda" else 1  # one is filled while the other is reduced
         return min(n, LARGEST_BUCKET) * (buckets * batch.weight + (4 if batch.weight < 4 else 0))
     return 4 * min(n, FALLBACK_BUCKET)
+
+
+def _elements(case: Situation, held: Sequence[range]) -> int:
+    """Of the parameters on one tensor rank of a stage."""
+    multiple = 128 if case.device.type == "cuda" else 1
+    tensor = case.recipe.parallel.tensor
+    return sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, tensor, multiple)) for layers in held)
 
 
 # -- Time --------------------------------------------------------------------------------------------------------------
@@ -170,7 +177,13 @@ def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
     compute = once * case.micro_batches
     backward = once * (1 - 1 / layer_passes(case, phase))
     gradients, weights = seconds("data", "all_reduce", "reduce_scatter"), seconds("data", "all_gather")
-    if parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
+    if parallel.resolved_engine == "megatron":
+        # The last bucket of gradients is there when the backward ends, and the first of weights is needed when a forward begins.
+        n = _elements(case, case.stages_of(rank))
+        one_bucket = min(1.0, bucket_elements(n, case.replicas) / n)
+        hidden = min(backward, (1 - one_bucket) * gradients)
+        weights = max(weights - once / layer_passes(case, phase), one_bucket * weights)
+    elif parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
         hidden = case.micro_batches * backward
         weights = max(0.0, weights - case.micro_batches * once) if parallel.zero == 3 else weights
     elif parallel.pipeline > 1 or (parallel.zero == 1 and case.precision == "fp32" and case.device.type == "cuda"):

@@ -67,7 +67,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     before = storages()
     objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1, objective.pattern, 0.5)
-    average = ExponentialAverage(engine.masters, 0.9, engine.publish)
+    average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)
     most, step, held = 0, 0, []
     move = NetworkInputs.to
 
@@ -111,7 +111,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
 
 def under_way(engine: Any, pipeline: int, run: Callable[[], None]) -> int:
     """Bytes that the forwards of a step keep, at the fullest end of a forward."""
-    networks = engine.transformers if pipeline > 1 else [engine.engine.module]
+    networks = engine.transformers if hasattr(engine, "transformers") else [engine.engine.module]
     known = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"]
     found: list[int] = []
     with Alive(known) as made:

@@ -57,7 +57,13 @@ def count(path: str, overrides: list[str], here: layout.Layout) -> tuple[dict[st
         made(self, *arguments)
         assert self.ema is not None
         engine: Any = self.engine
-        for owner, name in ((engine, "forward_backward"), (engine, "step"), (self.ema, "update"), (self.report, "add"), (self.pulse, "beat")):
+        for owner, name in (
+            (engine, "forward_backward"),
+            (engine, "step"),
+            (self.ema, "update"),
+            (self.report, "add"),
+            (self.pulse, "beat"),
+        ):
             setattr(owner, name, reads.within(getattr(owner, name)))
 
     def updated(self: Trainer) -> Any:

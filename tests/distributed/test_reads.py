@@ -65,7 +65,9 @@ def counted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_no_step_reads_the_device(counted: dict[str, list], name: str, record_property: Callable[[str, object], None]) -> None:
-    record_property("table", f"reads of the device in {counted[name][0][1]} steps, {name:48s} {[sum(found.values()) for found, _ in counted[name]]}")
+    record_property(
+        "table", f"reads of the device in {counted[name][0][1]} steps, {name:48s} {[sum(found.values()) for found, _ in counted[name]]}"
+    )
     for found, steps in counted[name]:
         assert steps == 3 and found == {}, found
 
