@@ -18,14 +18,14 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.known = {_local(tensor).untyped_storage().data_ptr() for tensor in known}
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
         for one in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(one, torch.Tensor):
-                storage = one.untyped_storage()
+                storage = _local(one).untyped_storage()
                 if storage.nbytes() and storage.data_ptr() not in self.known and storage._cdata not in self.storages:
                     self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
@@ -33,4 +33,10 @@ class Alive(TorchDispatchMode):
     def bytes(self) -> int:
         """Held now."""
         self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
-        return sum(size for _, size in self.storages.values())
+        # A storage may have been emptied, or filled, in place since.
+        return sum(torch.UntypedStorage._new_with_weak_ptr(value[0].cdata).nbytes() for value in self.storages.values())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What a distributed tensor has on this rank."""
+    return getattr(tensor, "_local_tensor", tensor)

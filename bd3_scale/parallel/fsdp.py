@@ -16,6 +16,7 @@ nothing is gathered, so that a forward sees whatever was written to the masters;
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,8 @@ class FsdpEngine(ScheduledEngine):
         self.config = self.schedule_config(layout, self.dtype)
         mark_shared(self.transformers, layout.pipeline)
         mesh = data_mesh(layout, shard)
+        # Of layers whose last step is a change of shape; nothing here writes into what a layer returned.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
         self.named: list[tuple[str, Any]] = []
         self._units: list[Any] = []
         for chunk in self.transformers:

@@ -18,6 +18,7 @@ from bd3_scale.model.flops import RowFlops, count_flops
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
 from bd3_scale.parallel.memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
+from bd3_scale.parallel.shapes import units_of, whole
 from bd3_scale.parallel.traffic import Transfer, step_traffic
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.situation import Phase, Situation
@@ -91,9 +92,11 @@ def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
 
 
 def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
-    """What DeepSpeed allocates for a moment to reduce gradients (fp32 on the way) and to gather weights."""
+    """What DeepSpeed and FSDP allocate for a moment to reduce gradients (fp32 on the way) and to gather weights."""
     parallel, batch = case.recipe.parallel, case.batch()
-    if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # the others reduce in their gradient buffers
+    if parallel.resolved_engine == "fsdp":
+        return _gathered_bytes(case, held)
+    if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
         return 0
     n = _elements(case, held)
     if parallel.zero == 3:
@@ -109,6 +112,20 @@ def _elements(case: Situation, held: Sequence[range]) -> int:
     multiple = 128 if case.device.type == "cuda" else 1
     tensor = case.recipe.parallel.tensor
     return sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, tensor, multiple)) for layers in held)
+
+
+def _gathered_bytes(case: Situation, held: Sequence[range]) -> int:
+    """FSDP's, of the chunk that needs the most: the weights of two groups, one that computes and one on its way (and, in ZeRO 3, what the
+    root holds), the gradients of one as they arise and, in fp32, as they are sent."""
+    parallel, weight = case.recipe.parallel, case.batch().weight
+    multiple = 128 if case.device.type == "cuda" else 1
+    most = 0
+    for layers in held:
+        chunk = units_of(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)
+        sizes = sorted((whole(group, case.sharers) for group in chunk.groups), reverse=True)
+        gathered = sum(sizes[:2]) + whole(chunk.rest, case.sharers) if parallel.zero == 3 else sizes[0]
+        most = max(most, weight * gathered + (weight + 4) * sizes[0])
+    return most
 
 
 # -- Time --------------------------------------------------------------------------------------------------------------
@@ -159,7 +176,11 @@ def traffic_of(case: Situation, pipeline_rank: int) -> list[Transfer]:
 def bandwidth(case: Situation, group: str) -> float:
     """Bytes/s of one device in a group: across nodes as soon as the group, or its neighbours, lie on more than one."""
     parallel, device = case.recipe.parallel, case.device
-    span = {"tensor": parallel.tensor, "data": parallel.tensor * case.replicas}.get(group, case.world_size)
+    span = {
+        "tensor": parallel.tensor,
+        "data": parallel.tensor * case.sharers,
+        "copies": parallel.tensor * case.replicas,
+    }.get(group, case.world_size)
     return EFFICIENCY * (device.inside if span <= device.per_node else device.outside)
 
 
@@ -176,25 +197,35 @@ def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
 
     compute = once * case.micro_batches
     backward = once * (1 - 1 / layer_passes(case, phase))
-    gradients, weights = seconds("data", "all_reduce", "reduce_scatter"), seconds("data", "all_gather")
-    if parallel.resolved_engine == "megatron":
-        # The last bucket of gradients is there when the backward ends, and the first of weights is needed when a forward begins.
-        n = _elements(case, case.stages_of(rank))
-        one_bucket = min(1.0, bucket_elements(n, case.replicas) / n)
-        hidden = min(backward, (1 - one_bucket) * gradients)
-        weights = max(weights - once / layer_passes(case, phase), one_bucket * weights)
-    elif parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
-        hidden = case.micro_batches * backward
-        weights = max(0.0, weights - case.micro_batches * once) if parallel.zero == 3 else weights
-    elif parallel.pipeline > 1 or (parallel.zero == 1 and case.precision == "fp32" and case.device.type == "cuda"):
-        hidden = backward  # of the last micro-batch
-    else:
-        hidden = 0.0
+    gradients = seconds("data", "all_reduce", "reduce_scatter") + seconds("copies")
+    waited = _waited_for(case, rank, gradients, seconds("data", "all_gather"), once, backward)
     exchanged = seconds("pipeline") if parallel.virtual_stages == 1 else 0.0
     return StepTime(
         compute=compute,
         bubble=once * (parallel.pipeline - 1) / parallel.virtual_stages,
         tensor=seconds("tensor"),
-        data=max(0.0, gradients - hidden) + weights + seconds("embedding"),
+        data=waited + seconds("embedding"),
         pipeline=exchanged,
     )
+
+
+def _waited_for(case: Situation, rank: int, gradients: float, weights: float, once: float, backward: float) -> float:
+    """Seconds of the data-parallel communication that nothing hides. `once`, `backward`: what a micro-batch computes, and behind its
+    forward."""
+    parallel, count = case.recipe.parallel, case.micro_batches
+    if case.device.type == "cuda" and parallel.resolved_engine == "fsdp":
+        # Gradients hide behind all backwards; weights behind what computes with the ones before, and beside the gradients.
+        behind = count * once if parallel.zero == 3 else count * backward + (once - backward)
+        return max(0.0, gradients - count * backward, gradients + weights - behind)
+    if parallel.resolved_engine == "megatron":
+        # The last bucket of gradients is there when the backward ends, and the first of weights is needed when a forward begins.
+        n = _elements(case, case.stages_of(rank))
+        one_bucket = min(1.0, bucket_elements(n, case.replicas) / n)
+        return max(gradients - backward, one_bucket * gradients) + max(weights - (once - backward), one_bucket * weights)
+    hidden = 0.0
+    if parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
+        hidden = count * backward
+        weights = max(0.0, weights - count * once) if parallel.zero == 3 else weights
+    elif parallel.pipeline > 1 or (parallel.zero == 1 and case.precision == "fp32" and case.device.type == "cuda"):
+        hidden = backward  # of the last micro-batch
+    return max(0.0, gradients - hidden) + weights

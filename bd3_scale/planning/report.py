@@ -127,6 +127,8 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
             "virtual_stages": parallel.virtual_stages,
             "data": case.replicas,
             "zero": parallel.zero,
+            "engine": parallel.resolved_engine,
+            "shard": case.sharers if parallel.zero else 1,
             "micro_batch": case.micro_batch,
             "micro_batches": case.micro_batches,
             "recompute": recipe.training.recompute,
@@ -152,7 +154,7 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         device_hours=hours,
         price=None if rate is None else hours * rate,
         checkpoint_bytes=state * counted.total,
-        host_bytes=on_node * -(-state * counted.total // (parallel.tensor * parallel.pipeline * (case.replicas if parallel.zero else 1))),
+        host_bytes=on_node * -(-state * counted.total // (parallel.tensor * parallel.pipeline * (case.sharers if parallel.zero else 1))),
     )
 
 

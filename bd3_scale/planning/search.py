@@ -1,8 +1,8 @@
 """The best layouts of a recipe on so many devices: all that fit, least expected time first.
 
-Tried are tensor and pipeline sizes, interleaving, ZeRO stages, micro-batches and recomputation; model, batch and budget stay as they
-are. Tensor parallelism stays on a node. Invariants: nothing is listed that `config.validate` would refuse; the order is by the time
-model of `estimate.py` (bubble, communication, computing), equals by memory.
+Tried are tensor and pipeline sizes, interleaving, ZeRO stages (also by FSDP, and with a copy on each node), micro-batches and
+recomputation; model, batch and budget stay as they are. Tensor parallelism stays on a node. Invariants: nothing is listed that
+`config.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bd3_scale.config import Recipe
 from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.planning.estimate import bubble_fraction, rank_memory, step_time
 from bd3_scale.planning.situation import Situation
-from bd3_scale.recipe_cures import Case, divisors
+from bd3_scale.recipe_cures import Case, as_yaml, divisors
 from bd3_scale.recipe_rules import works
 
 
@@ -39,7 +39,7 @@ def search(case: Situation, mfu: float, most: int = 10) -> list[Found]:
         memory = max(rank_memory(other, rank).total for rank in range(recipe.parallel.pipeline))
         if memory <= case.device.usable:
             seconds = sum(phase.steps * step_time(other, phase, mfu).total for phase in other.phases)
-            found.append(Found(_overrides(recipe), memory, seconds, bubble_fraction(other)))
+            found.append(Found(_overrides(recipe, case.recipe.parallel), memory, seconds, bubble_fraction(other)))
     return sorted(found, key=lambda one: (one.seconds, one.memory))[:most]
 
 
@@ -62,17 +62,24 @@ def _recipes(case: Situation) -> Iterator[Recipe]:
 
 def _layouts(case: Situation, tensor: int, pipeline: int, share: int) -> Iterator[ParallelConfig]:
     """`share`: rows of a global batch on one replica."""
-    base = replace(case.recipe.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None)
+    base = replace(case.recipe.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
     sequence = tensor > 1 and case.recipe.model.context % tensor == 0
     virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= case.recipe.model.layers] if pipeline > 1 else [1]
-    replicated = case.world_size == tensor * pipeline
+    replicas = case.world_size // (tensor * pipeline)
+    on_node = case.device.per_node // tensor  # data-parallel ranks, as these are neighbours
+    ways: list[tuple[int, str, int | None]] = [(0, "auto", None), (1, "auto", None)]
+    for zero in (2, 3) if replicas > 1 else ():
+        ways += [(zero, "auto", None)] + ([(zero, "fsdp", None)] if pipeline == 1 else [])
+        ways += [(zero, "fsdp", on_node)] if 1 < on_node < replicas else []
     for virtual in virtual_stages:
-        for zero in (0, 1) if pipeline > 1 else ((0, 1) if replicated else (0, 1, 2, 3)):
+        for zero, engine, shard in ways:
             for micro_batch in [size for size in divisors(share) if size & (size - 1) == 0] if share else []:
-                yield replace(base, virtual_stages=virtual, zero=zero, sequence=sequence, micro_batch=micro_batch)
+                yield replace(
+                    base, virtual_stages=virtual, zero=zero, engine=engine, shard=shard, sequence=sequence, micro_batch=micro_batch
+                )
 
 
-def _overrides(recipe: Recipe) -> list[str]:
+def _overrides(recipe: Recipe, asked: ParallelConfig) -> list[str]:
     parallel = recipe.parallel
     values: dict[str, Any] = {
         "parallel.tensor": parallel.tensor,
@@ -83,8 +90,9 @@ def _overrides(recipe: Recipe) -> list[str]:
         "parallel.micro_batch": parallel.micro_batch,
         "training.recompute": recipe.training.recompute,
     }
-    values |= {"parallel.stage_layers": "null"} if recipe.parallel.stage_layers else {}
-    return [f"{key}={str(value).lower()}" for key, value in values.items()]
+    values |= {"parallel.stage_layers": None} if asked.stage_layers else {}
+    values |= {f"parallel.{key}": getattr(parallel, key) for key in ("engine", "shard") if getattr(parallel, key) != getattr(asked, key)}
+    return [f"{key}={as_yaml(value)}" for key, value in values.items()]
 
 
 def as_text(found: list[Found], world_size: int, device: str) -> str:

@@ -44,6 +44,11 @@ class Situation:
         return self.world_size // (self.recipe.parallel.tensor * self.recipe.parallel.pipeline)
 
     @property
+    def sharers(self) -> int:
+        """Data-parallel ranks that share one copy of what ZeRO divides."""
+        return self.recipe.parallel.shard or self.replicas
+
+    @property
     def micro_batch(self) -> int:
         return self.recipe.micro_batch(self.replicas)
 

@@ -27,6 +27,7 @@ from bd3_scale.parallel.activations import exchange_bytes
 from bd3_scale.parallel.build import build_engine
 from bd3_scale.parallel.engine import Engine
 from bd3_scale.parallel.memory import PERSISTENT, stage_parameters, state_bytes
+from bd3_scale.parallel.shapes import units_of, whole
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
 from bd3_scale.planning.situation import Situation
@@ -47,6 +48,7 @@ def storages() -> dict[int, int]:
             continue
         for tensor in tensors:
             for one in (tensor, tensor.grad if tensor.is_leaf else None, getattr(tensor, "main_grad", None)):
+                one = getattr(one, "_local_tensor", one)  # of FSDP's shards
                 if one is not None and one.device.type == "cpu":
                     storage = one.untyped_storage()
                     if storage.nbytes():
@@ -63,7 +65,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     recipe = config.load(path, overrides)
     world_size = config.world_size_of_environment()
     config.validate(recipe, world_size, "cpu")
-    here = layout.start(recipe.parallel, "cpu")
+    here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     before = storages()
     objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1, objective.pattern, 0.5)
@@ -73,7 +75,8 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
 
     def to(self: NetworkInputs, *where: Any, **how: Any) -> NetworkInputs:  # an engine's first act on a micro-batch
         # At the second micro-batch of the second step, when Adam's moments are there; in a pipeline others are under way then.
-        held.append(alive(before) if here.pipeline == 1 and step == 1 and len(held) == 1 else 0)
+        # Not of FSDP: gradients are on their way then, and what it has gathered is there until the step itself.
+        held.append(alive(before) if here.pipeline == 1 and not fsdp and step == 1 and len(held) == 1 else 0)
         return move(self, *where, **how)
 
     NetworkInputs.to = to
@@ -102,7 +105,14 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     stages = case.stages_of(here.pipeline_rank)
     buckets = state_bytes(recipe, stages, VOCABULARY, here.data, "cpu", case.precision == "bf16").buckets
     expected = planned.activations + exchange_bytes(case.batch(), recipe.parallel, here.pipeline_rank)
-    if recipe.parallel.zero == 3:  # the weights that were gathered for the forward
+    if fsdp:  # the weights that are still gathered where a forward ends
+        chunks = [units_of(recipe.model, VOCABULARY, layers, here.tensor) for layers in stages]
+        groups = [group for chunk in chunks for group in (chunk.groups if recipe.parallel.zero == 2 else [chunk.rest])]
+        kept = recipe.parallel.zero == 2 or here.pipeline == 1
+        expected += case.batch().weight * sum(whole(group, case.sharers) for group in groups) * kept
+        if here.pipeline > 1:  # the fullest forward follows a backward, with its gradients and what it sent last
+            expected += planned.gradients + sum(4 * whole(chunk.embedding or chunk.rest, case.sharers) for chunk in chunks)
+    elif recipe.parallel.zero == 3:  # the weights that were gathered for the forward
         sizes = [size for layers in stages for size in stage_parameters(recipe.model, VOCABULARY, layers, here.tensor)]
         expected += case.batch().weight * sum(size for size in sizes if size > PERSISTENT)
     engine.close()

@@ -1,7 +1,6 @@
-"""Measures what a start takes of memory: `start_worker.py PLAN.json OUT`, a list of [name, recipe, overrides].
+"""Measures what a rank holds at most while its engine is made: `start_worker.py PLAN.json OUT`, a list of [name, recipe, overrides].
 
-Peak: the most resident memory from before the network is made until every rank has its initial weights, less what was resident before;
-the C library gives back at once what is freed, so that it is what was held.
+The C library gives back at once what is freed, so that what is resident is what is held.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,61 +19,61 @@ from bd3_scale import config
 from bd3_scale.diffusion.objectives import objective_at
 from bd3_scale.parallel import layout
 from bd3_scale.parallel.build import build_engine
-from bd3_scale.parallel.memory import stage_parameters, state_bytes
+from bd3_scale.parallel.memory import state_bytes
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.situation import Situation
 
-VOCABULARY = 2003
+VOCABULARY = 12288
 
 
 def resident(kind: str) -> int:
-    """Bytes: VmRSS, or VmHWM, the most of it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return 1024 * int(line.split()[1])
+    """Bytes: `VmRSS` now, `VmHWM` at most so far."""
+    found = re.search(rf"^{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
-def gradients_are_kept(recipe: config.Recipe, bf16: bool) -> bool:
-    """Whether the engine has room for them from the start on."""
-    parallel = recipe.parallel
-    return parallel.resolved_engine == "megatron" or parallel.zero == 3 or (parallel.zero == 1 and bf16)
+def held_after(recipe: config.Recipe, here: layout.Layout) -> tuple[int, int]:
+    """Bytes of state that a rank has been given when its engine is made, and of whole weights that gloo, but not NCCL, copies to gather
+    them in one piece. Moments come later; so do DeepSpeed's gradients, but under ZeRO 3 and of bf16 weights under ZeRO 1."""
+    case = Situation(recipe, here.world_size, device_named("cpu", here.world_size), VOCABULARY)
+    bf16, parallel = case.precision == "bf16", recipe.parallel
+    state = state_bytes(recipe, case.stages_of(here.pipeline_rank), VOCABULARY, here.data, "cpu", bf16)
+    at_once = parallel.resolved_engine == "megatron" or parallel.zero == 3 or (parallel.zero == 1 and bf16)
+    copied = state.parameters if parallel.resolved_engine == "deepspeed" and parallel.zero in (1, 2) else 0
+    return state.parameters + state.masters + (state.gradients if at_once else 0), copied
 
 
 def measure(path: str, overrides: list[str]) -> dict[str, int]:
     recipe = config.load(path, overrides)
-    world_size = config.world_size_of_environment()
-    config.validate(recipe, world_size, "cpu")
+    config.validate(recipe, config.world_size_of_environment(), "cpu")
     here = layout.start(recipe.parallel, "cpu")
-    case = Situation(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
-    pattern = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0).pattern
-    here.barrier()
+    objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the most of it from here on
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
     before = resident("VmRSS")
-    engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1, pattern, 0.5)
-    peak = resident("VmHWM") - before
-    stages = case.stages_of(here.pipeline_rank)
-    state = state_bytes(recipe, stages, VOCABULARY, here.data, "cpu", case.precision == "bf16")
-    sizes = [sum(stage_parameters(recipe.model, VOCABULARY, layers, here.tensor)) for layers in stages]
+    engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1, objective.pattern, 0.5)
+    most = resident("VmHWM") - before
+    held = sum(master.untyped_storage().nbytes() for master in engine.masters)
+    layer = 4 * (12 * recipe.model.hidden**2)
+    elements = sum(place.numel for place in engine.places if place.owned)
     engine.close()
-    held = state.parameters + state.masters + (state.gradients if gradients_are_kept(recipe, case.precision == "bf16") else 0)
-    return {"peak": peak, "held": held, "layer": 4 * sum(sizes) // recipe.model.layers, "parameters": sum(sizes)}
+    state, copied = held_after(recipe, here)
+    return {"most": most, "held": held, "state": state, "copied": copied, "layer": layer, "elements": elements}
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ["RANK"]), config.world_size_of_environment()
     ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     results = {}
     for number, (name, path, overrides) in enumerate(plan):
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        mine = measure(path, overrides)
         every: list = [None] * world_size
-        dist.all_gather_object(every, mine)
+        dist.all_gather_object(every, measure(path, overrides))
         results[name] = every
-        if rank == 0:
-            print(name, every, flush=True)
         layout.stop()
         gc.collect()
     if rank == 0:
