@@ -6,7 +6,7 @@ their buffers. In it, for the ranks where layouts differ (first, tensor peer, mi
 1. the layout is built, group by group, as `parallel/layout.py` does on the cluster;
 2. every stage is built at its real size, and the rank's own run a micro-batch forwards and backwards, with fake tensors (shapes
    without data): what one stage hands on is what the next expects, parts of parameters make up the whole network;
-3. the engine itself (DeepSpeed or megatron-core, optimizer, schedule, EMA) takes two steps with real numbers, in a network with as
+3. the engine itself (DeepSpeed, megatron-core or FSDP, optimizer, schedule, EMA) takes two steps with real numbers, in a network with as
    many layers, heads and stages, but narrow.
 
 What it cannot find: what depends on data, on the device's kernels, on real communication. It runs on the CPU whatever the recipe is
@@ -69,7 +69,8 @@ def rehearse(case: Situation) -> list[str]:
                 f"{time.perf_counter() - began:.1f} s"
             )
     # DeepSpeed 3 compares the ranks by broadcasts, which a fake world only answers rightly on rank 0.
-    for rank in [0] if case.recipe.parallel.zero == 3 else [0, case.world_size - 1]:
+    deepspeed_3 = case.recipe.parallel.zero == 3 and case.recipe.parallel.resolved_engine == "deepspeed"
+    for rank in [0] if deepspeed_3 else [0, case.world_size - 1]:
         began = time.perf_counter()
         with _explained(rank, case.world_size):
             kind = run_engine(case, rank)

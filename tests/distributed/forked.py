@@ -151,6 +151,7 @@ def main() -> None:
 
     import bd3_scale.checkpoint.network
     import bd3_scale.data.open
+    import bd3_scale.parallel.fsdp
     import bd3_scale.parallel.megatron
     import bd3_scale.parallel.zero
     import bd3_scale.runtime.loop

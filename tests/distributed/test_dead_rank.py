@@ -19,6 +19,7 @@ from tests.distributed.launch import Finished, Job, give_turn
 LAYOUTS = {
     "data, zero 3": (4, ["parallel.zero=3"], 2),
     "a tensor peer": (4, ["parallel.tensor=2", "parallel.sequence=true"], 1),
+    "a stage, zero 3": (4, ["parallel.pipeline=2", "parallel.zero=3"], 3),
     "a middle stage": (4, ["parallel.pipeline=4", "model.layers=4"], 2),
 }
 """Processes, overrides, the rank that dies."""

@@ -1,9 +1,9 @@
 """Any layout to any other: 10 steps in one, saved, 10 more in another, are the 20 steps of one process.
 
-Twelve layouts on up to four processes, of a model with everything that stages and tensor ranks share (tied embeddings, the
-noise condition, key heads). Six of them write a checkpoint, and the one after each in the list continues that
-(`BD3_ALL_PAIRS=1`: all twelve write, and each continues each, nine minutes). tests/unit/checkpoint/test_layouts.py holds all pairs
-to the bit, without training.
+Fourteen layouts on up to four processes, of a model with everything that stages and tensor ranks share (tied embeddings, the
+noise condition, key heads). Seven of them write a checkpoint, and the one after each in the list continues that
+(`BD3_ALL_PAIRS=1`: all fourteen write, and each continues each, a quarter of an hour). tests/unit/checkpoint/test_layouts.py
+holds all pairs to the bit, without training.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "pipeline 2 x 2, zero 0": (2, {"pipeline": 2, "virtual_stages": 2, "zero": 0}),
     "data 4, zero 0": (4, {"zero": 0}),
     "tensor 2, sequence, zero 3": (2, {"tensor": 2, "sequence": "true", "zero": 3, "micro_batch": "null"}),
+    "pipeline 2, data 2, zero 3": (4, {"pipeline": 2, "zero": 3}),
+    "data 4, fsdp, shard 2, zero 3": (4, {"engine": "fsdp", "shard": 2, "zero": 3}),
     "pipeline 2, data 2": (4, {"pipeline": 2}),
 }
 NAMES = list(LAYOUTS)

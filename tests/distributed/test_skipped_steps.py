@@ -31,6 +31,8 @@ LAYOUTS = {
     "zero 0": (2, ["parallel.zero=0"]),
     "pipeline": (2, ["parallel.pipeline=2"]),
     "tensor, bf16": (2, ["parallel.tensor=2", "training.precision=bf16"]),
+    "fsdp, zero 2": (2, ["parallel.zero=2", "parallel.engine=fsdp"]),
+    "pipeline, zero 3, bf16": (2, ["parallel.pipeline=2", "parallel.zero=3", "training.precision=bf16"]),
     "pipeline, bf16": (2, ["parallel.pipeline=2", "training.precision=bf16"]),
 }
 
