@@ -25,16 +25,8 @@ from bd3_scale.parallel.adamw import SkippingAdamW
 from bd3_scale.parallel.engine import OptimizerSettings, Place, clip, global_norm, owns, place
 from bd3_scale.parallel.gathers import Gathers
 from bd3_scale.parallel.layout import Layout
+from bd3_scale.parallel.memory import bucket_elements
 from bd3_scale.parallel.schedule import ScheduledEngine, Stage, mark_shared
-
-SMALLEST_BUCKET = 1_000_000
-"""Elements below which a collective costs more for being one than for what it moves."""
-
-
-def bucket_elements(elements: int, ranks: int) -> int:
-    """Of gradients that are reduced together, of `elements` on this rank: an eighth, so that a backward has something to hide what
-    came before behind, but neither so few that links idle nor more than megatron-core's own choice."""
-    return max(SMALLEST_BUCKET, min(elements // 8, max(40_000_000, 1_000_000 * ranks)))
 
 
 class MegatronEngine(ScheduledEngine):

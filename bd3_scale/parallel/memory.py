@@ -33,6 +33,8 @@ from bd3_scale.parallel.shapes import shard, units_of
 
 LARGEST_BUCKET = 200_000_000
 """Elements of DeepSpeed's reduce bucket (zero.py) where the model has as many."""
+SMALLEST_BUCKET = 1_000_000
+"""Elements below which a collective of megatron-core's engine costs more for being one than for what it moves."""
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 keeps a parameter whole on every rank (DeepSpeed's default)."""
 
@@ -58,6 +60,12 @@ def stage_parameters(config: ModelConfig, vocabulary: int, layers: range, tensor
     """Elements of every parameter on one tensor rank of the stage that holds `layers`; `vocabulary` is V, MASK included."""
     groups = units_of(config, vocabulary, layers, tensor, vocabulary_multiple).groups
     return [rows * width for group in groups for rows, width in group]
+
+
+def bucket_elements(elements: int, ranks: int) -> int:
+    """Of gradients that megatron-core's engine reduces together, and weights that it gathers, of `elements` on this rank: an eighth,
+    so that there is something to hide behind, but neither so few that links idle nor more than megatron-core's own choice."""
+    return max(SMALLEST_BUCKET, min(elements // 8, max(40_000_000, 1_000_000 * ranks)))
 
 
 def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int, device: str, bf16: bool) -> StateBytes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -38,5 +37,9 @@ def without_broadcast() -> Iterator[None]:
     """While `deepspeed.initialize` runs: no rank has weights that others want."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    with mock.patch.object(DeepSpeedEngine, "_broadcast_model", lambda self: None):
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda self: None
+    try:
         yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast

@@ -4,8 +4,9 @@ Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a m
 computes, a device reaches the stated share of its peak (`mfu`, of model FLOPs; recomputed ones cost as much); the slowest stage
 sets the pace; the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
 wait for their collectives but for those that megatron-core's linears run behind products of their backward (`hidden_exchange`);
-stages wait for theirs unless the schedule interleaves; gradients hide behind the backward, and weights behind what computes with
-those before, where the engine overlaps them. The optimizer's own time, data, validations and checkpoints are not counted.
+stages wait for theirs unless the schedule interleaves; gradients hide behind the backward where the engine overlaps them, and what is
+gathered of weights behind what computes with those before, but for one bucket of each. The optimizer's own time, data, validations
+and checkpoints are not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.model.flops import RowFlops, count_flops
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
-from bd3_scale.parallel.memory import LARGEST_BUCKET, stage_parameters, state_bytes
+from bd3_scale.parallel.memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
 from bd3_scale.parallel.shapes import units_of, whole
 from bd3_scale.parallel.stages import Phase
 from bd3_scale.parallel.traffic import Transfer, step_traffic
@@ -100,14 +101,20 @@ def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
         return _gathered_bytes(case, held)
     if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
         return 0
-    multiple = 128 if case.device.type == "cuda" else 1
-    n = sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)) for layers in held)
+    n = _elements(case, held)
     if parallel.zero == 3:
         return batch.weight * min(n, LIVE)
     if parallel.zero == 2:
         buckets = 2 if case.device.type == "cuda" else 1  # one is filled while the other is reduced
         return min(n, LARGEST_BUCKET) * (buckets * batch.weight + (4 if batch.weight < 4 else 0))
     return 4 * min(n, FALLBACK_BUCKET)
+
+
+def _elements(case: Situation, held: Sequence[range]) -> int:
+    """Of the parameters on one tensor rank of a stage."""
+    multiple = 128 if case.device.type == "cuda" else 1
+    tensor = case.recipe.parallel.tensor
+    return sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, tensor, multiple)) for layers in held)
 
 
 def _gathered_bytes(case: Situation, held: Sequence[range]) -> int:
@@ -200,7 +207,7 @@ def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
     compute = once * case.micro_batches
     backward = once * (1 - 1 / layer_passes(case, phase))
     gradients = seconds("data", "all_reduce", "reduce_scatter") + seconds("copies")
-    waited = _waited_for(case, gradients, seconds("data", "all_gather"), once, backward)
+    waited = _waited_for(case, rank, gradients, seconds("data", "all_gather"), once, backward)
     exchanged = seconds("pipeline") if parallel.virtual_stages == 1 else 0.0
     return StepTime(
         compute=compute,
@@ -237,7 +244,7 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, mfu: floa
     return hidden
 
 
-def _waited_for(case: Situation, gradients: float, weights: float, once: float, backward: float) -> float:
+def _waited_for(case: Situation, rank: int, gradients: float, weights: float, once: float, backward: float) -> float:
     """Seconds of the data-parallel communication that nothing hides. `once`, `backward`: what a micro-batch computes, and behind its
     forward."""
     parallel, count = case.recipe.parallel, case.micro_batches
@@ -245,6 +252,11 @@ def _waited_for(case: Situation, gradients: float, weights: float, once: float, 
         # Gradients hide behind all backwards; weights behind what computes with the ones before, and beside the gradients.
         behind = count * once if parallel.zero == 3 else count * backward + (once - backward)
         return max(0.0, gradients - count * backward, gradients + weights - behind)
+    if parallel.resolved_engine == "megatron":
+        # The last bucket of gradients is there when the backward ends, and the first of weights is needed when a forward begins.
+        n = _elements(case, case.stages_of(rank))
+        one_bucket = min(1.0, bucket_elements(n, case.replicas) / n)
+        return max(gradients - backward, one_bucket * gradients) + max(weights - (once - backward), one_bucket * weights)
     hidden = 0.0
     if parallel.pipeline == 1 and parallel.zero >= 2 and case.device.type == "cuda":
         hidden = count * backward

@@ -262,7 +262,7 @@ def run_engine(case: Situation, rank: int) -> str:
     with fake_world(small, rank) as here:
         objective = _objective(small, 0)
         engine = build_engine(recipe, here, small.vocabulary, small.vocabulary - 1)
-        average = ExponentialAverage(engine.masters, recipe.training.ema, engine.publish) if recipe.training.ema else None
+        average = ExponentialAverage(engine.masters, recipe.training.ema, engine.publish, engine.settle) if recipe.training.ema else None
         batch, rows = recipe.training.global_batch, small.micro_batch
         share = batch // here.data
         first = here.data_rank * share

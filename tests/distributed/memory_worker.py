@@ -69,7 +69,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     before = storages()
     objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
-    average = ExponentialAverage(engine.masters, 0.9, engine.publish)
+    average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)
     most, step, held = 0, 0, []
     move = NetworkInputs.to
 

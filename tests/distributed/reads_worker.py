@@ -26,7 +26,7 @@ from bd3_scale.runtime.loop import Trainer
 READING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
 """Operators whose result the host, or the shape of their output, waits for."""
 BY_MASK = ("index", "index_put", "index_put_")
-"""Those that wait where they are given a mask."""
+"""Those that wait where they are given a mask (but not to put one number: then they fill by the mask)."""
 
 
 class Reads(TorchDispatchMode):
@@ -36,7 +36,7 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         name = function._schema.name.split("::")[-1]
-        if name in READING or (name in BY_MASK and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in arguments[1])):
+        if name in READING or (name in BY_MASK and _by_mask(*arguments[1:3])):
             self.found[name] += 1
         return function(*arguments, **(keywords or {}))
 
@@ -46,6 +46,10 @@ class Reads(TorchDispatchMode):
                 return function(*arguments, **named)
 
         return run
+
+
+def _by_mask(indices: list[Tensor | None], values: Tensor | None = None) -> bool:
+    return any(one is not None and one.dtype == torch.bool for one in indices) and (values is None or values.numel() > 1)
 
 
 def count(path: str, overrides: list[str], here: layout.Layout) -> tuple[dict[str, int], int]:

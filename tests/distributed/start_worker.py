@@ -1,7 +1,11 @@
-"""Measures what a rank holds at most while its engine is made: `start_worker.py PLAN.json OUT`, a list of [name, recipe, overrides]."""
+"""Measures what a rank holds at most while its engine is made: `start_worker.py PLAN.json OUT`, a list of [name, recipe, overrides].
+
+The C library gives back at once what is freed, so that what is resident is what is held.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -12,9 +16,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bd3_scale import config
-from bd3_scale.diffusion.objectives import objective_at
 from bd3_scale.parallel import layout
 from bd3_scale.parallel.build import build_engine
+from bd3_scale.parallel.memory import state_bytes
+from bd3_scale.planning.devices import device_named
+from bd3_scale.planning.situation import Situation
 
 VOCABULARY = 12288
 
@@ -26,27 +32,39 @@ def resident(kind: str) -> int:
     return int(found[1]) * 1024
 
 
+def held_after(recipe: config.Recipe, here: layout.Layout) -> tuple[int, int]:
+    """Bytes of state that a rank has been given when its engine is made, and of whole weights that gloo, but not NCCL, copies to gather
+    them in one piece. Moments come later; so do DeepSpeed's gradients, but under ZeRO 3 and of bf16 weights under ZeRO 1."""
+    case = Situation(recipe, here.world_size, device_named("cpu", here.world_size), VOCABULARY)
+    bf16, parallel = case.precision == "bf16", recipe.parallel
+    state = state_bytes(recipe, case.stages_of(here.pipeline_rank), VOCABULARY, here.data, "cpu", bf16)
+    at_once = parallel.resolved_engine == "megatron" or parallel.zero == 3 or (parallel.zero == 1 and bf16)
+    copied = state.parameters if parallel.resolved_engine == "deepspeed" and parallel.zero in (1, 2) else 0
+    return state.parameters + state.masters + (state.gradients if at_once else 0), copied
+
+
 def measure(path: str, overrides: list[str]) -> dict[str, int]:
     recipe = config.load(path, overrides)
     config.validate(recipe, config.world_size_of_environment(), "cpu")
     here = layout.start(recipe.parallel, "cpu")
-    objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
     before = resident("VmRSS")
-    engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1, objective.pattern, 0.5)
+    engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     most = resident("VmHWM") - before
     held = sum(master.untyped_storage().nbytes() for master in engine.masters)
     layer = 4 * (12 * recipe.model.hidden**2)
     elements = sum(place.numel for place in engine.places if place.owned)
     engine.close()
-    return {"most": most, "held": held, "layer": layer, "elements": elements}
+    state, copied = held_after(recipe, here)
+    return {"most": most, "held": held, "state": state, "copied": copied, "layer": layer, "elements": elements}
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
     rank, world_size = int(os.environ["RANK"]), config.world_size_of_environment()
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     results = {}
     for number, (name, path, overrides) in enumerate(plan):
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)

@@ -44,8 +44,8 @@ MODELS = {
     "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED],
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
-VIRTUAL, ZERO, FSDP = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.engine=fsdp"
-WHOLE = "parallel.micro_batch=null"
+VIRTUAL, ZERO, WHOLE = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.micro_batch=null"
+FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
 
 
 def layout(tensor: int = 1, pipeline: int = 1, zero: int = 1, *more: str) -> list[str]:
@@ -81,6 +81,12 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "tensor 2, pipeline 2 x 2 interleaved": (4, "base", layout(2, 2, 1, VIRTUAL, "training.recompute=layer", "parallel.micro_batch=2")),
     "pipeline 2, data 2": (4, "base", layout(1, 2)),
     "pipeline 2 x 2 interleaved, data 2, zero 0": (4, "base", layout(1, 2, 0, VIRTUAL)),
+    "data 4, one micro-batch": (4, "base", layout(1, 1, 1, "parallel.micro_batch=null")),
+    # DeepSpeed at the ZeRO stages that are megatron-core's by default; on one process, the comparison of two engines
+    "deepspeed": (1, "base", layout(1, 1, 1, DEEPSPEED)),
+    "tensor 2, sequence, deepspeed": (2, "base", layout(2, 1, 1, SEQUENCE, DEEPSPEED)),
+    "data 4, deepspeed, zero 0": (4, "base", layout(1, 1, 0, DEEPSPEED)),
+    "data 4, deepspeed, zero 1": (4, "base", layout(1, 1, 1, DEEPSPEED)),
     # torch's fully_shard: where stages share with ZeRO 2 and 3, and by name
     "pipeline 2, zero 2": (2, "base", layout(1, 2, 2)),
     "pipeline 2, zero 3": (2, "base", layout(1, 2, 3)),
@@ -96,11 +102,14 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "L'=L: tensor 2, sequence, zero 3": (2, "L'=L", layout(2, 1, 3, SEQUENCE)),
     "ar: tensor 2, sequence": (2, "ar", layout(2, 1, 1, SEQUENCE)),
     "mdlm: pipeline 2": (2, "mdlm", layout(1, 2)),
+    "sedd: data 2": (2, "sedd", layout()),
     "sedd: tensor 2, pipeline 2, sequence": (4, "sedd", layout(2, 2, 1, SEQUENCE)),
     "ssdlm: data 2, zero 3": (2, "ssdlm", layout(1, 1, 3)),
+    "ssdlm: tensor 2, data 2, sequence": (4, "ssdlm", layout(2, 1, 1, SEQUENCE)),
     "ssdlm: tensor 2, pipeline 2, sequence": (4, "ssdlm", layout(2, 2, 1, SEQUENCE)),
     "ssdlm: pipeline 2, data 2, zero 2": (4, "ssdlm", layout(1, 2, 2)),
     "adaln: tensor 4, sequence": (4, "adaln", layout(4, 1, 1, SEQUENCE)),
+    "adaln: data 2, zero 0, recomputed": (2, "adaln", layout(1, 1, 0, "training.recompute=layer")),
     "adaln: pipeline 2 x 2 interleaved, data 2": (4, "adaln", layout(1, 2, 1, VIRTUAL)),
     "adaln: pipeline 2 x 2 interleaved, data 2, zero 3": (4, "adaln", layout(1, 2, 3, VIRTUAL)),
     "adaln: tensor 2, pipeline 2, sequence, zero 0": (4, "adaln", layout(2, 2, 0, SEQUENCE)),
@@ -115,6 +124,8 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "7 rows: pipeline 2, data 2": (4, "7 rows", layout(1, 2)),
     "7 rows: pipeline 2 x 2 interleaved, data 2": (4, "7 rows", layout(1, 2, 1, VIRTUAL)),
     "7 rows: tensor 2, data 2, sequence": (4, "7 rows", [*layout(2, 1, 1, SEQUENCE), "parallel.micro_batch=3"]),
+    "tied: data 4": (4, "tied", layout()),
+    "tied: tensor 2, data 2, zero 0": (4, "tied", layout(2, 1, 0)),
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),
     "tied: pipeline 2, data 2, zero 3": (4, "tied", layout(1, 2, 3)),
     "tied: tensor 2, sequence, zero 2": (4, "tied", layout(2, 1, 2, SEQUENCE)),

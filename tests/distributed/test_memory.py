@@ -13,7 +13,7 @@ from tests.distributed.forked import run_ranks
 MODEL = ["model.layers=4", "model.hidden=128", "model.heads=4", "model.key_value_heads=2", "model.conditioning=adaln",
          "model.conditioning_size=32", "parallel.micro_batch=2"]  # fmt: skip
 BF16 = "training.precision=bf16"
-TIED, FSDP = "model.tied_head=true", "parallel.engine=fsdp"
+TIED, FSDP, DEEPSPEED = "model.tied_head=true", "parallel.engine=fsdp", "parallel.engine=deepspeed"
 
 
 def layout(tensor: int, pipeline: int, zero: int, *more: str) -> list[str]:
@@ -25,7 +25,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero 1": (1, layout(1, 1, 1)),
     "zero 1, recomputed": (1, layout(1, 1, 1, "training.recompute=layer")),
     "zero 1, MLPs recomputed": (1, layout(1, 1, 1, "training.recompute=mlp")),
+    "zero 1, deepspeed": (1, layout(1, 1, 1, DEEPSPEED)),
     "data 2, zero 1, bf16": (2, layout(1, 1, 1, BF16)),
+    "data 2, zero 1, bf16, deepspeed": (2, layout(1, 1, 1, BF16, DEEPSPEED)),
     "data 2, zero 2": (2, layout(1, 1, 2)),
     "tensor 2, sequence": (2, layout(2, 1, 1, "parallel.sequence=true")),
     "pipeline 2, zero 0": (2, layout(1, 2, 0)),
@@ -34,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pipeline 2, zero 2": (2, layout(1, 2, 2)),
     "data 4, zero 0": (4, layout(1, 1, 0)),
     "data 4, zero 1": (4, layout(1, 1, 1)),
+    "data 4, zero 1, deepspeed": (4, layout(1, 1, 1, DEEPSPEED)),
     "data 4, zero 2, bf16": (4, layout(1, 1, 2, BF16)),
     "data 4, zero 3": (4, layout(1, 1, 3)),
     "data 4, zero 3, bf16": (4, layout(1, 1, 3, BF16)),

@@ -40,7 +40,6 @@ TRAININGS: dict[str, tuple[int, list[str]]] = {
     "deepspeed, zero 3, tensor 2": (2, engine("deepspeed", 3, TENSOR)),
     "ssdlm": (2, engine("auto", 1, "objective.kind=ssdlm", "objective.block_size=16", "model.conditioning=adaln")),
     "sedd": (2, engine("auto", 2, "objective.kind=sedd", "objective.block_size=null", "model.conditioning=adaln")),
-    "documents": (2, engine("auto", 0, "objective.block_size=4", "data.document_mask=true")),
 }  # fmt: skip
 
 

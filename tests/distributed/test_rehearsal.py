@@ -17,7 +17,7 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
         "model.context=128", "parallel.micro_batch=2"]  # fmt: skip
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
-FSDP = "parallel.engine=fsdp"
+FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
 ADALN = ["model.conditioning=adaln", "model.conditioning_size=32"]
 
 
@@ -30,6 +30,9 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "data 4, zero 0": (4, 0, layout(1, 1, 0)),
     "data 4, zero 1": (4, 1, layout(1, 1, 1)),
     "data 4, zero 1, bf16": (4, 0, layout(1, 1, 1, BF16)),
+    "data 4, deepspeed, zero 0": (4, 0, layout(1, 1, 0, DEEPSPEED)),
+    "data 4, deepspeed, zero 1": (4, 1, layout(1, 1, 1, DEEPSPEED)),
+    "data 4, deepspeed, zero 1, bf16": (4, 0, layout(1, 1, 1, BF16, DEEPSPEED)),
     "data 4, zero 2, bf16": (4, 0, layout(1, 1, 2, BF16)),
     "data 4, zero 3": (4, 0, layout(1, 1, 3)),
     "data 4, zero 3, bf16": (4, 0, layout(1, 1, 3, BF16)),
@@ -37,6 +40,7 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "tensor 2, recomputed": (2, 1, layout(2, 1, 1, RECOMPUTE)),
     "tensor 2, attention recomputed": (2, 1, layout(2, 1, 1, "training.recompute=attention")),
     "tensor 2, sequence": (2, 1, layout(2, 1, 1, SEQUENCE)),
+    "tensor 2, sequence, deepspeed, adaln": (2, 1, layout(2, 1, 1, SEQUENCE, DEEPSPEED, *ADALN)),
     "tensor 2, sequence, attention recomputed": (2, 1, layout(2, 1, 1, SEQUENCE, "training.recompute=attention")),
     "tensor 2, sequence, dropout, MLPs recomputed": (
         2, 0, layout(2, 1, 1, SEQUENCE, "training.recompute=mlp", "model.dropout=0.1")

@@ -14,7 +14,9 @@ import sys
 import torch.distributed as dist
 
 from bd3_scale import config, train
-from bd3_scale.parallel import layout
+from bd3_scale.parallel import layout, memory
+
+memory.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
 
 
 def main() -> None:
