@@ -82,7 +82,7 @@ def nearest_layout(
 ) -> str | None:
     """What to set so that the recipe works on these ranks, as near to `wanted` (default: what the recipe asks for) as can be.
 
-    Nearest: fewest keys, those that only arrange the work before sizes, sizes by their ratio, and another global batch only
+    Nearest: fewest keys, those that only arrange the work before sizes, sizes by their ratio, little filler, and another global batch only
     where nothing else is left. Without `accepted` there is an answer where the model is sound: one rank per replica.
     """
     wanted = wanted or case.parallel

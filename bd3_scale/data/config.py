@@ -48,7 +48,7 @@ class DataConfig:
     document_mask: bool = False
     """Documents that are packed into one row do not see each other; in a block where one ends, from the next block on."""
     prefetch: int = 2
-    """Global batches read ahead of need."""
+    """Global batches read, noised and laid out ahead of need; 0: when they are needed, by the main thread."""
 
 
 DIGITS = 4

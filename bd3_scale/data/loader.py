@@ -88,7 +88,12 @@ class Loader:
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas}")
         shares = Shares(global_batch, replicas, micro_batch)
-        self._slots, self._micro_batch = shares.slots(replica), shares.micro_batch
+        parts = shares.slots(replica)
+        self._slots = np.concatenate([np.asarray(part, np.int64) for part in parts])
+        self._real = [len(part) for part in parts]
+        # Beyond its rows a replica computes its last one again: nothing more is read.
+        places = np.arange(len(parts) * shares.micro_batch).reshape(len(parts), -1)
+        self._places = np.minimum(places, len(self._slots) - 1)
         self._reader, self._order, self._global_batch, self._prefetch = reader, order, global_batch, prefetch
         self._prepare = prepare
         self._ahead: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
@@ -140,14 +145,8 @@ class Loader:
 
     def _read(self, position: int) -> list[MicroBatch]:
         samples = self._order.sample_ids(position, self._global_batch)
-        slots = np.concatenate([np.asarray(part, np.int64) for part in self._slots])
-        rows = self._reader.rows(samples[slots])
-        made, size = [], self._micro_batch
-        for index, part in enumerate(self._slots):
-            # What is missing repeats the replica's last row, which lies behind no other.
-            places = np.minimum(np.arange(index * size, (index + 1) * size), len(slots) - 1)
-            made.append(MicroBatch(slots[places], rows[places], len(part)))
-        return made
+        rows = self._reader.rows(samples[self._slots])
+        return [MicroBatch(self._slots[places], rows[places], real) for places, real in zip(self._places, self._real, strict=True)]
 
     def _download(self, position: int) -> None:
         """Let go of the shards that were read and fetch those that come, nearest first, as far as there is room."""

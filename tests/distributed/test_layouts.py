@@ -64,9 +64,9 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "pipeline 2": (2, "base", layout(1, 2)),
     "pipeline 2 x 2 interleaved": (2, "base", layout(1, 2, 1, VIRTUAL)),
     # 8 rows on 3 replicas: the third has two, and computes a whole micro-batch of filler, or one row of it in its only one
-    "data 3, zero 0": (3, "base", layout(1, 1, 0)),
+    "data 3, zero 0": (3, "base", layout(1, 1, 0, WHOLE)),
     "data 3, zero 1": (3, "base", layout()),
-    "data 3, zero 2": (3, "base", layout(1, 1, 2, WHOLE)),
+    "data 3, zero 2": (3, "base", layout(1, 1, 2)),
     "data 3, zero 3": (3, "base", layout(1, 1, 3)),
     "data 4, zero 0": (4, "base", layout(1, 1, 0)),
     "data 4, zero 1": (4, "base", layout()),

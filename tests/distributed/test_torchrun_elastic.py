@@ -77,6 +77,7 @@ def test_lost_node_shrinks_the_run(nodes: list[Node], recipe: Path, tmp_path: Pa
     status = store.process.wait(200)
     output = store.log.read_text()
     assert status == 0, output[-6000:]
+    assert "7 rows on 2 replicas: 4 or 3 each, 12.5 % of the computed rows are filler; 4 micro-batches of 1" in output
     assert "is gone" in output or "has not answered" in output, "the loss was not noticed by the guard"
     finished = launch(1, ["-m", "bd3_scale.train", str(recipe), f"run.dir={tmp_path / 'whole'}", *COMMON], tmp_path / "log")
     assert finished.status == 0, finished.output[-4000:]

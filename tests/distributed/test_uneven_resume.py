@@ -30,7 +30,9 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_on_four_ranks_then_three_then_four_is_the_run_of_one(folder: Path, name: str) -> None:
     whole, run = metrics(folder / "whole"), metrics(folder / name)
-    for kind, key, count in (("train", "loss", 20), ("train", "gradient_norm", 20), ("validation", "nelbo", 4), ("tuner", "interval", 4)):
+    compared = [("train", key, 20) for key in ("loss", "gradient_norm", "data_tokens")]
+    compared += [("validation", "nelbo", 4), ("tuner", "interval", 4)]
+    for kind, key, count in compared:
         expected = {line["step"]: line[key] for line in whole if line["kind"] == kind}
         # A part validates at its own end, too.
         found = {line["step"]: line[key] for line in run if line["kind"] == kind and line["step"] in expected}

@@ -46,10 +46,12 @@ class _Data:
         return Loader(self, self, prefetch=self.prefetch, **how)  # type: ignore[arg-type]
 
 
-def _feed(data: _Data, objective_at: Callable[[int], Objective], replica: int = 0, replicas: int = 2, step: int = 0) -> Feed:
+def _feed(
+    data: _Data, objective_at: Callable[[int], Objective], replica: int = 0, replicas: int = 2, step: int = 0, device: str = "cpu"
+) -> Feed:
     recipe = Recipe(model=ModelConfig(context=LENGTH), training=TrainingConfig(global_batch=BATCH))
     recipe = replace(recipe, run=replace(recipe.run, seed=SEED), parallel=replace(recipe.parallel, micro_batch=2))
-    layout = SimpleNamespace(data_rank=replica, data=replicas, device=torch.device("cpu"))
+    layout = SimpleNamespace(data_rank=replica, data=replicas, device=torch.device(device))
     return Feed(recipe, layout, data, objective_at, step=step, samples=BATCH * step)  # type: ignore[arg-type]
 
 
@@ -128,4 +130,17 @@ def test_a_row_that_is_none_is_said_where_its_step_is_taken(prefetch: int) -> No
     with pytest.raises(DataError, match="is MASK"):
         feed.take(2, 2 * BATCH)
     feed.take(3, 3 * BATCH)
+    feed.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_everything_waits_in_pinned_memory() -> None:
+    data, objective = _Data(2), SimplexDiffusion(MASK, LENGTH, 8, pad_to=256)
+    feed = _feed(data, lambda step: objective, device="cuda")
+    for step in range(3):
+        taken = feed.take(step, step * BATCH)
+        for inputs in taken.inputs:
+            words = [] if inputs.simplex is None else list(vars(inputs.simplex).values())
+            assert all(value.is_pinned() for value in [*vars(inputs).values(), *words] if isinstance(value, torch.Tensor))
+        assert _same(taken.inputs, _directly(objective, step, data, 0, 2))
     feed.close()
