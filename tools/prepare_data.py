@@ -2,8 +2,8 @@
 """Prepare a data folder from text, look into one, or check one.
 
     python tools/prepare_data.py --source documentation --path DATA --context 256
-    python tools/prepare_data.py --source 'owt/*.jsonl.zst' --validation last:100000 --path DATA --row-special bos_eos --workers 16
-    python tools/prepare_data.py --source corpus.jsonl --path DATA --context 1024 --row-special bos_eos --format webdataset
+    python tools/prepare_data.py --source 'owt/*.jsonl.zst' --validation last:100000 --path DATA --row-special none --workers 16
+    python tools/prepare_data.py --source corpus.jsonl --path DATA --context 1024 --row-special none --format webdataset
     python tools/prepare_data.py --path DATA --inspect 3
     python tools/prepare_data.py --path DATA --verify
 

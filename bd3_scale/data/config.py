@@ -42,7 +42,8 @@ class DataConfig:
     tokenizer: str = "gpt2"
     """gpt2 | bytes | the path of a `tokenizers` JSON file."""
     row_special: str = "bos"
-    """Special tokens of each row when it is packed: none | bos | bos_eos (the paper)."""
+    """Special tokens of each row when it is packed: none | bos | bos_eos. The paper packs OpenWebText with none, so that texts go on past
+    a row, and LM1B with bos_eos, where a row, and so every text of the model, ends with an end of text."""
     window: int = 16
     """Shards that are shuffled together: larger mixes better, smaller streams better."""
     document_mask: bool = False

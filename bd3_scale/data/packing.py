@@ -5,9 +5,10 @@ is left of a document begins the next row. Invariants: concatenating the rows (w
 stream back; only the last, incomplete row is dropped, and its tokens are counted; no row holds MASK.
 
 Row specials (Begin of sequence is the end-of-text id, as in GPT-2 and in the paper's code):
-    none     L tokens of the stream
+    none     L tokens of the stream (the paper's OpenWebText): texts of the model go on past a row
     bos      [BOS] + L-1 tokens: position 0, which is never masked and never scored, costs no text
-    bos_eos  [BOS] + L-2 tokens + [EOS] (the paper: Arriola et al. 2025, bd3lms `_group_texts`)
+    bos_eos  [BOS] + L-2 tokens + [EOS] (the paper's LM1B): every row ends with an end of text, and so do the texts of the model
+(the paper: Arriola et al. 2025, bd3lms `_group_texts` with and without its special tokens)
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ ROW_SPECIAL = {"none": 0, "bos": 1, "bos_eos": 2}
 """Kind -> special tokens in each row."""
 HELD_OUT = 0.04
 """Share of the documents that is kept for validation."""
+
+
+def texts_end_at(row_special: str, context: int) -> str | None:
+    """What a person should know before training on such rows; None: nothing."""
+    if row_special != "bos_eos":
+        return None
+    return (
+        f"data.row_special=bos_eos ends every row with an end of text: texts of this model end at {context:,} tokens (model.context); "
+        "prepare the data with none for texts that go on"
+    )
 
 
 @dataclass(frozen=True)

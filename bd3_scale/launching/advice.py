@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 
 from bd3_scale.launching import torchrun
+from bd3_scale.launching.elastic import JOINABLE
 
 NEEDS = "torchrun on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT, or PET_RDZV_BACKEND and PET_RDZV_ENDPOINT"
 CURE = "set PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=FIRST_NODE:29400 on every node"
@@ -34,4 +35,7 @@ def meeting(environment: Mapping[str, str]) -> tuple[str, str, str]:
     except OSError as error:
         text = f"{host}, where the nodes are to meet, is not to be found ({error.strerror})"
         return "fail", text, "set PET_RDZV_ENDPOINT to a name or an address that all nodes know"
+    if told.least < told.most and environment.get(JOINABLE) != "1":
+        text = f"{told.nodes} nodes by PET_NNODES, but with torchrun by itself none can join later: {JOINABLE} is not 1"
+        return "warn", text, f"set {JOINABLE}=1 on every node, or start with bd3_scale.launching.node, which does"
     return "ok", f"torchrun's command needs no more: {told.backend} at {host}:{port}, {told.nodes} node(s) by PET_NNODES unless it says", ""

@@ -20,7 +20,14 @@ from typing import Any
 
 LAUNCHERS = ("torchrun", "torch.distributed.run", "torch/distributed/run.py", "torch.distributed.launch")
 """How the word on a command line ends after which torchrun's arguments come."""
-STATE_MODULE = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
+KNOWN = {
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous": {"_RendezvousState", "_NodeDesc"},
+    "datetime": {"datetime", "timedelta", "timezone"},
+    "builtins": {"set"},
+}
+"""What the state of a rendezvous is made of."""
+EMPTY = b"canimadam"
+"""What torch's c10d backend writes before there is a state."""
 PATIENCE = 2.0
 """Seconds for the store to answer."""
 
@@ -91,14 +98,17 @@ def hosts_present(told: Torchrun) -> list[str] | None:
             pass  # TCPStore itself would try for long and print its own traces
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=PATIENCE))
         key = f"torch.rendezvous.{told.run_id}"
-        state = _State(io.BytesIO(base64.b64decode(store.get(key)))).load() if store.check([key]) else None
-        return [node.addr for node in (*state.participants, *state.wait_list)] if state is not None else []
+        written = base64.b64decode(store.get(key)) if store.check([key]) else EMPTY
+        if written == EMPTY:
+            return []
+        state = _State(io.BytesIO(written)).load()
+        return [node.addr for node in (*state.participants, *state.wait_list)]
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError, AttributeError):
         return None
 
 
 class _State(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module in (STATE_MODULE, "datetime") or (module, name) == ("builtins", "set"):
+        if name in KNOWN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong to a rendezvous")

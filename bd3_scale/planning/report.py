@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bd3_scale.data.packing import texts_end_at
 from bd3_scale.model.flops import ParameterCount, count_parameters
 from bd3_scale.planning.estimate import (
     RankMemory,
@@ -89,6 +90,8 @@ class Plan:
     device_hours: float
     price: float | None
     checkpoint_bytes: int
+    texts: str | None
+    """Where texts of the model end, if not where they will; see `data.packing.texts_end_at`."""
     host_bytes: int
     """On a node, for the copy that an asynchronous checkpoint makes."""
 
@@ -165,6 +168,7 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         device_hours=hours,
         price=None if rate is None else hours * rate,
         checkpoint_bytes=state * counted.total,
+        texts=texts_end_at(recipe.data.row_special, recipe.model.context),
         host_bytes=on_node * -(-state * counted.total // (parallel.tensor * parallel.pipeline * (case.sharers if parallel.zero else 1))),
     )
 
@@ -216,6 +220,7 @@ def as_text(plan: Plan) -> str:
         f"in all      {plan.seconds / 86400:,.2f} days, {plan.tokens_per_second:,.0f} data tokens/s, "
         f"{plan.device_hours:,.1f} device hours{bill}",
         f"checkpoint  {size(plan.checkpoint_bytes)} each; {size(plan.host_bytes)} of host memory on a node while one is written",
+        *([] if plan.texts is None else [f"texts       {plan.texts}"]),
     ]
     return "\n".join(lines)
 

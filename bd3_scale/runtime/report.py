@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bd3_scale.config import Recipe, resolve_precision, to_yaml
+from bd3_scale.data.packing import texts_end_at
 from bd3_scale.diffusion.config import ON_SIMPLEX
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.tuner import Choice
@@ -50,6 +51,8 @@ class Reporter:
             self.file = MetricsFile(folder / "metrics.jsonl", first_step)
             self.tracker = Tracker(recipe, folder, run_state)
             self.bar = _bar(recipe, first_step)
+            if (ends := texts_end_at(recipe.data.row_special, recipe.model.context)) is not None:
+                self.say(ends)
         # Last, so that neither the start of wandb nor a long metrics.jsonl is counted as training.
         self.began = time.perf_counter()
         self.meter = Meter(layout.device, first_step * recipe.tokens_per_step, flops_per_token, _peak(recipe, layout))

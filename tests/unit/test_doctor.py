@@ -132,6 +132,12 @@ def test_what_several_nodes_need_is_said(monkeypatch: pytest.MonkeyPatch, recipe
     monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
     found = doctor.nodes(recipe)
     assert found.state == "ok" and "c10d at 127.0.0.1:29400, 8 node(s)" in found.text
+    monkeypatch.setenv("PET_NNODES", "4:8")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    found = doctor.nodes(recipe)
+    assert found.state == "warn" and "none can join later" in found.text and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in found.cure
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert doctor.nodes(recipe).state == "ok"
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "no-such-host.invalid:29400")
     assert doctor.nodes(recipe).state == "fail"
     monkeypatch.setenv("PET_NNODES", "eight")

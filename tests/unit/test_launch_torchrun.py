@@ -9,6 +9,8 @@ import pickle
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from bd3_scale.launching import torchrun
 from bd3_scale.launching.meeting import described
@@ -46,11 +48,26 @@ def test_lines_name_who_has_come_and_the_place() -> None:
     )
 
 
+def test_hosts_are_read_from_the_state_of_a_rendezvous() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
+    told, state = Torchrun(3, 3, "c10d", f"127.0.0.1:{store.port}", "x", 0), _RendezvousState()
+    C10dRendezvousBackend(store, "x")  # the key is there, a state is not
+    assert torchrun.hosts_present(told) == []
+    node = _NodeDesc("a", 1, 0)
+    state.participants[node], state.last_heartbeats[node] = 0, datetime.datetime.now(datetime.UTC)
+    state.wait_list.add(_NodeDesc("b", 2, 0))
+    store.set("torch.rendezvous.x", base64.b64encode(pickle.dumps(state)))
+    assert torchrun.hosts_present(told) == ["a", "b"]
+
+
 def test_only_a_rendezvous_is_read_from_the_store() -> None:
     """Whoever can write into the store cannot have code run here."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
     told = Torchrun(2, 2, "c10d", f"127.0.0.1:{store.port}", "x", 0)
     assert torchrun.hosts_present(told) == []
-    store.set("torch.rendezvous.x", base64.b64encode(pickle.dumps(print)))
-    assert torchrun.hosts_present(told) is None
+    module = b"torch.distributed.elastic.rendezvous.dynamic_rendezvous"
+    through = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c\x0cpickle.loads\x93."  # a name inside of a module that is known
+    for hostile in (pickle.dumps(print), through):
+        store.set("torch.rendezvous.x", base64.b64encode(hostile))
+        assert torchrun.hosts_present(told) is None
     assert torchrun.hosts_present(Torchrun(2, 2, "c10d", "127.0.0.1:1", "x", 0)) is None

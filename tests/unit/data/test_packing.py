@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_scale.data.packing import ROW_SPECIAL, Packer, held_out, storage_dtype
+from bd3_scale.data.packing import ROW_SPECIAL, Packer, held_out, storage_dtype, texts_end_at
 from bd3_scale.errors import RecipeError
 
 END = 99
@@ -47,6 +47,11 @@ def test_impossible_rows_are_refused() -> None:
         Packer(4, 100, END, "both")
     with pytest.raises(RecipeError, match=r"model\.context 2 leaves no room"):
         Packer(2, 100, END, "bos_eos")
+
+
+def test_rows_that_end_texts_are_said_to() -> None:
+    assert texts_end_at("none", 1024) is None and texts_end_at("bos", 1024) is None
+    assert "texts of this model end at 1,024 tokens" in (texts_end_at("bos_eos", 1024) or "")
 
 
 def test_held_out_share() -> None:

@@ -91,6 +91,9 @@ def test_plans_say_what_fits() -> None:
     alone = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_stages=1", "parallel.sequence=false", "parallel.micro_batch=1"]
     assert not make_plan(large("owt_7b", 1, "h100", *alone), 0.4).fits
     assert "DOES NOT FIT" in as_text(make_plan(large("owt_7b", 1, "h100", *alone), 0.4))
+    ends = "texts of this model end at"
+    assert ends in as_text(make_plan(large("owt_7b", 64, "h100", "data.row_special=bos_eos"), 0.4))
+    assert ends not in as_text(make_plan(large("owt_7b", 64, "h100", "data.row_special=none"), 0.4))
     eight, sixteen, again = (
         rank_memory(large("owt_1b", 32, "h100", *more), 0).activations
         for more in (["parallel.micro_batch=8"], ["parallel.micro_batch=16"], ["parallel.micro_batch=8", "training.recompute=layer"])

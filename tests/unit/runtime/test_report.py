@@ -277,3 +277,11 @@ def test_flops_follow_the_objective_and_not_the_recomputation(tmp_path: Path) ->
     assert flops_per_token(asked, causal, 50258) == pytest.approx(training_flops_per_token(asked.model, causal, 50258, 1.0))
     asked.training.recompute = "layer"
     assert flops_per_token(asked, bd3, 50258) == plain
+
+
+def test_the_start_says_where_texts_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for special, said in (("bos_eos", 1), ("none", 0)):
+        asked = recipe(tmp_path / special)
+        asked.data.row_special = special
+        Reporter(asked, LAYOUT, tmp_path / special, {"wandb": None}, first_step=0, flops_per_token=1e9).close()
+        assert capsys.readouterr().err.count("texts of this model end at 128 tokens") == said
