@@ -304,8 +304,8 @@ class KeyedDropout(nn.Module):
 
     No generator has a state: the mask does not depend on the layout, the micro-batch or on whether the forward is a
     recomputation. x is [rows, batch, hidden]; `keys` int64 [batch] in [0, 2^32); `row_ids` int64 [at least rows]: which row
-    of the undivided stream each is. Or x is [rows, hidden], each with a key of its own: `keys` [rows]. Elementwise integer hashing (a 32-bit finaliser with full avalanche) that torch.compile
-    fuses into its neighbours.
+    of the undivided stream each is. Or x is [rows, hidden], each with a key of its own: `keys` [rows]. Elementwise integer
+    hashing (a 32-bit finaliser with full avalanche) that torch.compile fuses into its neighbours.
     """
 
     def __init__(self, probability: float, place: int) -> None:
