@@ -60,7 +60,8 @@ class SelectedRows:
     def spread(self, q: Tensor) -> Tensor:
         """Queries of all n rows, [n, heads, d] -> [L, batch, heads, d], zeros for all others."""
         length = self.stream.pattern.scored_rows
-        return q.new_zeros(length * self.batch, *q.shape[1:]).index_copy(0, self.places, q).unflatten(0, (length, self.batch))
+        # index_copy would keep q for a backward that does not need it.
+        return q.new_zeros(length * self.batch, *q.shape[1:]).index_put((self.places,), q).unflatten(0, (length, self.batch))
 
     def collect(self, out: Tensor) -> Tensor:
         """[L, batch, ...] -> [n, ...]: what attention gave them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from bd3_scale.config import Recipe, resolve_precision, validate
+from bd3_scale.diffusion.config import EVERY_TOKEN
 from bd3_scale.errors import DataError
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import Batch
@@ -71,7 +72,19 @@ class Situation:
         multiple = self.recipe.selected_multiple(self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
-        return Batch(model, pattern, self.micro_batch, padded, parallel.tensor, parallel.sequence, weight, self.device.type)
+        kind = self.recipe.objective.kind
+        return Batch(
+            model,
+            pattern,
+            self.micro_batch,
+            padded,
+            parallel.tensor,
+            parallel.sequence,
+            weight,
+            self.device.type,
+            sparse=kind not in EVERY_TOKEN,
+            timed=kind == "sedd",
+        )
 
 
 class _Key:
