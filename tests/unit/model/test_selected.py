@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bd3_scale import config as recipes
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, NetworkInputs, ScoreEntropy, SimplexDiffusion
 from bd3_scale.model.selected import SelectedRows
@@ -119,6 +121,13 @@ def test_rows_are_found_where_they_were() -> None:
     assert torch.equal(rows.collect(spread[..., 0]), rows.take(x) + 1)
     with pytest.raises(ValueError, match="3 tensor ranks"):
         SelectedRows.of(selected, replace(stream, ranks=3), 2)
+
+
+@pytest.mark.parametrize(("device", "tensor", "multiple"), [("cpu", 1, 1), ("cpu", 4, 4), ("cuda", 4, 256), ("cuda", 3, 768)])
+def test_positions_are_selected_in_numbers_that_ranks_can_divide(device: str, tensor: int, multiple: int, base: Path) -> None:
+    recipe = recipes.load(base, [f"parallel.tensor={tensor}", "parallel.sequence=true"])
+    objective: Any = recipe.objective_of(MASK, 0, device, None)
+    assert objective.pad_to == multiple == recipe.selected_multiple(device)
 
 
 def linear_rows(model: Transformer, inputs: NetworkInputs) -> dict[str, int]:
