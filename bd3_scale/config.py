@@ -82,8 +82,12 @@ class Recipe:
 
         ranks = self.parallel.tensor if self.parallel.sequence else 1
         rows = math.lcm(ROW_MULTIPLE[device], ranks)
-        selected = SELECTED_MULTIPLE[device]
+        selected = self.selected_multiple(device)
         return objective_at(self.objective, self.model.context, mask_id, step, interval, selected, document_end, rows)
+
+    def selected_multiple(self, device: str) -> int:
+        """What the number of selected positions of a micro-batch is padded to: sequence parallelism divides them over its ranks."""
+        return math.lcm(SELECTED_MULTIPLE[device], self.parallel.tensor if self.parallel.sequence else 1)
 
 
 CHOICES = {

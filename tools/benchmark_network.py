@@ -33,7 +33,7 @@ from bd3_scale.model.flops import count_flops, peak_flops
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.kernels import BACKENDS
 from bd3_scale.model.stream import Stream
-from bd3_scale.model.transformer import Shared, Transformer
+from bd3_scale.model.transformer import Rows, Shared, Transformer
 from bd3_scale.parallel import layout
 from bd3_scale.parallel.build import COMPILE_MODES, RECOMPUTED, apply_outside
 from bd3_scale.parallel.config import ParallelConfig
@@ -48,7 +48,8 @@ def whole_layers(model: Transformer, inputs: NetworkInputs) -> Tensor:
     x = model.embedding(inputs.tokens)
     stream = Stream(inputs.pattern)
     rotary = rotary_table(inputs.positions, model.config.head_size, model.config.rotary_base)
-    shared = Shared(rotary, stream, stream.row_ids(x.device), None, inputs.dropout_keys, inputs.segments)
+    every = Rows(stream.rows, stream.row_ids(x.device), inputs.dropout_keys)
+    shared = Shared(rotary, stream, None, every, every, inputs.segments)
     for block in model.blocks.values():
         x = block(x, shared, False)
     return model.final_norm(x)
@@ -76,6 +77,7 @@ def autoregressive_inputs(inputs: NetworkInputs, rows: np.ndarray) -> NetworkInp
         targets=tokens[:, 1:].flatten(),
         weights=torch.ones(len(selected)),
         pattern=AttentionPattern("causal", length, 1),
+        sparse=False,
     )
 
 
@@ -250,6 +252,7 @@ def benchmark_features(options: argparse.Namespace) -> dict[str, Any]:
     off: dict[str, tuple[Callable[[], Tensor], str]] = {
         "attention by the dense 2L x 2L mask": (made.ours, "dense"),
         "last layer on both halves": (both_halves, "auto"),
+        "last layer on all noisy rows": (lambda: model(replace(inputs, sparse=False))[0], "auto"),
         "logits of all L noisy positions": (lambda: model(everywhere)[0], "auto"),
         "logits not in chunks": (logits_at_once, "auto"),
         **{f"with recomputation of {part}": (partial(recomputed, part), "auto") for part in RECOMPUTED},

@@ -48,6 +48,9 @@ class NetworkInputs:
     noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""
     normalised: bool = True
     """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `score_entropy`)."""
+    sparse: bool = False
+    """Whether many of the scored rows are not selected: the network's last layer then computes the selected ones alone, and of the
+    others keys and values. The answer is the same."""
     simplex: SimplexNoise | None = None
     """What becomes of the words of the first L rows, [m, L], before the network sees them (ssdlm; see `simplex`); None: nothing."""
 
@@ -77,6 +80,7 @@ class NetworkInputs:
             segments=None if self.segments is None else move(self.segments),
             noise_levels=None if self.noise_levels is None else move(self.noise_levels),
             normalised=self.normalised,
+            sparse=self.sparse,
             simplex=None if self.simplex is None else self.simplex.moved(move),
         )
 
@@ -90,6 +94,7 @@ def network_inputs(
     dropout_keys: np.ndarray,
     pattern: AttentionPattern,
     pad_to: int,
+    sparse: bool = False,
 ) -> NetworkInputs:
     """`NetworkInputs` of the scored half and the data tokens, int64 [m, L] both, and of host arrays of the same names, the selected
     positions padded to a multiple of `pad_to`."""
@@ -104,6 +109,7 @@ def network_inputs(
         dropout_keys=torch.from_numpy(dropout_keys),
         pattern=pattern,
         segments=torch.from_numpy(document_segments(rows, pattern)) if pattern.document_end is not None else None,
+        sparse=sparse,
     )
 
 

@@ -103,7 +103,7 @@ class Diffusion(Traits):
         selected = np.flatnonzero(masked)
         # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
         weights = schedule.weight(times.ravel()[selected // self.block_size])
-        return network_inputs(noisy, rows, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to)
+        return network_inputs(noisy, rows, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to, sparse=True)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Self-attention of one layer: projections, rotary positions by id, the kernel of the device, the cache.
 
-Query and key/value are two linears because the last layer's clean half needs keys and values only. Heads are laid
+Query and key/value are two linears because the last layer needs keys and values of all rows, and queries of few. Heads are laid
 out so that dividing a weight's rows keeps whole heads together: query [kv_head, group, d], key/value [kv_head, 2, d].
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.kernels import attend
 from bd3_scale.model.layers import HeadNorm, Linears
+from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.stream import Stream
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -36,7 +37,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Attention(nn.Module):
-    """x [rows, batch, hidden] -> [query rows, batch, hidden]; under tensor parallelism each rank attends with its heads."""
+    """Rows that ask, [query rows, batch, hidden], and x [rows, batch, hidden], of which keys and values come -> as those that ask;
+    under tensor parallelism each rank attends with its heads."""
 
     def __init__(self, config: ModelConfig, linears: Linears) -> None:
         super().__init__()
@@ -49,22 +51,32 @@ class Attention(nn.Module):
         self.key_norm = HeadNorm(config) if config.query_key_norm else None
         self.output = linears.row(config.heads * config.head_size, config.hidden, config.attention_bias == "all")
 
-    def project(self, x: Tensor, query_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q of the first `query_rows` rows, k and v of all: [rows, batch, heads of this rank, d], not yet rotated."""
-        q = self.query(x[:query_rows]).unflatten(-1, (-1, self.head_size))
+    def project(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of the rows that ask, k and v of all: [rows, batch, heads of this rank, d], not yet rotated."""
+        q = self.query(asking).unflatten(-1, (-1, self.head_size))
         k, v = self.key_value(x).unflatten(-1, (-1, 2, self.head_size)).unbind(-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def forward(self, x: Tensor, rotary: Rotary, stream: Stream, query_rows: int, segments: Tensor | None = None) -> Tensor:
-        q, k, v = (stream.together(t) for t in self.project(x, query_rows))
-        out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, self.kernel, segments)
-        return self.output(stream.apart(out.flatten(2)))
+    def forward(
+        self,
+        asking: Tensor,
+        x: Tensor,
+        rotary: Rotary,
+        stream: Stream,
+        selected: SelectedRows | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """`asking`: the first rows of x; or, [n, hidden], those that are `selected`."""
+        q, k, v = self.project(asking, x)
+        q, k, v = stream.together(q) if selected is None else selected.spread(q), stream.together(k), stream.together(v)
+        out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, self.kernel, segments).flatten(2)
+        return self.output(stream.apart(out) if selected is None else selected.collect(out))
 
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the cached rows and to these. Returns (output, rotated k, v) of these rows; nothing is stored."""
-        q, k, v = self.project(x, x.shape[0])
+        q, k, v = self.project(x, x)
         q, k = rotate(q, rotary), rotate(k, rotary)
         seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k]), torch.cat([past[1], v]))
         q, seen_k, seen_v = (t.permute(1, 2, 0, 3) for t in (q, seen_k, seen_v))

@@ -1,10 +1,11 @@
 """Parameters and FLOPs of a network, counted from its configuration: what MFU and planning rest on.
 
-Counted is what is computed, no more: in the last layer the clean half yields keys and values only, attention is its
-visible pairs (L^2 + L L' of 4 L^2; Arriola et al. 2025, appendix B.6), the head sees the expected number of selected
-positions. A multiply-add is two FLOPs; elementwise work, norms, rotary angles and the conditioning (one vector per
-micro-batch) are left out, as everywhere in the field. Backward is twice forward: a kernel that computes attention scores
-again in its backward does so on its own account, and so does activation checkpointing (`recomputed`; `model` is without it).
+Counted is what is computed, no more: the last layer computes the expected number of selected positions, and of the other rows keys and
+values only (all scored rows where every token is scored); attention is its visible pairs (L^2 + L L' of 4 L^2; Arriola et al. 2025,
+appendix B.6), in the last layer those of the scored half; the head sees the selected positions. A multiply-add is two FLOPs;
+elementwise work, norms, rotary angles and the conditioning (one vector per micro-batch) are left out, as everywhere in the field.
+Backward is twice forward: a kernel that computes attention scores again in its backward does so on its own account, and so does
+activation checkpointing (`recomputed`; `model` is without it).
 
 Invariant: `count_parameters(...).total` is the number of elements in `Transformer(...).parameters()`.
 """
@@ -43,11 +44,11 @@ class ParameterCount:
 class RowFlops:
     """FLOPs of one *forward* over one row of L data tokens, by part; training totals as properties, per row as well."""
 
-    projections: int
+    projections: float
     """Query, key, value and output linears."""
     attention: int
     """q k^T and the sum over v, visible pairs only."""
-    mlp: int
+    mlp: float
     head: float
     """Of the expected number of selected positions."""
     embedding: float = 0.0
@@ -55,7 +56,7 @@ class RowFlops:
     forward."""
 
     @property
-    def layers(self) -> int:
+    def layers(self) -> float:
         return self.projections + self.attention + self.mlp
 
     @property
@@ -67,7 +68,7 @@ class RowFlops:
         """A training step, forward and backward: what MFU counts."""
         return 3 * (self.layers + self.head) + 2 * self.embedding
 
-    def recomputed(self, recompute: str) -> int:
+    def recomputed(self, recompute: str) -> float:
         """What `training.recompute` (none | attention | mlp | layer) runs once more in a backward: a forward of that part of the layers."""
         attention = self.projections + self.attention
         return {"none": 0, "attention": attention, "mlp": self.mlp, "layer": self.layers}[recompute]
@@ -99,18 +100,20 @@ def count_flops(config: ModelConfig, pattern: AttentionPattern, vocabulary: int,
     """FLOPs of one row under `pattern`; `selected`: the expected share of scored data tokens that reach the head.
 
     For block diffusion that is the mean mask probability over the interval, for next-token prediction 1.
-    `simplex`: whether noisy rows are expected embeddings of all words (ssdlm).
+    `simplex`: whether noisy rows are expected embeddings of all words (ssdlm), of which every one is scored.
     """
     hidden, width = config.hidden, config.heads * config.head_size
-    # Queries, attention output and MLP run on all rows, in the last layer on the scored half alone.
-    rows = (config.layers - 1) * pattern.rows + pattern.scored_rows
+    # Queries, attention output and MLP run on all rows, in the last layer on what is scored alone (token 0 never is).
+    scored = selected * (pattern.length - 1)
+    every_token = simplex or pattern.kind == "causal"
+    rows = (config.layers - 1) * pattern.rows + (pattern.scored_rows if every_token else scored)
     pairs = (config.layers - 1) * pattern.visible_pairs + scored_pairs(pattern)
     keys = config.layers * pattern.rows
     return RowFlops(
         projections=2 * hidden * (2 * width * rows + 2 * config.kv_heads * config.head_size * keys),
         attention=4 * width * pairs,
         mlp=2 * hidden * config.mlp_size * (3 if config.mlp == "swiglu" else 2) * rows,
-        head=2.0 * hidden * vocabulary * selected * (pattern.length - 1),  # token 0 is never a target
+        head=2.0 * hidden * vocabulary * scored,
         embedding=2.0 * hidden * (vocabulary - 1) * pattern.length if simplex else 0.0,
     )
 

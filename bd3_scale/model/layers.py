@@ -304,8 +304,8 @@ class KeyedDropout(nn.Module):
 
     No generator has a state: the mask does not depend on the layout, the micro-batch or on whether the forward is a
     recomputation. x is [rows, batch, hidden]; `keys` int64 [batch] in [0, 2^32); `row_ids` int64 [at least rows]: which row
-    of the undivided stream each is. Elementwise integer hashing (a 32-bit finaliser with full avalanche) that torch.compile
-    fuses into its neighbours.
+    of the undivided stream each is. Or x is [rows, hidden], each with a key of its own: `keys` [rows]. Elementwise integer
+    hashing (a 32-bit finaliser with full avalanche) that torch.compile fuses into its neighbours.
     """
 
     def __init__(self, probability: float, place: int) -> None:
@@ -315,10 +315,9 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, row_ids: Tensor) -> Tensor:
         if not self.training or self.probability == 0.0:
             return x
-        rows, _, hidden = x.shape
-        row = row_ids[:rows, None, None]
-        channel = torch.arange(hidden, device=x.device)
-        key = hash32(keys + self.place * 0x9E3779B9)[None, :, None]
+        row = row_ids[: len(x)].view(-1, *[1] * (x.dim() - 1))
+        channel = torch.arange(x.shape[-1], device=x.device)
+        key = hash32(keys + self.place * 0x9E3779B9)[:, None]
         word = hash32(hash32(key + row * 0x85EBCA6B) + channel * 0xC2B2AE35)
         kept = word >= int(self.probability * 2**32)
         return torch.where(kept, x / (1.0 - self.probability), torch.zeros((), dtype=x.dtype, device=x.device))

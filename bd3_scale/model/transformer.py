@@ -3,15 +3,15 @@
 Hidden states are [rows, batch, hidden], sequence first. Training rows are the two stream halves [x_t ; x_0], both with
 positions 0..L-1. Any contiguous slice of the layers is a stage: the first embeds, the last has the head, and in between
 hidden states are handed on. Invariants: parameters have the same names in a stage as in the whole network; only scored
-(noisy) rows reach the head, and there only the selected positions; in the last layer the clean half yields keys and
-values and nothing else; a forward keeps no state.
+(noisy) rows reach the head, and there only the selected positions; in the last layer the other rows yield keys and
+values and nothing else (`selected.py`); a forward keeps no state.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,27 @@ from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_t
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.layers import MLP, KeyedDropout, LearnedPositions, Linears, Modulation, NoiseCondition, Norm, RowGroups, modulate
 from bd3_scale.model.loss import Head
+from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.stream import Stream
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a layer hands on, as this rank holds them: the first `count` of those that it gets, [count, batch, hidden]; or
+    `selected` ones, [n / ranks, hidden]."""
+
+    count: int
+    ids: Tensor
+    """int64 [at least count]: which row of the undivided stream each is."""
+    dropout_keys: Tensor
+    """int64 [batch], or of each selected row."""
+    groups: RowGroups | None = None
+    """Which rows are conditioned alike; None: all of a sample."""
+    selected: SelectedRows | None = None
+
+    @property
+    def conditioned(self) -> RowGroups | SelectedRows | None:
+        return self.groups if self.selected is None else self.selected
 
 
 @dataclass(frozen=True)
@@ -33,15 +53,17 @@ class Shared:
 
     rotary: Rotary
     stream: Stream
-    row_ids: Tensor
-    """int64 [rows of this rank]: which row of the undivided stream each is."""
     condition: Tensor | None
-    """[batch or 1, conditioning_size]; with `groups`, [groups + 1, batch, conditioning_size]."""
-    dropout_keys: Tensor
+    """[batch or 1, conditioning_size]; where rows are in groups, [groups + 1, batch, conditioning_size]."""
+    every: Rows
+    """All rows."""
+    scored: Rows
+    """What is left of them behind the last layer."""
     segments: Tensor | None = None
     """int32 [batch, all rows], where documents of a row are kept apart."""
-    groups: RowGroups | None = None
-    """Which rows of this rank are conditioned alike; None: all of a sample."""
+
+    def handed_on(self, last: bool) -> Rows:
+        return self.scored if last else self.every
 
 
 class Block(nn.Module):
@@ -58,26 +80,31 @@ class Block(nn.Module):
         self.mlp_dropout = KeyedDropout(config.dropout, 2 * index + 1)
 
     def forward(self, x: Tensor, shared: Shared, last: bool) -> Tensor:
-        """x [rows, batch, hidden] -> the same; in the `last` layer only the scored rows."""
+        """x [rows, batch, hidden] -> the same; in the `last` layer only the scored rows, or, [n, hidden], the selected ones."""
         modulation = self._modulation(shared.condition)
-        return self.mlp_half(self.attention_half(x, modulation[:3], shared, last), modulation[3:], shared)
+        return self.mlp_half(self.attention_half(x, modulation[:3], shared, last), modulation[3:], shared.handed_on(last))
 
     def attention_half(self, x: Tensor, modulation: tuple[Tensor, ...], shared: Shared, last: bool) -> Tensor:
         """x -> x + attention(norm(x)); `modulation`: (shift, scale, gate), or nothing without adaLN."""
-        stream = shared.stream
-        query_rows = stream.scored if last else stream.rows
-        normed = modulated(self.attention_norm(x), modulation, shared.groups)
-        y = self.attention(normed, shared.rotary, stream, query_rows, shared.segments)
-        y = self.attention_dropout(y, shared.dropout_keys, shared.row_ids)
-        return gated_add(x[:query_rows], y, modulation, shared.groups)
+        rows = shared.handed_on(last)
+        normed = modulated(self.attention_norm(x), modulation, shared.every.groups)
+        if rows.selected is None:
+            x, asking = x[: rows.count], normed[: rows.count]
+        else:
+            # Normed once more: to take them from the normed rows, too, would move them among the ranks a second time.
+            x = rows.selected.take(x)
+            asking = modulated(self.attention_norm(x), modulation, rows.selected)
+        y = self.attention(asking, normed, shared.rotary, shared.stream, rows.selected, shared.segments)
+        y = self.attention_dropout(y, rows.dropout_keys, rows.ids)
+        return gated_add(x, y, modulation, rows.conditioned)
 
-    def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], shared: Shared | None) -> Tensor:
-        """x -> x + mlp(norm(x)); without `shared` (decoding) no dropout, and all rows of a sample are conditioned alike."""
-        groups = shared.groups if shared is not None else None
-        y = self.mlp(modulated(self.mlp_norm(x), modulation, groups))
-        if shared is not None:
-            y = self.mlp_dropout(y, shared.dropout_keys, shared.row_ids)
-        return gated_add(x, y, modulation, groups)
+    def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows | None) -> Tensor:
+        """x -> x + mlp(norm(x)); without `rows` (decoding) no dropout, and all rows of a sample are conditioned alike."""
+        conditioned = rows.conditioned if rows is not None else None
+        y = self.mlp(modulated(self.mlp_norm(x), modulation, conditioned))
+        if rows is not None:
+            y = self.mlp_dropout(y, rows.dropout_keys, rows.ids)
+        return gated_add(x, y, modulation, conditioned)
 
     def decode(
         self, x: Tensor, rotary: Rotary, condition: Tensor | None, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
@@ -92,11 +119,11 @@ class Block(nn.Module):
         return () if self.modulation is None or condition is None else tuple(self.modulation(condition))
 
 
-def modulated(x: Tensor, modulation: tuple[Tensor, ...], groups: RowGroups | None = None) -> Tensor:
+def modulated(x: Tensor, modulation: tuple[Tensor, ...], groups: RowGroups | SelectedRows | None = None) -> Tensor:
     return _by_groups(groups, modulate, (x,), modulation[:2]) if modulation else x
 
 
-def gated_add(x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], groups: RowGroups | None = None) -> Tensor:
+def gated_add(x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], groups: RowGroups | SelectedRows | None = None) -> Tensor:
     return _by_groups(groups, _gated, (x, y), modulation[2:]) if modulation else x + y
 
 
@@ -104,7 +131,9 @@ def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x, gate, y)
 
 
-def _by_groups(groups: RowGroups | None, function: Callable[..., Tensor], rows: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> Tensor:
+def _by_groups(
+    groups: RowGroups | SelectedRows | None, function: Callable[..., Tensor], rows: tuple[Tensor, ...], vectors: tuple[Tensor, ...]
+) -> Tensor:
     return function(*rows, *vectors) if groups is None else groups.apply(function, rows, vectors)
 
 
@@ -145,16 +174,19 @@ class Transformer(nn.Module):
         each, groups = None if condition is None else self.linears.shared_by_rows(condition), None
         if each is not None and by_block:
             each, groups = _of_groups(each, stream)
-        shared = Shared(rotary, stream, rows, each, inputs.dropout_keys, inputs.segments, groups)
+        every = Rows(stream.rows, rows, inputs.dropout_keys, groups)
+        shared = Shared(rotary, stream, each, every, self._scored(every, stream, inputs), inputs.segments)
         for block, is_last in self._layers():
             x = block(x, shared, is_last)
         if not self.last:
             return x
-        scored = self.linears.all_rows(x).transpose(0, 1).flatten(0, 1)
+        x = self.linears.all_rows(x)
+        if not inputs.sparse:
+            x = x.transpose(0, 1).flatten(0, 1)[inputs.selected]
         place: tuple[Tensor, ...] = (inputs.selected // pattern.scored_rows,)
         if by_block:
             place = (inputs.selected % pattern.scored_rows // pattern.block_size, *place)
-        final = self._final(scored[inputs.selected], condition, place)
+        final = self._final(x, condition, place)
         return self.head(final, inputs.targets, inputs.weights, inputs.normalised)
 
     def _embedded(self, tokens: Tensor, positions: Tensor, simplex: SimplexNoise | None) -> Tensor:
@@ -162,6 +194,15 @@ class Transformer(nn.Module):
         are noised by `simplex`."""
         x = self.embedding(tokens, simplex)
         return x if self.positions is None else self.positions(x, positions)
+
+    def _scored(self, every: Rows, stream: Stream, inputs: NetworkInputs) -> Rows:
+        """The rows that the network's last layer hands on; stages without it do not ask."""
+        if not (self.last and inputs.sparse):
+            return replace(every, count=stream.scored)
+        if every.groups is not None:
+            raise ValueError("the noise of each block is told to a network of which only some rows are scored")
+        selected = SelectedRows.of(inputs.selected, stream, len(inputs.tokens))
+        return Rows(len(selected.row_ids), selected.row_ids, inputs.dropout_keys[selected.samples], None, selected)
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return None if self.config.positions == "learned" else rotary_table(positions, self.config.head_size, self.config.rotary_base)

@@ -1,7 +1,7 @@
 """Bytes of activations on one rank, from the recipe alone: what a forward leaves behind for its backward, and how often.
 
 Counted are the tensors that autograd keeps, operation by operation, of one micro-batch of b rows (n: rows of the network that a
-rank computes, 2L b for block diffusion and L b for the scored half alone; r: the part of them that it holds between the linears,
+rank computes, 2L b for block diffusion; r: the part of them that it holds between the linears,
 n / tensor under sequence parallelism; w: bytes of a weight that computes; h hidden; q, k: width of the query heads and of the key
 heads on this rank; m: MLP units on this rank). Kept by one layer:
 
@@ -14,9 +14,12 @@ heads on this rank; m: MLP units on this rank). Kept by one layer:
 | MLP: GELU, SwiGLU | 2 w n m, 4 w n m |
 | dropout masks, bool; adaLN: what the gates multiply | 2 r h; 2 w r h |
 
-In the last layer everything behind keys and values is of the scored half. The head keeps the gradient of its weight in fp32, formed in
-the forward (model/loss.py). Of what `training.recompute` names (a layer, or the half of it with the attention or the MLP) the input
-alone is kept, w r h, and one at a time is whole. A half frees about as many bytes as the other for a FLOP of computing it again.
+In the last layer everything behind keys and values is of the scored rows alone: of the selected ones, which are normed once more, and
+for which attention keeps its queries and outputs of the whole scored half and gathers theirs; or, where every token is scored, of that
+half. Told the noise of each sample (sedd), its vectors are repeated for the selected rows. The head keeps the gradient of its weight
+in fp32, formed in the forward (model/loss.py). Of what `training.recompute` names (a layer, or the half of it with the attention or the
+MLP) the input alone is kept, w r h, and one at a time is whole. A half frees about as many bytes as the other for a FLOP of computing
+it again.
 A pipeline rank keeps as many micro-batches as its schedule has under way. Invariant: a test measures all of it on CPU.
 With `training.compile` Inductor computes some of this again instead of keeping it: the numbers are then an upper bound.
 """
@@ -51,6 +54,10 @@ class Batch:
     weight: int = 4
     """Bytes of a number in the weights that compute: 2 in bf16."""
     device: str = "cpu"
+    sparse: bool = True
+    """Whether the last layer computes the selected rows alone: not where every token is scored."""
+    timed: bool = False
+    """Whether each sample is told its noise (sedd)."""
 
     @property
     def kernel(self) -> str:
@@ -62,9 +69,20 @@ class Batch:
             return "flex" if self.device == "cuda" else "tiled"
         return "flex" if chosen.startswith("flex") else chosen  # its backends keep the same
 
+    def computed(self, last: bool) -> int:
+        """Rows that the MLP of a layer computes, of the whole micro-batch; `last`: of the network's last."""
+        if last and self.sparse:
+            return self.selected
+        return self.rows * (self.pattern.scored_rows if last else self.pattern.rows)
+
     def held(self, rows: int) -> int:
-        """Of `rows` of the network (of all micro-batch rows), those on this rank between the linears."""
-        return rows * self.rows // (self.tensor if self.sequence else 1)
+        """Of `rows` of a whole micro-batch, those on this rank between the linears."""
+        return rows // (self.tensor if self.sequence else 1)
+
+    @property
+    def hidden_states(self) -> int:
+        """Bytes of what a layer hands on to the next, on this rank."""
+        return self.weight * self.held(self.computed(False)) * self.config.hidden
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Kept:
 
 
 def layer_bytes(batch: Batch, last: bool) -> int:
-    """What one layer keeps without recomputation; `last`: the network's last one, whose clean half yields keys and values only."""
+    """What one layer keeps without recomputation; `last`: the network's last one, whose other rows yield keys and values only."""
     return attention_half_bytes(batch, last) + mlp_half_bytes(batch, last)
 
 
@@ -96,37 +114,42 @@ def recomputed_bytes(batch: Batch, last: bool, recompute: str) -> int:
 
 def input_bytes(batch: Batch, last: bool, recompute: str) -> int:
     """What is kept in its place: the input of that part of the layer, of which the MLP's has the scored rows alone in the last layer."""
-    rows = batch.pattern.scored_rows if last and recompute == "mlp" else batch.pattern.rows
+    rows = batch.computed(last and recompute == "mlp")
     return 0 if recompute == "none" else batch.weight * batch.held(rows) * batch.config.hidden
 
 
 def attention_half_bytes(batch: Batch, last: bool) -> int:
     """Norm, modulation, attention, its dropout and gate."""
-    config, before = batch.config, batch.held(batch.pattern.rows)
-    after = batch.held(batch.pattern.scored_rows) if last else before
+    config, before, after = batch.config, batch.held(batch.computed(False)), batch.held(batch.computed(last))
+    taken = _input_side_bytes(batch, after, last) if last and batch.sparse else 0
     shared_keys = config.kv_heads % batch.tensor != 0
     # Gathered outside of the linear, and so kept whole.
     gathered = batch.weight * config.hidden * batch.pattern.rows * batch.rows if shared_keys and batch.sequence else 0
-    return _input_side_bytes(batch, before) + gathered + attention_bytes(batch, last) + _output_side_bytes(batch, after)
+    return _input_side_bytes(batch, before) + taken + gathered + attention_bytes(batch, last) + _output_side_bytes(batch, after, last)
 
 
 def mlp_half_bytes(batch: Batch, last: bool) -> int:
     """Norm, modulation, MLP, its dropout and gate."""
-    rows = batch.pattern.scored_rows if last else batch.pattern.rows
+    rows = batch.computed(last)
     units = batch.config.mlp_size // batch.tensor * (4 if batch.config.mlp == "swiglu" else 2)
-    mlp = batch.weight * rows * batch.rows * units
-    return _input_side_bytes(batch, batch.held(rows)) + mlp + _output_side_bytes(batch, batch.held(rows))
+    mlp = batch.weight * rows * units
+    return _input_side_bytes(batch, batch.held(rows), last) + mlp + _output_side_bytes(batch, batch.held(rows), last)
 
 
-def _input_side_bytes(batch: Batch, rows: int) -> int:
-    copies = 2 if batch.config.conditioning == "adaln" else 1
+def _input_side_bytes(batch: Batch, rows: int, last: bool = False) -> int:
+    copies = (2 if batch.config.conditioning == "adaln" else 1) + _repeated(batch, last)
     return norm_bytes(batch, rows) + batch.weight * batch.config.hidden * rows * copies
 
 
-def _output_side_bytes(batch: Batch, rows: int) -> int:
+def _output_side_bytes(batch: Batch, rows: int, last: bool) -> int:
     dropout = 1 if batch.config.dropout else 0
     gate = batch.weight if batch.config.conditioning == "adaln" else 0
-    return (dropout + gate) * rows * batch.config.hidden
+    return (dropout + gate + batch.weight * _repeated(batch, last)) * rows * batch.config.hidden
+
+
+def _repeated(batch: Batch, last: bool) -> int:
+    """Vectors that each row has of its own: the scale on the way into a half, the gate on the way out."""
+    return 1 if last and batch.sparse and batch.timed else 0
 
 
 def norm_bytes(batch: Batch, rows: int, width: int | None = None) -> int:
@@ -150,6 +173,7 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     # Tiles are whole, whatever the clean half is short of.
     whole = 2 * pattern.length * batch.rows if batch.kernel == "tiled" and pattern.clean_rows else everything
     queries = pattern.scored_rows * batch.rows if last else whole
+    selected = batch.selected if last and batch.sparse else 0
     query, key = queries * heads * config.head_size, everything * key_heads * config.head_size
     reordered = batch.sequence and pattern.rows != pattern.scored_rows  # `Stream.together` copies
     rotated = config.positions == "rotary"
@@ -157,32 +181,36 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     keys_and_values = (2 * key if normed or not reordered else 0) + (key if reordered else 0)  # v; with k as the linear gives it
     keys_and_values += key if rotated or reordered or normed else 0  # k
     # q; the output; for the tiles, and by flash attention, in an order of their own, so that the rows are copied once more.
-    copies = 3 if batch.kernel == "tiled" or (batch.kernel == "sdpa" and batch.device == "cuda") else 2
-    total = w * (copies * query + keys_and_values) + 4 * queries * heads
+    # Of those that are selected, what they are copied to is gathered.
+    copied = batch.kernel == "tiled" or (batch.kernel == "sdpa" and batch.device == "cuda")
+    outputs = selected * heads * config.head_size if selected else (query if copied else 0)
+    total = w * (2 * query + outputs + keys_and_values) + 4 * queries * heads
     if batch.kernel == "dense":
         total += w * (pattern.scored_rows if last else pattern.rows) * pattern.rows  # the mask, in numbers
     if normed:
-        total += rms_bytes(batch, queries * heads, config.head_size) + rms_bytes(batch, everything * key_heads, config.head_size)
+        total += rms_bytes(batch, (selected or queries) * heads, config.head_size) + rms_bytes(
+            batch, everything * key_heads, config.head_size
+        )
         total -= 4 * key if w == 4 else 0  # k before the norm is part of the fused output
     return total
 
 
 def kept_bytes(batch: Batch, layers: range, vocabulary: int, *, recompute: str, pipeline: bool, interleaved: bool) -> Kept:
     """What one forward of the chunk that holds `layers` keeps; `vocabulary` is V, MASK included."""
-    config, pattern, w, hidden = batch.config, batch.pattern, batch.weight, batch.config.hidden
+    config, pattern, w = batch.config, batch.pattern, batch.weight
     first, last = layers.start == 0, layers.stop == config.layers
-    held = batch.held(pattern.rows)
     each = [
         layer_bytes(batch, end) - recomputed_bytes(batch, end, recompute) + input_bytes(batch, end, recompute)
         for end in (index + 1 == config.layers for index in layers)
     ]
     rotary = 4 * pattern.rows * config.head_size if config.positions == "rotary" else 0
     masked = 9 * pattern.rows * batch.rows if first and batch.tensor > 1 else 0  # the ids of other ranks
+    chosen = 24 * batch.selected if last and batch.sparse else 0  # where the selected rows lie
     # The schedule holds what came from the stage before, which autograd keeps as it is, or in fp32 only, for the first norm.
     kept_as_it_is = w == 4 or recompute in ("attention", "layer")
-    received = w * held * hidden if pipeline and not first and not kept_as_it_is else 0
-    sent = w * held * hidden if interleaved and not last else 0
-    return Kept(sum(each) + rotary + masked, head_bytes(batch, vocabulary) if last else 0, received + sent)
+    received = batch.hidden_states if pipeline and not first and not kept_as_it_is else 0
+    sent = batch.hidden_states if interleaved and not last else 0
+    return Kept(sum(each) + rotary + masked + chosen, head_bytes(batch, vocabulary) if last else 0, received + sent)
 
 
 def head_bytes(batch: Batch, vocabulary: int) -> int:
@@ -190,7 +218,8 @@ def head_bytes(batch: Batch, vocabulary: int) -> int:
     config, hidden, n = batch.config, batch.config.hidden, batch.selected
     multiple = batch.tensor * (128 if batch.device == "cuda" else 1)
     share = -(-vocabulary // multiple) * multiple // batch.tensor
-    norm = norm_bytes(batch, n) + (batch.weight * n * hidden if config.conditioning == "adaln" else 0)
+    copies = (1 if config.conditioning == "adaln" else 0) + _repeated(batch, True)
+    norm = norm_bytes(batch, n) + batch.weight * n * hidden * copies
     return norm + batch.weight * n * hidden + 4 * share * (hidden + config.head_bias)
 
 
@@ -205,14 +234,14 @@ def working_bytes(batch: Batch, *, recompute: str) -> int:
     """Beside what is kept, in a backward: the part of a layer that is computed again, and the gradients inside one MLP."""
     config, everything = batch.config, batch.pattern.rows * batch.rows
     units = config.mlp_size // batch.tensor * (3 if config.mlp == "swiglu" else 2)
-    gradients = batch.weight * (everything * units + 2 * batch.held(batch.pattern.rows) * config.hidden)
+    gradients = batch.weight * everything * units + 2 * batch.hidden_states
     return recomputed_bytes(batch, False, recompute) + gradients
 
 
 def exchange_bytes(batch: Batch, parallel: ParallelConfig, pipeline_rank: int) -> int:
     """Buffers of communication while a step runs: hidden states on their way, forwards and backwards, to and from each neighbour;
     under sequence parallelism megatron-core's buffer for the rows of all tensor ranks."""
-    state = batch.weight * batch.held(batch.pattern.rows) * batch.config.hidden
+    state = batch.hidden_states
     before, after = pipeline_rank > 0, pipeline_rank < parallel.pipeline - 1 or parallel.virtual_stages > 1
     gathered = batch.weight * batch.pattern.rows * batch.rows * batch.config.hidden if batch.sequence else 0
     return (2 * (before + after) * state if parallel.pipeline > 1 else 0) + gathered

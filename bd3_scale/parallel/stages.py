@@ -1,7 +1,7 @@
 """Which layers each pipeline stage holds: contiguous slices, as equal in cost as layers allow.
 
 A stage costs what its slowest member computes: the first also embeds, the last has the head, and the network's last layer
-is cheap because its clean half yields keys and values only. Chunk c of the P x v chunks (v virtual stages a rank) lies on
+is cheap because rows that are not scored yield keys and values only. Chunk c of the P x v chunks (v virtual stages a rank) lies on
 pipeline rank c mod P, as megatron-core's interleaved schedule has it.
 
 A run whose block size changes has phases, in which layers cost differently: its stages are cut for the mean over its steps.
@@ -60,7 +60,7 @@ def layer_costs(
     products of expected embeddings (`simplex`), of which there are two in the three passes of a step.
     """
     one = count_flops(replace(config, layers=1), pattern, vocabulary, selected, simplex)
-    two = count_flops(replace(config, layers=2), pattern, vocabulary, selected)
+    two = count_flops(replace(config, layers=2), pattern, vocabulary, selected, simplex)
     middle, last = float(two.layers - one.layers) * rows, float(one.layers) * rows
     embedding = 4.0 * vocabulary * config.hidden * FLOPS_PER_BYTE + 2 / 3 * one.embedding * rows
     return [*[middle] * (config.layers - 1), last], embedding, one.head * rows

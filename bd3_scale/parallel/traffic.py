@@ -22,10 +22,11 @@ not the head, which is done with its weight, nor an embedding that is only looke
 (n': what DeepSpeed 3 divides, and once more for the backward what it let go after the forward: nothing below half of `REUSE`, above
 it known to some per cent only, since what it prefetches stays, too.)
 
-Tensor, per micro-batch, X = w x rows x hidden (in the last layer of the scored half, but for keys and values): a row-parallel linear
+Tensor, per micro-batch, X = w x rows x hidden (in the last layer of the scored rows, but for keys and values): a row-parallel linear
 sums its output in the forward (embedding, attention output, MLP down), a column-parallel one its input's gradient in the backward
 (query, key/value, MLP up). Under sequence parallelism each such sum is a reduce-scatter of X and has a gather of X as its other pass;
-column-parallel linears gather their input once more for the gradient of the weight. The head sums the gradient of the selected
+column-parallel linears gather their input once more for the gradient of the weight; and the rows that the last layer computes are
+divided anew by such a sum. The head sums the gradient of the selected
 positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold
 whole but know in part are summed
 for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its part of a layer again, up to
@@ -164,9 +165,10 @@ def conditions_of(kind: str, batch: Batch) -> int:
 
 def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict[str, int]:
     """Payload over the tensor ranks of one forward and backward of a chunk, without the gradients of parameters."""
-    config, pattern, w = batch.config, batch.pattern, batch.weight
-    whole = w * pattern.rows * batch.rows * config.hidden
-    scored = w * pattern.scored_rows * batch.rows * config.hidden
+    config, w = batch.config, batch.weight
+    whole = w * batch.computed(False) * config.hidden
+    scored = w * batch.computed(True) * config.hidden
+    taken = scored if batch.sequence and batch.sparse else 0
     first, last = layers.start == 0, layers.stop == config.layers
     shared = config.kv_heads % batch.tensor != 0
     after = config.dropout > 0 or config.conditioning == "adaln"  # something behind the MLP keeps a tensor of it
@@ -177,6 +179,10 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict
         # A part is computed again up to the last tensor that is needed: of its last sum only where something behind it keeps one.
         again = rows * ((recompute == "layer") + (recompute != "none" and after))
         gathered_again = {"none": 0, "attention": rows + whole, "mlp": rows, "layer": inputs}[recompute]
+        if index + 1 == config.layers:
+            again += taken if recompute in ("attention", "layer") else 0
+            sums += taken
+            gathers += taken
         sums += inputs + outputs + again
         gathers += inputs + outputs + (inputs - (whole if shared else 0)) + gathered_again
     sums += whole if first else 0
@@ -210,7 +216,7 @@ def partial_shapes(batch: Batch, layers: range) -> list[Shape]:
 def pipeline_bytes(batch: Batch, virtual: int, pipeline: int, pipeline_rank: int, micro_batches: int, sharers: int = 1) -> dict[str, int]:
     """Payload from this rank to its neighbours, and in the sum of what all stages hold, of which each rank has its share."""
     config = batch.config
-    state = batch.weight * batch.held(batch.pattern.rows) * config.hidden
+    state = batch.hidden_states
     forwards, backwards = virtual - (pipeline_rank == pipeline - 1), virtual - (pipeline_rank == 0)
     size = config.conditioning_size if config.conditioning == "adaln" else 0
     condition = 4 * shard([(size, SINUSOIDS), (size, 1), (size, size), (size, 1)], sharers)

@@ -156,7 +156,8 @@ def stage_flops(case: Situation, phase: Phase, pipeline_rank: int) -> float:
     """FLOPs that one tensor rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
     parallel = case.recipe.parallel
     share = stages.selected_share(case.recipe, phase.pattern)
-    layers, _, head = stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, case.micro_batch)
+    simplex = case.recipe.objective.kind in ON_SIMPLEX
+    layers, _, head = stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, case.micro_batch, simplex)
     passes = layer_passes(case, phase)
     held = case.stages_of(pipeline_rank)
     own = passes * sum(layers[index] for chunk in held for index in chunk)

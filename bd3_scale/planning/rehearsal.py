@@ -188,7 +188,8 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
             tensors: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
             fake = replace(inputs, **tensors)
             # As megatron-core's schedules have it: rows of the stream on this rank, micro-batch, hidden.
-            shape = [case.batch(phase).held(phase.pattern.rows) // case.micro_batch, case.micro_batch, recipe.model.hidden]
+            batch = case.batch(phase)
+            shape = [batch.held(batch.computed(False)) // case.micro_batch, case.micro_batch, recipe.model.hidden]
             handed: Tensor | None = None
             for chunk in built if here.rank == 0 else _own(here, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()

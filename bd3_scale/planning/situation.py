@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 
 from bd3_scale.config import Recipe, resolve_precision, validate
 from bd3_scale.data.shares import Shares
-from bd3_scale.diffusion.config import SELECTED_MULTIPLE
+from bd3_scale.diffusion.config import EVERY_TOKEN
 from bd3_scale.errors import DataError
 from bd3_scale.parallel import stages
 from bd3_scale.parallel.activations import Batch
@@ -80,10 +80,22 @@ class Situation:
         parallel, model = self.recipe.parallel, self.recipe.model
         pattern = (phase or self.widest).pattern
         selected = max(1, round(self.micro_batch * (model.context - 1) * stages.selected_share(self.recipe, pattern)))
-        multiple = SELECTED_MULTIPLE[self.device.type]
+        multiple = self.recipe.selected_multiple(self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
-        return Batch(model, pattern, self.micro_batch, padded, parallel.tensor, parallel.sequence, weight, self.device.type)
+        kind = self.recipe.objective.kind
+        return Batch(
+            model,
+            pattern,
+            self.micro_batch,
+            padded,
+            parallel.tensor,
+            parallel.sequence,
+            weight,
+            self.device.type,
+            sparse=kind not in EVERY_TOKEN,
+            timed=kind == "sedd",
+        )
 
 
 class _Key:

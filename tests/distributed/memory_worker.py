@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from bd3_scale import config
 from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.objectives import objective_at
 from bd3_scale.parallel import layout
 from bd3_scale.parallel.activations import exchange_bytes
 from bd3_scale.parallel.build import build_engine
@@ -67,7 +66,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     config.validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     before = storages()
-    objective = objective_at(recipe.objective, recipe.model.context, VOCABULARY - 1, 0)
+    objective = recipe.objective_of(VOCABULARY - 1, 0, "cpu", None)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)
     most, step, held = 0, 0, []

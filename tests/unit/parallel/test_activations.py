@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion
+from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.loss import CHUNK_ELEMENTS
@@ -43,6 +43,10 @@ CASES: dict[str, tuple[ModelConfig, str, str, bool]] = {
     "qwen3, bf16": (replace(LLAMA, query_key_norm=True), "bd3", "none", True),
     "dense": (replace(PLAIN, attention="dense"), "bd3", "none", False),
     "mdlm": (PLAIN, "mdlm", "none", False),
+    "mdlm, qwen3, bf16": (replace(LLAMA, query_key_norm=True), "mdlm", "none", True),
+    "mdlm, llama, recomputed": (LLAMA, "mdlm", "layer", False),
+    "sedd": (PAPER, "sedd", "none", False),
+    "sedd, bf16, MLPs recomputed": (PAPER, "sedd", "mlp", True),
     "ar": (LLAMA, "ar", "none", False),
 }
 
@@ -57,6 +61,7 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
     objective = {
         "bd3": lambda: BlockDiffusion(V - 1, CONTEXT, 16),
         "mdlm": lambda: MaskedDiffusion(V - 1, CONTEXT),
+        "sedd": lambda: ScoreEntropy(V - 1, CONTEXT),
         "ar": lambda: Autoregressive(V - 1, CONTEXT),
     }[kind]()
     rows = np.random.default_rng(0).integers(0, V - 1, (ROWS, CONTEXT))
@@ -67,7 +72,15 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
         answer = model(inputs)
         measured = alive.bytes()
     assert answer[0].isfinite()
-    batch = Batch(config, inputs.pattern, ROWS, len(inputs.selected), weight=2 if bf16 else 4)
+    batch = Batch(
+        config,
+        inputs.pattern,
+        ROWS,
+        len(inputs.selected),
+        weight=2 if bf16 else 4,
+        sparse=inputs.sparse,
+        timed=inputs.noise_levels is not None,
+    )
     expected = kept_bytes(batch, range(3), V, recompute=recompute, pipeline=False, interleaved=False).total
     record_property("table", f"activations, {name:24s} {measured / 2**20:6.2f} MiB measured, {expected / 2**20:6.2f} by the formula")
     assert expected == pytest.approx(measured, rel=0.03)
