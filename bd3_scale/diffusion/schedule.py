@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -61,6 +62,11 @@ def schedule_named(name: str) -> Schedule:
 def expected_masked(schedule: str, interval: Sequence[float]) -> float:
     """Mean mask probability at t ~ U[beta, omega] (midpoint rule: exact for the linear schedule)."""
     beta, omega = interval
+    return _expected_masked(schedule, float(beta), float(omega))
+
+
+@lru_cache(maxsize=64)
+def _expected_masked(schedule: str, beta: float, omega: float) -> float:
     times = beta + (omega - beta) * (np.arange(1000) + 0.5) / 1000
     return float(schedule_named(schedule).mask_probability(times).mean())
 

@@ -34,13 +34,17 @@ class Found:
 
 def search(case: Situation, mfu: float, most: int = 10) -> list[Found]:
     """The `most` best layouts that fit; empty where none does."""
-    found = []
+    tried = []
     for recipe in _recipes(case):
         other = replace(case, recipe=recipe)
-        memory = max(rank_memory(other, rank).total for rank in range(recipe.parallel.pipeline))
+        tried.append((sum(phase.steps * step_time(other, phase, mfu).total for phase in other.phases), len(tried), other))
+    found: list[Found] = []
+    for seconds, _, other in sorted(tried):  # what is slower than the best that fit need not be counted
+        if len(found) >= most and seconds > found[-1].seconds:
+            break
+        memory = max(rank_memory(other, rank).total for rank in range(other.recipe.parallel.pipeline))
         if memory <= case.device.usable:
-            seconds = sum(phase.steps * step_time(other, phase, mfu).total for phase in other.phases)
-            found.append(Found(_overrides(recipe, case.recipe.parallel), memory, seconds, bubble_fraction(other)))
+            found.append(Found(_overrides(other.recipe, case.recipe.parallel), memory, seconds, bubble_fraction(other)))
     return sorted(found, key=lambda one: (one.seconds, one.memory))[:most]
 
 

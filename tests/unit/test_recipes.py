@@ -14,21 +14,29 @@ from bd3_scale import config as recipes
 from bd3_scale.diffusion.objectives import build_objective
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.planning.devices import device_named
+from bd3_scale.planning.report import make_plan
+from bd3_scale.planning.search import search
+from bd3_scale.planning.situation import situation
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^(?:\w+=\S+ )*((?:torchrun|python).* -m bd3_scale\.train recipes/.*)$", README, re.MULTILINE)
 """What the README tells people to type."""
-WORLD_SIZES = {"owt_110m": 64, "lm1b_110m": 8, "owt_1b": 64, "owt_7b": 64}
+WORLD_SIZES = {"owt_110m": 64, "lm1b_110m": 8, "owt_1b": 64, "owt_1b_stream": 64, "owt_7b": 64}
+DAYS_AND_FLOPS = {"owt_1b": (1.25, 1.12), "owt_1b_stream": (1.25, 1.12), "owt_7b": (5.5, 1.15)}
+"""On their 64 H100 at 40 % while they compute: at most so many days, and so many times the FLOPs of a next-token run."""
 CLUSTER = [
     "model.key_value_heads=4",
     "model.mlp_hidden=96",
     "objective.block_size=[[0,32],[10,8]]",
     "parallel.pipeline=1",
     "parallel.virtual_stages=1",
+    "parallel.engine=fsdp",
 ]
-SHRUNK_FURTHER = {"owt_1b": CLUSTER, "owt_7b": CLUSTER, "lm1b_110m": ["objective.block_size=[[0,32],[10,8]]"]}
+SCHEDULE = ["objective.block_size=[[0,32],[10,8]]"]
+SHRUNK_FURTHER = {"owt_1b": CLUSTER, "owt_1b_stream": CLUSTER, "owt_7b": CLUSTER, "lm1b_110m": SCHEDULE, "owt_110m": SCHEDULE}
 """Their layouts are trained by tests/distributed/test_layouts.py."""
 SHRUNK = ["model.layers=2", "model.hidden=48", "model.heads=4", "model.context=32", "model.conditioning_size=8"]
 
@@ -57,6 +65,22 @@ def test_recipe_shrunk_learns_a_batch(path: Path, world_of_one: object) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize("name", ["owt_110m", "lm1b_110m", "owt_1b", "owt_7b"])
+def test_recipe_of_a_cluster_is_as_fast_as_the_planner_knows(name: str) -> None:
+    """Within a tenth of the best layout for its devices, over the whole schedule of block sizes."""
+    case = situation(recipes.load(ROOT / "recipes" / f"{name}.yaml"), WORLD_SIZES[name], device_named("h100", WORLD_SIZES[name]), 50258)
+    plan, best = make_plan(case, 0.4), search(case, 0.4, most=1)[0]
+    assert plan.fits and plan.seconds < 1.1 * best.seconds, f"{plan.seconds / 86400:.2f} days, {best}"
+    days, flops = DAYS_AND_FLOPS.get(name, (1.0, 1.2))
+    assert plan.seconds < days * 86400 and plan.flops_ratio < flops
+
+
+def test_streamed_recipe_is_the_other_but_for_its_data() -> None:
+    plain, streamed = (recipes.flatten(recipes.load(ROOT / "recipes" / f"{name}.yaml")) for name in ("owt_1b", "owt_1b_stream"))
+    different = {key for key, value in plain.items() if streamed[key] != value}
+    assert different == {"run.name", "run.dir", "data.path", "data.remote", "data.cache_bytes"} and streamed["data.remote"]
 
 
 @pytest.mark.parametrize(
