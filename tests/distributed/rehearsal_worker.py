@@ -46,14 +46,16 @@ CONTROL = 64
 
 
 class Count(TorchDispatchMode):
-    """Payload by (group, operation)."""
+    """Payload by (group, operation), and how often the host reads a number of the device (`item`), for which it waits."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.reads = 0
         self.bytes: Counter[str] = Counter()
         self.unknown: set[str] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.reads += function.__name__.startswith("_local_scalar_dense")
         if function.namespace == "c10d":
             self._count(function.__name__.split(".")[0], arguments)
         return function(*arguments, **(keywords or {}))
@@ -115,7 +117,8 @@ def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict
         engine.close()
     assert not count.unknown, count.unknown
     # With two stages the group of the embedding is that of the pipeline.
-    return {"counted": merged(count.bytes), "formula": merged({name: number // len(inputs) for name, number in formula.items()})}
+    moved = {name: number // len(inputs) for name, number in formula.items()}
+    return {"counted": merged(count.bytes), "formula": merged(moved), "reads": count.reads}
 
 
 def merged(found: dict[str, int]) -> dict[str, int]:

@@ -60,14 +60,14 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
         8, 5, layout(2, 2, 1, SEQUENCE, "parallel.virtual_stages=2", "model.tied_head=true", *ADALN)
     ),
     "pipeline 2, data 2, zero 2": (4, 0, layout(1, 2, 2)),
-    "pipeline 2, data 2, zero 3, bf16": (4, 2, layout(1, 2, 3, BF16)),
+    "pipeline 2, data 2, bf16, zero 3": (4, 2, layout(1, 2, 3, BF16)),
     "pipeline 4, a middle stage, data 2, zero 3": (8, 2, layout(1, 4, 3)),
     "data 4, fsdp, zero 3": (4, 0, layout(1, 1, 3, FSDP)),
     "data 4, fsdp, tied, ssdlm, recomputed, zero 3": (
         4, 0, layout(1, 1, 3, FSDP, RECOMPUTE, "objective.kind=ssdlm", "objective.block_size=16", "model.tied_head=true", *ADALN)
     ),
     "data 4, fsdp, ssdlm, zero 3": (4, 0, layout(1, 1, 3, FSDP, "objective.kind=ssdlm", "objective.block_size=16", *ADALN)),
-    "data 8, fsdp, shard 4, zero 3, bf16": (8, 0, layout(1, 1, 3, FSDP, BF16, "parallel.shard=4")),
+    "data 8, fsdp, shard 4, bf16, zero 3": (8, 0, layout(1, 1, 3, FSDP, BF16, "parallel.shard=4")),
     "tensor 2, pipeline 2 x 2, data 2, sequence, tied, adaln, learned, zero 3": (
         8, 5, layout(2, 2, 3, SEQUENCE, "parallel.virtual_stages=2", "model.tied_head=true", "model.positions=learned", *ADALN)
     ),
@@ -75,7 +75,9 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
         8, 0, layout(1, 2, 2, "parallel.virtual_stages=2", "parallel.shard=2", "model.tied_head=true", *ADALN)
     ),
 }  # fmt: skip
+FSDP_ROWS = [name for name in TRAFFIC if "fsdp" in name or ("pipeline" in name and name.split(", ")[-1] in ("zero 2", "zero 3"))]
 LARGE = Path(__file__).resolve().parents[2] / "recipes" / "owt_7b.yaml"
+COPIES = ["parallel.pipeline=2", "parallel.zero=3", "parallel.shard=4"]
 WRONG = ["parallel.tensor=3"]
 
 
@@ -88,6 +90,14 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     plan += [("rehearse", path.stem, str(path), WORLD_SIZES.get(path.stem, 1), [], 0) for path in RECIPES]
     plan += [
         ("rehearse", "512 ranks", str(LARGE), 512, ["training.global_batch=1024", "parallel.zero=0", "training.precision=fp32"], 0),
+        (
+            "rehearse",
+            "copies",
+            str(LARGE.with_name("owt_110m.yaml")),
+            16,
+            ["parallel.pipeline=2", "parallel.zero=3", "parallel.shard=4"],
+            0,
+        ),
         ("rehearse", "wrong", str(LARGE), 64, WRONG, 0),
         ("broken", "broken", str(LARGE), 64, [], 0),
     ]
@@ -109,7 +119,13 @@ def test_a_step_moves_the_bytes_of_the_formula(found: dict[str, Any], name: str,
         assert formula[key] == pytest.approx(number, rel=1e-3), key
 
 
-@pytest.mark.parametrize("name", [*(path.stem for path in RECIPES), "512 ranks"])
+@pytest.mark.parametrize("name", FSDP_ROWS)
+def test_a_step_of_fsdp_is_counted_exactly_and_reads_nothing(found: dict[str, Any], name: str) -> None:
+    assert found[name]["counted"] == found[name]["formula"]
+    assert found[name]["reads"] == 0
+
+
+@pytest.mark.parametrize("name", [*(path.stem for path in RECIPES), "512 ranks", "copies"])
 def test_every_recipe_passes_its_rehearsal(found: dict[str, Any], name: str) -> None:
     lines = found[name].get("lines")
     assert lines, found[name]
