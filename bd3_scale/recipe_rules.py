@@ -288,9 +288,7 @@ def copies_are_divided(case: Case) -> Problem | None:
         return None
     rule = copies_are_divided
     if engine != "fsdp":
-        text = (
-            f"parallel.shard = {shard} makes copies that ranks share, which parallel.engine = {engine} at parallel.zero = {zero} does not"
-        )
+        text = f"parallel.shard = {shard} makes copies that as many ranks share, which parallel.engine = {engine} cannot"
         return Problem(text, lambda: [_first(case, rule, "parallel.engine", ["fsdp"]), _first(case, rule, "parallel.shard", [None])])
     if shard == 1:
         text = f"parallel.shard = 1 would divide nothing, but parallel.zero = {zero} divides"

@@ -77,6 +77,7 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
 }  # fmt: skip
 FSDP_ROWS = [name for name in TRAFFIC if "fsdp" in name or ("pipeline" in name and name.split(", ")[-1] in ("zero 2", "zero 3"))]
 LARGE = Path(__file__).resolve().parents[2] / "recipes" / "owt_7b.yaml"
+COPIES = ["parallel.pipeline=2", "parallel.zero=3", "parallel.shard=4"]
 WRONG = ["parallel.tensor=3"]
 
 
@@ -89,7 +90,14 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     plan += [("rehearse", path.stem, str(path), WORLD_SIZES.get(path.stem, 1), [], 0) for path in RECIPES]
     plan += [
         ("rehearse", "512 ranks", str(LARGE), 512, ["training.global_batch=1024", "parallel.zero=0", "training.precision=fp32"], 0),
-        ("rehearse", "copies", str(LARGE.with_name("owt_1b.yaml")), 64, ["parallel.pipeline=2", "parallel.zero=3", "parallel.shard=8"], 0),
+        (
+            "rehearse",
+            "copies",
+            str(LARGE.with_name("owt_110m.yaml")),
+            16,
+            ["parallel.pipeline=2", "parallel.zero=3", "parallel.shard=4"],
+            0,
+        ),
         ("rehearse", "wrong", str(LARGE), 64, WRONG, 0),
         ("broken", "broken", str(LARGE), 64, [], 0),
     ]

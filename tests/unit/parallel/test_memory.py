@@ -12,6 +12,7 @@ from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.flops import count_parameters
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel.memory import stage_parameters, state_bytes
+from bd3_scale.parallel.shapes import units_of
 
 V = 37
 CONFIGS = {
@@ -28,6 +29,8 @@ def test_it_counts_the_parameters_of_the_network(name: str, world_of_one: object
     for layers in (range(4), range(2), range(1, 3), range(2, 4)):
         network = Transformer(config, V, V - 1, layers=layers)
         assert sorted(stage_parameters(config, V, layers)) == sorted(p.numel() for p in network.parameters())
+        shapes = [shape for group in units_of(config, V, layers).groups for shape in group]
+        assert sorted(shapes) == sorted((p.shape[0], p.numel() // p.shape[0]) for p in network.parameters())
     assert sum(stage_parameters(config, V, range(4))) == count_parameters(config, V).total
 
 

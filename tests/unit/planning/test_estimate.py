@@ -19,9 +19,9 @@ from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel.memory import state_bytes
 from bd3_scale.planning.devices import DEVICES, device_named
-from bd3_scale.planning.estimate import bubble_fraction, rank_memory, slowest_stage, stage_flops, step_time
+from bd3_scale.planning.estimate import bandwidth, bubble_fraction, rank_memory, slowest_stage, stage_flops, step_time, traffic_of
 from bd3_scale.planning.report import as_text, make_plan
-from bd3_scale.planning.search import search
+from bd3_scale.planning.search import _layouts, search
 from bd3_scale.planning.situation import Situation, situation
 from bd3_scale.recipe_cures import Case
 from bd3_scale.recipe_rules import works
@@ -147,6 +147,25 @@ def test_a_search_lists_what_works_and_fits_best_first() -> None:
     assert found[0].seconds <= make_plan(case, 0.4).seconds
     assert search(large("owt_7b", 1, "a100-40", "parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_stages=1",
                         "parallel.sequence=false", "parallel.shard=null"), 0.4) == []  # fmt: skip
+
+
+def test_stages_divide_gradients_and_weights_with_fsdp() -> None:
+    one, two, three = (rank_memory(large("owt_7b", 64, "h100", f"parallel.zero={zero}"), 0) for zero in (1, 2, 3))
+    assert two.gradients == pytest.approx(one.gradients / 4, rel=1e-3) == three.gradients
+    assert two.weights == pytest.approx(one.weights, rel=1e-3) and three.weights == 0
+    assert three.total < two.total < one.total
+
+
+def test_a_copy_on_each_node_gathers_inside_of_it() -> None:
+    fsdp = ["parallel.zero=3", "parallel.engine=fsdp", "parallel.tensor=1", "parallel.sequence=false"]
+    over_all = large("owt_1b", 64, "h100", *fsdp)
+    copies = large("owt_1b", 64, "h100", *fsdp, "parallel.shard=8")
+    assert bandwidth(copies, "data") > bandwidth(copies, "copies") == bandwidth(over_all, "data")
+    assert {(one.group, one.ranks) for one in traffic_of(copies, 0)} == {("data", 8), ("copies", 8)}
+    assert rank_memory(copies, 0).optimizer == pytest.approx(8 * rank_memory(over_all, 0).optimizer, rel=1e-2)
+    assert step_time(copies, copies.phases[0], 0.4).data <= step_time(over_all, over_all.phases[0], 0.4).data
+    tried = [(one.zero, one.resolved_engine, one.shard) for one in _layouts(large("owt_1b"), 1, 2, 16)]
+    assert {(2, "fsdp", None), (3, "fsdp", None), (3, "fsdp", 8)} <= set(tried)
 
 
 def test_the_table_of_devices_has_what_a_plan_asks() -> None:
