@@ -34,7 +34,7 @@ class Found:
 
 def search(case: Situation, mfu: float, most: int = 10) -> list[Found]:
     """The `most` best layouts that fit; empty where none does."""
-    tried = []
+    tried: list[tuple[float, int, Situation]] = []
     for recipe in _recipes(case):
         other = replace(case, recipe=recipe)
         tried.append((sum(phase.steps * step_time(other, phase, mfu).total for phase in other.phases), len(tried), other))
