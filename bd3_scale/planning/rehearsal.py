@@ -179,7 +179,7 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
     start = 0
     shape: list[int] = []
     for phase in case.phases:
-        objective = _objective(case, start)
+        objective = _objective(case, start, case.device.type)  # in the cluster's shapes
         start += phase.steps
         if here.rank > 0 and start < case.recipe.total_steps:
             continue
@@ -220,9 +220,9 @@ def _forward_backward(chunk: Transformer, inputs: NetworkInputs, received: Tenso
     return output
 
 
-def _objective(case: Situation, step: int) -> Objective:
+def _objective(case: Situation, step: int, device: str = "cpu") -> Objective:
     document_end = 0 if case.recipe.data.document_mask else None
-    return case.recipe.objective_of(case.vocabulary - 1, step, "cpu", document_end)
+    return case.recipe.objective_of(case.vocabulary - 1, step, device, document_end)
 
 
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:

@@ -27,7 +27,7 @@ def run(out: Path, name: str, *arguments: str) -> dict[str, Any]:
 
 def test_features_are_switched_off_one_by_one(tmp_path: Path) -> None:
     result = run(tmp_path, "features", "--context", "128")
-    assert len(result["median_seconds"]) == 9 and all(seconds > 0 for seconds in result["median_seconds"].values())
+    assert len(result["median_seconds"]) == 10 and all(seconds > 0 for seconds in result["median_seconds"].values())
     assert result["logits of all L noisy positions: peak memory"] > 1.1
 
 
