@@ -79,6 +79,7 @@ FSDP_ROWS = [name for name in TRAFFIC if "fsdp" in name or ("pipeline" in name a
 LARGE = Path(__file__).resolve().parents[2] / "recipes" / "owt_7b.yaml"
 COPIES = ["parallel.pipeline=2", "parallel.zero=3", "parallel.shard=4"]
 WRONG = ["parallel.tensor=3"]
+WIDE = ["training.global_batch=1024", "parallel.engine=auto", "parallel.shard=null"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     ]
     plan += [("rehearse", path.stem, str(path), WORLD_SIZES.get(path.stem, 1), [], 0) for path in RECIPES]
     plan += [
-        ("rehearse", "512 ranks", str(LARGE), 512, ["training.global_batch=1024", "parallel.zero=0", "training.precision=fp32"], 0),
+        ("rehearse", "512 ranks", str(LARGE), 512, [*WIDE, "parallel.zero=0", "training.precision=fp32"], 0),
         (
             "rehearse",
             "copies",

@@ -117,7 +117,7 @@ def test_time_is_the_flops_over_the_assumed_speed_on_one_device_and_more_on_many
     assert plan.phases[0].mfu == pytest.approx(0.5) and plan.bubble == 0 and not plan.traffic
     assert plan.flops / plan.seconds == pytest.approx(0.5 * one.device.peak("bf16"))
     assert plan.price == pytest.approx(2.0 * plan.seconds / 3600)
-    many = make_plan(large("owt_110m", 64), mfu=0.5)
+    many = make_plan(large("owt_110m", 64, "h100", "parallel.zero=1", "parallel.engine=auto", "parallel.shard=null"), mfu=0.5)
     assert many.phases[0].mfu < 0.5 and many.seconds > plan.seconds / 64
     again = make_plan(large("owt_110m", 1, "h100", "parallel.shard=null", "training.recompute=layer"), mfu=0.5)
     assert plan.seconds < again.seconds < 4 / 3 * plan.seconds
