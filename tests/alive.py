@@ -19,7 +19,7 @@ class Alive(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.known = {_local(tensor).untyped_storage().data_ptr() for tensor in known}
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.storages: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
@@ -27,14 +27,15 @@ class Alive(TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 storage = _local(one).untyped_storage()
                 if storage.nbytes() and storage.data_ptr() not in self.known and storage._cdata not in self.storages:
-                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                    self.storages[storage._cdata] = StorageWeakRef(storage)
         return result
 
     def bytes(self) -> int:
         """Held now."""
-        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
-        # A storage may have been emptied, or filled, in place since.
-        return sum(torch.UntypedStorage._new_with_weak_ptr(value[0].cdata).nbytes() for value in self.storages.values())
+        # A storage may have been emptied, or filled, in place since; and it may go between two lines here, for a thread of gloo's has it.
+        living = {key: torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for key, reference in self.storages.items()}
+        self.storages = {key: value for key, value in self.storages.items() if living[key] is not None}
+        return sum(storage.nbytes() for storage in living.values() if storage is not None)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,8 @@ MODELS = {
     "qwen3": ["model.norm=rmsnorm", "model.mlp=swiglu", "model.mlp_hidden=48", "model.head_width=12", "model.query_key_norm=true",
               "model.attention_bias=query_key_value"],
     "tied": ["model.tied_head=true", "model.norm=rmsnorm"],
+    # Five rows for four ranks: two, two, one, and none.
+    "uneven": ["model.conditioning=adaln", "model.conditioning_size=5", "training.epsilon=1e-4", *TUNED],
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
     "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED],
@@ -94,7 +96,7 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "pipeline 2 x 2 interleaved, zero 2": (2, "base", layout(1, 2, 2, VIRTUAL)),
     "pipeline 2 x 2 interleaved, data 2, zero 3": (4, "base", layout(1, 2, 3, VIRTUAL)),
     "tensor 2, pipeline 2, sequence, zero 3": (4, "base", layout(2, 2, 3, SEQUENCE)),
-    "data 4, fsdp, zero 2": (4, "base", layout(1, 1, 2, FSDP)),
+    "uneven: data 4, fsdp, zero 2": (4, "uneven", layout(1, 1, 2, FSDP)),
     "data 4, fsdp, shard 2, zero 3": (4, "base", layout(1, 1, 3, FSDP, "parallel.shard=2")),
     # Other models and objectives, a spanning subset
     "L'=1: tensor 2, sequence": (2, "L'=1", layout(2, 1, 1, SEQUENCE)),
