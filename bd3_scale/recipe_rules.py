@@ -259,7 +259,7 @@ def given_layers_sum_up(case: Case) -> Problem | None:
 
 def engine_suits_the_layout(case: Case) -> Problem | None:
     engine, zero, pipeline = case.parallel.engine, case.parallel.zero, case.parallel.pipeline
-    rule, values = engine_suits_the_layout, []
+    values: list[int] = []
     if engine == "deepspeed" and pipeline > 1:
         text = f"parallel.engine = deepspeed runs one stage, but parallel.pipeline = {pipeline}"
     elif engine == "megatron" and zero > 1:
@@ -270,13 +270,9 @@ def engine_suits_the_layout(case: Case) -> Problem | None:
         text = f"parallel.engine = fsdp always divides gradients, but parallel.zero = {zero} keeps them whole"
     else:
         return None
+    keys: dict[str, list[Any]] = {"parallel.engine": ["auto"], "parallel.zero": values}
     return Problem(
-        text,
-        lambda: [
-            _first(case, rule, "parallel.engine", ["auto"]),
-            _first(case, rule, "parallel.zero", values),
-            nearest_layout(case, works),
-        ],
+        text, lambda: [*(_first(case, engine_suits_the_layout, key, some) for key, some in keys.items()), nearest_layout(case, works)]
     )
 
 
