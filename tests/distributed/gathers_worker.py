@@ -51,7 +51,7 @@ class Case:
         config.validate(self.recipe, config.world_size_of_environment(), "cpu")
         self.here = layout.start(self.recipe.parallel, "cpu")
         self.objective = objective_at(self.recipe.objective, self.recipe.model.context, VOCABULARY - 1, 0)
-        self.engine: Any = build_engine(self.recipe, self.here, VOCABULARY, VOCABULARY - 1, self.objective.pattern, 0.5)
+        self.engine: Any = build_engine(self.recipe, self.here, VOCABULARY, VOCABULARY - 1)
         self.buckets = [bucket for chunk in self.engine.chunks for bucket in chunk.bucket_groups]
 
     def inputs(self, step: int) -> list[Any]:

@@ -87,5 +87,5 @@ def test_every_rank_holds_what_the_plan_says(
 
 def test_state_falls_with_the_ranks_that_share_it(measured: dict[str, list[dict[str, int]]]) -> None:
     most = {name: max(rank["state"] for rank in ranks) for name, ranks in measured.items()}
-    assert most["data 4, zero 2, bf16"] < 0.5 * most["data 4, zero 1"] < 0.5 * most["data 4, zero 0"]
+    assert most["data 4, zero 2, bf16"] < 0.7 * most["data 4, zero 1"] < 0.7 * 0.6 * most["data 4, zero 0"]
     assert most["tensor 2, sequence"] < 0.6 * most["zero 1"] and most["pipeline 2, zero 0"] < 0.75 * most["zero 0"]

@@ -121,7 +121,7 @@ def test_recipe_is_refused_as_training_would(capsys: pytest.CaptureFixture[str],
         for target in (["slurm"], ["kubernetes", *CLAIM]):
             assert refused(capsys, target[0], RECIPE, override, "--nodes", "8", *target[1:]) == said
     # 56 ranks are no whole replicas of 16; a job that may shrink to that must not begin.
-    assert "--nodes 6:8, at 7 node(s): " in refused(capsys, "slurm", RECIPE, "parallel.tensor=16", "--nodes", "6:8")
+    assert "--nodes 6:8, at 7 node(s): " in refused(capsys, "slurm", RECIPE, "parallel.tensor=16", "parallel.shard=null", "--nodes", "6:8")
 
 
 @pytest.mark.parametrize(
