@@ -42,6 +42,14 @@ def processes(mark: str) -> dict[int, dict[str, str]]:
     return found
 
 
+def parent(pid: int) -> int | None:
+    """None where the process has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 class Training:
     """A training without end that is in the middle of its steps."""
 
@@ -55,7 +63,9 @@ class Training:
             time.sleep(0.05)
 
     def send(self, rank: int, number: signal.Signals) -> int:
-        (pid,) = [pid for pid, environment in processes(self.mark).items() if environment.get("RANK") == str(rank)]
+        of_rank = [pid for pid, environment in processes(self.mark).items() if environment.get("RANK") == str(rank)]
+        # What a rank forks looks like the rank itself until it has begun something else.
+        (pid,) = [pid for pid in of_rank if parent(pid) not in {None, *of_rank}]
         os.kill(pid, number)
         return pid
 
