@@ -128,7 +128,8 @@ POSITIVE = (
     "run.time_limit", "run.threads",
     "model.context", "model.layers", "model.hidden", "model.heads", "model.conditioning_size", "model.key_value_heads", "model.mlp_hidden",
     "model.initial_std", "model.rotary_base", "model.head_width", "model.norm_epsilon",
-    "data.source_tokens", "data.window", "data.cache_bytes", "training.global_batch", "training.learning_rate", "training.epsilon",
+    "data.source_tokens", "data.window", "data.cache_bytes", "training.steps", "training.tokens", "training.global_batch", "training.learning_rate",
+    "training.epsilon",
     "validation.rows", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_stages", "parallel.context", "parallel.shard", "parallel.micro_batch", "parallel.timeout", "parallel.heartbeat",
     "tracking.every",
@@ -252,9 +253,10 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     for key, allowed in CHOICES.items():
         _need(flat[key] in allowed, f"{key} is {flat[key]!r}; set one of {', '.join(str(choice) for choice in allowed)}")
     for key in POSITIVE:
-        _need(flat[key] is None or flat[key] > 0, f"{key} is {flat[key]} but must be above 0")
+        cure = as_text({key: 1000 if key in ("training.steps", "training.tokens") else defaults[key]})
+        _need(flat[key] is None or flat[key] > 0, f"{key} is {flat[key]} but must be above 0; {cure}, for example")
     for key in NOT_NEGATIVE:
-        _need(flat[key] >= 0, f"{key} is {flat[key]} but must not be negative")
+        _need(flat[key] >= 0, f"{key} is {flat[key]} but must not be negative; {as_text({key: defaults[key]})}, for example")
     recipe_rules.check(recipe, world_size, device, resolve_precision(recipe, device) if device is not None else None)
     from bd3_scale.diffusion.objectives import build_objective
     from bd3_scale.diffusion.tuner import check_tuner

@@ -8,7 +8,8 @@ Where ranks divide the rows (see `stream.py`), how many of them a rank has selec
 So the n rows are divided anew, n / R to a rank: each puts what it has of them into their places, zeros elsewhere, and a
 reduce-scatter hands every rank its part; a sum of one row and zeros is exact. From there on they are rows divided as any others.
 
-Invariant: padding (weight 0) repeats row 0 of sample 0, which may be selected itself, and adds nothing to any gradient.
+Invariant: padding (weight 0) repeats row 0 of sample 0, which no objective selects (token 0 is never masked), and adds nothing to any
+gradient: were that row selected, `spread` would count what comes back to it once for each repetition.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         for block, is_last in self._layers():
             x = block(x, shared, is_last)
         if not self.last:
-            return x
+            return x if x._base is None else x.clone()  # the schedule frees what a stage hands on, which must be no view
         x = self.linears.all_rows(x)
         if not inputs.sparse:
             x = x.transpose(0, 1).flatten(0, 1)[inputs.selected]
