@@ -27,7 +27,7 @@ from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.diffusion.objectives import BlockDiffusion, MaskedDiffusion
 from bd3_scale.errors import TrainingError
 from bd3_scale.model import kernels, loss
-from bd3_scale.model.attention import Attention, rotary_table
+from bd3_scale.model.attention import rotary_table
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.flops import count_flops, peak_flops
 from bd3_scale.model.initialise import initialise
@@ -48,10 +48,10 @@ def whole_layers(model: Transformer, inputs: NetworkInputs) -> Tensor:
     x = model.embedding(inputs.tokens)
     stream = Stream(inputs.pattern)
     rotary = rotary_table(inputs.positions, model.config.head_size, model.config.rotary_base)
-    every = Rows(stream.rows, stream.row_ids(x.device), inputs.dropout_keys)
-    shared = Shared(rotary, stream, None, every, every, inputs.segments)
+    every = Rows(stream.rows)
+    shared = Shared(rotary, stream, None, every, every, model.kernel, (None, None), inputs.segments)
     for block in model.blocks.values():
-        x = block(x, shared, False)
+        x = block(x, shared, False, None)
     return model.final_norm(x)
 
 
@@ -113,9 +113,7 @@ class Bench:
         return Shape(self.inputs.pattern, config.heads // config.kv_heads, config.head_size, precision, documents=False)
 
     def use(self, kernel: str) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Attention):
-                module.kernel = kernel
+        self.model.kernel = kernel
 
     def ours(self) -> Tensor:
         return self.model(self.inputs)[0]

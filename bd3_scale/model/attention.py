@@ -6,6 +6,8 @@ out so that dividing a weight's rows keeps whole heads together: query [kv_head,
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.kernels import attend
 from bd3_scale.model.layers import HeadNorm, Linears
 from bd3_scale.model.selected import SelectedRows
-from bd3_scale.model.stream import Stream
+
+if TYPE_CHECKING:
+    from bd3_scale.model.transformer import Shared
 
 Rotary = tuple[Tensor, Tensor] | None
 """cos and sin, fp32 [rows, 1, 1, head_size / 2]; None where positions are learned."""
@@ -43,7 +47,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, linears: Linears) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.kernel = config.attention
         bias = config.attention_bias != "none"
         self.query = linears.column(config.hidden, config.heads * config.head_size, bias)
         self.key_value = linears.key_value(config.hidden, config.kv_heads, config.head_size, bias)
@@ -59,19 +62,12 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def forward(
-        self,
-        asking: Tensor,
-        x: Tensor,
-        rotary: Rotary,
-        stream: Stream,
-        selected: SelectedRows | None = None,
-        segments: Tensor | None = None,
-    ) -> Tensor:
-        """`asking`: the first rows of x; or, [n, hidden], those that are `selected`."""
+    def forward(self, asking: Tensor, x: Tensor, shared: Shared, mask: Any, selected: SelectedRows | None = None) -> Tensor:
+        """`asking`: the first rows of x; or, [n, hidden], those that are `selected`. `mask`: FlexAttention's for that many rows."""
+        rotary, stream = shared.rotary, shared.stream
         q, k, v = self.project(asking, x)
         q, k, v = stream.together(q) if selected is None else selected.spread(q), stream.together(k), stream.together(v)
-        out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, self.kernel, segments).flatten(2)
+        out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, shared.kernel, shared.segments, mask).flatten(2)
         return self.output(stream.apart(out) if selected is None else selected.collect(out))
 
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,9 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from bd3_scale.diffusion.mask import AttentionPattern, block_sparse_indices, dense, tile_length, tile_mask, visible
 from bd3_scale.errors import RecipeError
+from bd3_scale.model.compiling import compiled_whole
 
 HIDDEN = -1e30
 """Added to the logits of keys of another segment. Not -inf: a query may see no key of an earlier tile, and its log-sum-exp must stay a
@@ -33,11 +36,27 @@ CPU_TILE = 128
 """Positions per tile of the tiled form, measured on two AVX-512 cores: 64 to 128 is best between L = 256 and 4096."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, kernel: str = "auto", segments: Tensor | None = None) -> Tensor:
-    """Attention by the kernel named, or by the one for q's device (`auto`)."""
-    if kernel == "auto":
-        kernel = "flex" if q.is_cuda else "tiled"
-    return KERNELS[kernel](q, k, v, pattern, segments)
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: AttentionPattern,
+    kernel: str = "auto",
+    segments: Tensor | None = None,
+    block_mask: Any = None,
+) -> Tensor:
+    """Attention by the kernel named, or by the one for q's device (`auto`).
+
+    `block_mask`: what `block_mask_of` gave for all this. FlexAttention makes it itself where it is missing, but not in compiled code.
+    """
+    made = {} if block_mask is None else {"block_mask": block_mask}
+    return KERNELS[_resolved(kernel, q.device)](q, k, v, pattern, segments, **made)
+
+
+def _resolved(kernel: str, device: torch.device) -> str:
+    if kernel != "auto":
+        return kernel
+    return "flex" if device.type == "cuda" else "tiled"
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor | None = None) -> Tensor:
@@ -60,7 +79,13 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, 
 
 
 def flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: AttentionPattern,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+    block_mask: Any = None,
 ) -> Tensor:
     """FlexAttention with the closed-form BlockMask; compiled on CUDA (forward only where Flex has no backward: CPU).
 
@@ -69,15 +94,26 @@ def flex_attention(
     if pattern.kind != "block_diffusion" and segments is None:
         return _sdpa(q, k, v, None, causal=pattern.kind == "causal")
     run = _flex(q.is_cuda, backend)
-    mask = block_mask(pattern, q.shape[0], q.device) if segments is None else document_block_mask(pattern, q.shape[0], segments)
+    mask = _block_mask(pattern, q.shape[0], q.device, segments) if block_mask is None else block_mask
     heads_first = (t.permute(1, 2, 0, 3) for t in (q, k, v))
     options = None if backend is None else {"BACKEND": backend}
     return run(*heads_first, block_mask=mask, enable_gqa=q.shape[2] != k.shape[2], kernel_options=options).permute(2, 0, 1, 3)
 
 
+def block_mask_of(kernel: str, pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
+    """The `BlockMask` that `attend` needs where `kernel` is FlexAttention's; None where it needs none."""
+    if _resolved(kernel, device) not in BACKENDS or (pattern.kind != "block_diffusion" and segments is None):
+        return None
+    return _block_mask(pattern, query_rows, device, segments)
+
+
+def _block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
+    return block_mask(pattern, query_rows, device) if segments is None else document_block_mask(pattern, query_rows, segments)
+
+
 BACKENDS = {"flex": None, "flex_triton": "TRITON", "flex_flash": "FLASH"}
 """Kernels that are FlexAttention's, each with its backend."""
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionPattern, Tensor | None], Tensor]] = {
+KERNELS: dict[str, Callable[..., Tensor]] = {
     "tiled": tiled_attention,
     **{name: partial(flex_attention, backend=backend) for name, backend in BACKENDS.items()},
     "dense": dense_attention,
@@ -113,22 +149,19 @@ def _dense_mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
 def _flex(compiled: bool, backend: str | None) -> Callable[..., Any]:
     if backend is not None and not compiled:  # uncompiled, it would be taken and do nothing
         raise RecipeError(f"the backend {backend} of FlexAttention needs CUDA; set model.attention=auto")
-    return _compiled_flex(compiled)
+    if torch.compiler.is_compiling() or not compiled:
+        return torch_flex_attention
+    return _compiled_flex()
 
 
-@lru_cache(maxsize=2)
-def _compiled_flex(compiled: bool) -> Callable[..., Any]:
-    from torch.nn.attention import flex_attention as module
-
-    flex: Callable[..., Any] = module.flex_attention
-    return torch.compile(flex, dynamic=False) if compiled else flex
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Any]:
+    return compiled_whole(torch_flex_attention)
 
 
 @lru_cache(maxsize=32)
 def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device) -> Any:
     """The `BlockMask` of a pattern, built once from closed-form indices (never from a dense mask)."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     indices = block_sparse_indices(pattern, query_rows, tile=128)
     tensors: dict[str, Any] = {name: torch.from_numpy(value)[None, None].to(device) for name, value in indices.items()}
 
@@ -143,8 +176,6 @@ def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Te
 
     A tile of pairs is visited where the ranges of its segments meet, and needs no mask where both are one and the same segment.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     tile, batch = 128, len(segments)
     indices = block_sparse_indices(pattern, query_rows, tile)
     partly, wholly = (_tile_table(indices, name, len(segments[0]), tile).to(segments.device) for name in ("kv", "full_kv"))
@@ -220,7 +251,9 @@ class _Tiles:
         self.tiles = pattern.length // tile
         self.apart = tile == pattern.block_size and pattern.clean_half == "block_causal"
         self.dtype = q.dtype
-        self.mask = None if self.apart else _additive_tile_mask(pattern, tile, self.halves, self.groups, q.dtype)
+        # Compiled code knows no cache, and warns of it.
+        make = _additive_tile_mask.__wrapped__ if torch.compiler.is_compiling() else _additive_tile_mask
+        self.mask = None if self.apart else make(pattern, tile, self.halves, self.groups, q.dtype)
 
     def near_mask(self) -> Tensor | None:
         """Of the rows of each tile among themselves, with the segments: [batch * tiles * parts, 1, rows, keys]."""
@@ -245,9 +278,11 @@ class _Tiles:
         return self._additive(queries, self.segments[:, self.pattern.length :][:, :seen])
 
     def _additive(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """0 where segments are equal, HIDDEN elsewhere; None where they all are."""
+        """0 where segments are equal, HIDDEN elsewhere; None where they all are and one may look."""
         same = _same(queries.repeat(1, self.groups), keys)
-        return None if bool(same.all()) else torch.zeros(same.shape, dtype=self.dtype).masked_fill_(~same, HIDDEN)
+        if not torch.compiler.is_compiling() and bool(same.all()):
+            return None
+        return torch.zeros(same.shape, dtype=self.dtype).masked_fill_(~same, HIDDEN)
 
     def queries(self, q: Tensor) -> Tensor:
         q = _filled(q, self.halves * self.pattern.length)

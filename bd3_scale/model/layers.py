@@ -49,6 +49,10 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
 
+    def _forward_impl(self, *arguments: Any, **named: Any) -> Tensor:
+        # Without a group megatron-core takes its own and warns about that on rank 0: a warning cuts a compiled layer in two there.
+        return super()._forward_impl(*arguments, **{**named, "tp_group": self.tp_group})
+
 
 class Embedding(VocabParallelEmbedding):
     """tokens int64 [batch, rows] -> [rows, batch, hidden], of which a rank gets its part where rows are divided.
@@ -299,26 +303,48 @@ class NoiseCondition(nn.Module):
         return F.silu(self.mlp(waves.to(next(self.mlp.parameters()).dtype)))
 
 
+@dataclass(frozen=True)
+class DropoutWords:
+    """What the dropouts of one layer hash; all of it is made outside of the layer, as data, so that layers differ in nothing else."""
+
+    keys: Tensor
+    """int64 [2, batch] in [0, 2^32): of each sample at the layer's two places; or, of selected rows, [2, rows]."""
+    rows: Tensor
+    """int64 [at least rows]: which row of the undivided stream each is."""
+    channels: Tensor
+    """int64 [hidden] in [0, 2^32)."""
+
+
+def dropout_keys(keys: Tensor, layers: range) -> Tensor:
+    """Keys of samples, int64 [batch] in [0, 2^32) -> of every layer's two places, int64 [layers, 2, batch]."""
+    places = torch.arange(2 * layers.start, 2 * layers.stop, device=keys.device) * 0x9E3779B9
+    return hash32(keys + places[:, None]).unflatten(0, (-1, 2))
+
+
+def dropout_channels(hidden: int, device: torch.device) -> Tensor:
+    """int64 [hidden]: `DropoutWords.channels`. Inside of compiled code the index would be of 32 bits, and the product wrong."""
+    return torch.arange(hidden, device=device) * 0xC2B2AE35 & 0xFFFFFFFF
+
+
 class KeyedDropout(nn.Module):
     """Dropout whose mask is a pure function of (key of the sample, place in the network, row, channel).
 
     No generator has a state: the mask does not depend on the layout, the micro-batch or on whether the forward is a
-    recomputation. x is [rows, batch, hidden]; `keys` int64 [batch] in [0, 2^32); `row_ids` int64 [at least rows]: which row
-    of the undivided stream each is. Or x is [rows, hidden], each with a key of its own: `keys` [rows]. Elementwise integer
-    hashing (a 32-bit finaliser with full avalanche) that torch.compile fuses into its neighbours.
+    recomputation. x is [rows, batch, hidden], or selected rows [rows, hidden]. `place`: 0 or 1, which of its layer's two this is;
+    the layer itself is in the keys. Elementwise integer hashing (a 32-bit finaliser with full avalanche) that torch.compile
+    fuses into its neighbours.
     """
 
     def __init__(self, probability: float, place: int) -> None:
         super().__init__()
         self.probability, self.place = probability, place
 
-    def forward(self, x: Tensor, keys: Tensor, row_ids: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
+    def forward(self, x: Tensor, words: DropoutWords | None) -> Tensor:
+        """x itself without `words`, and where nothing is to be dropped."""
+        if words is None or not self.training or self.probability == 0.0:
             return x
-        row = row_ids[: len(x)].view(-1, *[1] * (x.dim() - 1))
-        channel = torch.arange(x.shape[-1], device=x.device)
-        key = hash32(keys + self.place * 0x9E3779B9)[:, None]
-        word = hash32(hash32(key + row * 0x85EBCA6B) + channel * 0xC2B2AE35)
+        row = words.rows[: len(x)].view(-1, *[1] * (x.dim() - 1))
+        word = hash32(hash32(words.keys[self.place, :, None] + row * 0x85EBCA6B) + words.channels)
         kept = word >= int(self.probability * 2**32)
         return torch.where(kept, x / (1.0 - self.probability), torch.zeros((), dtype=x.dtype, device=x.device))
 

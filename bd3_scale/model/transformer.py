@@ -21,8 +21,23 @@ from torch import Tensor, nn
 from bd3_scale.diffusion.inputs import NetworkInputs
 from bd3_scale.diffusion.simplex import SimplexNoise
 from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_table
+from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.layers import MLP, KeyedDropout, LearnedPositions, Linears, Modulation, NoiseCondition, Norm, RowGroups, modulate
+from bd3_scale.model.kernels import block_mask_of
+from bd3_scale.model.layers import (
+    MLP,
+    DropoutWords,
+    KeyedDropout,
+    LearnedPositions,
+    Linears,
+    Modulation,
+    NoiseCondition,
+    Norm,
+    RowGroups,
+    dropout_channels,
+    dropout_keys,
+    modulate,
+)
 from bd3_scale.model.loss import Head
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.stream import Stream
@@ -34,10 +49,6 @@ class Rows:
     `selected` ones, [n / ranks, hidden]."""
 
     count: int
-    ids: Tensor
-    """int64 [at least count]: which row of the undivided stream each is."""
-    dropout_keys: Tensor
-    """int64 [batch], or of each selected row."""
     groups: RowGroups | None = None
     """Which rows are conditioned alike; None: all of a sample."""
     selected: SelectedRows | None = None
@@ -59,6 +70,10 @@ class Shared:
     """All rows."""
     scored: Rows
     """What is left of them behind the last layer."""
+    kernel: str = "auto"
+    """Of attention (see `kernels.attend`)."""
+    masks: tuple[Any, Any] = (None, None)
+    """Of FlexAttention: where all rows ask, and where the scored ones do (the last layer)."""
     segments: Tensor | None = None
     """int32 [batch, all rows], where documents of a row are kept apart."""
 
@@ -76,15 +91,17 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config, linears)
         self.modulation = Modulation(config, 6) if config.conditioning == "adaln" else None
-        self.attention_dropout = KeyedDropout(config.dropout, 2 * index)
-        self.mlp_dropout = KeyedDropout(config.dropout, 2 * index + 1)
+        self.attention_dropout = KeyedDropout(config.dropout, 0)
+        self.mlp_dropout = KeyedDropout(config.dropout, 1)
 
-    def forward(self, x: Tensor, shared: Shared, last: bool) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, last: bool, words: DropoutWords | None) -> Tensor:
         """x [rows, batch, hidden] -> the same; in the `last` layer only the scored rows, or, [n, hidden], the selected ones."""
         modulation = self._modulation(shared.condition)
-        return self.mlp_half(self.attention_half(x, modulation[:3], shared, last), modulation[3:], shared.handed_on(last))
+        rows = shared.handed_on(last)
+        x = self.attention_half(x, modulation[:3], shared, last, words)
+        return self.mlp_half(x if rows.selected is None else of_any_size(x, 0), modulation[3:], rows, words)
 
-    def attention_half(self, x: Tensor, modulation: tuple[Tensor, ...], shared: Shared, last: bool) -> Tensor:
+    def attention_half(self, x: Tensor, modulation: tuple[Tensor, ...], shared: Shared, last: bool, words: DropoutWords | None) -> Tensor:
         """x -> x + attention(norm(x)); `modulation`: (shift, scale, gate), or nothing without adaLN."""
         rows = shared.handed_on(last)
         normed = modulated(self.attention_norm(x), modulation, shared.every.groups)
@@ -94,17 +111,14 @@ class Block(nn.Module):
             # Normed once more: to take them from the normed rows, too, would move them among the ranks a second time.
             x = rows.selected.take(x)
             asking = modulated(self.attention_norm(x), modulation, rows.selected)
-        y = self.attention(asking, normed, shared.rotary, shared.stream, rows.selected, shared.segments)
-        y = self.attention_dropout(y, rows.dropout_keys, rows.ids)
-        return gated_add(x, y, modulation, rows.conditioned)
+        y = self.attention(asking, normed, shared, shared.masks[last], rows.selected)
+        return gated_add(x, self.attention_dropout(y, words), modulation, rows.conditioned)
 
-    def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows | None) -> Tensor:
-        """x -> x + mlp(norm(x)); without `rows` (decoding) no dropout, and all rows of a sample are conditioned alike."""
+    def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows | None, words: DropoutWords | None) -> Tensor:
+        """x -> x + mlp(norm(x)); without `rows` (decoding) all rows of a sample are conditioned alike."""
         conditioned = rows.conditioned if rows is not None else None
         y = self.mlp(modulated(self.mlp_norm(x), modulation, conditioned))
-        if rows is not None:
-            y = self.mlp_dropout(y, rows.dropout_keys, rows.ids)
-        return gated_add(x, y, modulation, conditioned)
+        return gated_add(x, self.mlp_dropout(y, words), modulation, conditioned)
 
     def decode(
         self, x: Tensor, rotary: Rotary, condition: Tensor | None, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
@@ -112,7 +126,7 @@ class Block(nn.Module):
         """The same on rows that attend to a cache: (x, rotated k, v)."""
         modulation = self._modulation(condition)
         y, k, v = self.attention.decode(modulated(self.attention_norm(x), modulation[:3]), rotary, mask, past)
-        return self.mlp_half(gated_add(x, y, modulation[:3]), modulation[3:], None), k, v
+        return self.mlp_half(gated_add(x, y, modulation[:3]), modulation[3:], None, None), k, v
 
     def _modulation(self, condition: Tensor | None) -> tuple[Tensor, ...]:
         """(shift, scale, gate) of each half; nothing without adaLN."""
@@ -146,7 +160,9 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.linears = config, linears or Linears()
+        self.kernel = config.attention
         layers = range(config.layers) if layers is None else layers
+        self.layers = layers
         self.first, self.last = layers.start == 0, layers.stop == config.layers
         if self.first or (self.last and config.tied_head):
             self.embedding = self.linears.embedding(vocabulary, config.hidden)
@@ -174,10 +190,12 @@ class Transformer(nn.Module):
         each, groups = None if condition is None else self.linears.shared_by_rows(condition), None
         if each is not None and by_block:
             each, groups = _of_groups(each, stream)
-        every = Rows(stream.rows, rows, inputs.dropout_keys, groups)
-        shared = Shared(rotary, stream, each, every, self._scored(every, stream, inputs), inputs.segments)
-        for block, is_last in self._layers():
-            x = block(x, shared, is_last)
+        every = Rows(stream.rows, groups)
+        scored = self._scored(every, stream, inputs)
+        shared = Shared(rotary, stream, each, every, scored, self.kernel, self._masks(inputs), inputs.segments)
+        words = self._dropout_words(inputs, rows, scored.selected)
+        for (block, is_last), word in zip(self._layers(), words, strict=True):
+            x = block(x, shared, is_last, word)
         if not self.last:
             return x if x._base is None else x.clone()  # the schedule frees what a stage hands on, which must be no view
         x = self.linears.all_rows(x)
@@ -202,7 +220,24 @@ class Transformer(nn.Module):
         if every.groups is not None:
             raise ValueError("the noise of each block is told to a network of which only some rows are scored")
         selected = SelectedRows.of(inputs.selected, stream, len(inputs.tokens))
-        return Rows(len(selected.row_ids), selected.row_ids, inputs.dropout_keys[selected.samples], None, selected)
+        return Rows(len(selected.row_ids), None, selected)
+
+    def _masks(self, inputs: NetworkInputs) -> tuple[Any, Any]:
+        """Of FlexAttention, outside of compiled code, which could not make them: for all rows and for the scored ones."""
+        pattern, device = inputs.pattern, inputs.tokens.device
+        every = block_mask_of(self.kernel, pattern, pattern.rows, device, inputs.segments)
+        return every, block_mask_of(self.kernel, pattern, pattern.scored_rows, device, inputs.segments) if self.last else None
+
+    def _dropout_words(self, inputs: NetworkInputs, rows: Tensor, selected: SelectedRows | None) -> list[DropoutWords | None]:
+        """Of every layer; `rows` are those that this rank holds, of which the last layer may have `selected` some."""
+        if not self.training or self.config.dropout == 0.0:
+            return [None] * len(self.layers)
+        channels = dropout_channels(self.config.hidden, rows.device)
+        keys = dropout_keys(inputs.dropout_keys, self.layers).unbind()
+        words: list[DropoutWords | None] = [DropoutWords(each, rows, channels) for each in keys]
+        if selected is not None:
+            words[-1] = DropoutWords(of_any_size(keys[-1][:, selected.samples], 1), selected.row_ids, channels)
+        return words
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return None if self.config.positions == "learned" else rotary_table(positions, self.config.head_size, self.config.rotary_base)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bd3_scale.config import Recipe, resolve_precision
 from bd3_scale.diffusion.config import ON_SIMPLEX
+from bd3_scale.model.compiling import compiled_whole
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel import stages
@@ -74,14 +75,19 @@ RECOMPUTED = {"attention": "attention_half", "mlp": "mlp_half", "layer": "forwar
 """`training.recompute` -> the method of a block whose inputs alone are kept."""
 
 
-def apply_outside(blocks: Iterable[nn.Module], *, recompute: str, compile: str) -> None:
-    """What surrounds the layers, in this order: activation checkpointing, then compile. (Tensor before, ZeRO after.)"""
+def apply_outside(blocks: Iterable[nn.Module], *, recompute: str, compile: str, backend: str = "inductor") -> None:
+    """What surrounds the layers, in this order: compile, then activation checkpointing. (Tensor before, ZeRO after.)
+
+    Compiled code is recomputed whole, by running it again: inside of it the compiler would choose what is kept. It is methods that
+    are compiled, not modules, so that an engine's hooks around a layer stay outside. `backend`: torch.compile's.
+    """
+    parts = ("attention_half", "mlp_half") if recompute in ("attention", "mlp") else ("forward",)
     for block in blocks:
-        if recompute != "none":
-            part = RECOMPUTED[recompute]
-            setattr(block, part, _recomputed(getattr(block, part)))
-        if compile != "none":
-            block.compile(mode=COMPILE_MODES[compile])
+        for part in parts:
+            method = getattr(block, part)
+            if compile != "none":
+                method = compiled_whole(method, COMPILE_MODES[compile], backend)
+            setattr(block, part, _recomputed(method) if RECOMPUTED.get(recompute) == part else method)
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

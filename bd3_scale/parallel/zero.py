@@ -197,6 +197,8 @@ def _deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
         "steps_per_print": 2**62,
+        # Its timer waits for the device at every forward and every step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": zero,

@@ -13,12 +13,15 @@ from bd3_scale.model.attention import Attention
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.layers import (
     MLP,
+    DropoutWords,
     KeyedDropout,
     Linears,
     Modulation,
     NoiseCondition,
     Norm,
     SharedKeyValue,
+    dropout_channels,
+    dropout_keys,
     full_shape,
     parameter_partition,
 )
@@ -40,7 +43,13 @@ def filled(module: nn.Module, std: float = 0.5) -> None:
 
 def kept(probability: float, keys: Tensor, place: int = 3, rows: int = ROWS, hidden: int = HIDDEN) -> Tensor:
     """bool [rows, batch, hidden]."""
-    return KeyedDropout(probability, place)(torch.ones(rows, len(keys), hidden), keys, torch.arange(rows)) != 0
+    return KeyedDropout(probability, place % 2)(torch.ones(rows, len(keys), hidden), words(keys, place, rows, hidden)) != 0
+
+
+def words(keys: Tensor, place: int, rows: int, hidden: int) -> DropoutWords:
+    """Of place 0 or 1 of layer place // 2."""
+    layer = place // 2
+    return DropoutWords(dropout_keys(keys, range(layer, layer + 1))[0], torch.arange(rows), dropout_channels(hidden, keys.device))
 
 
 def random_keys(count: int = BATCH) -> Tensor:
@@ -104,7 +113,7 @@ def test_dropout_never_changes_silently() -> None:
 def test_dropout_scales_what_it_keeps_and_its_gradient(dtype: torch.dtype) -> None:
     dropout, keys = KeyedDropout(0.25, 1), random_keys()
     x = torch.randn(ROWS, BATCH, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
-    out = dropout(x, keys, torch.arange(len(x)))
+    out = dropout(x, words(keys, 1, ROWS, HIDDEN))
     mask = kept(0.25, keys, place=1)
     assert out.dtype == dtype and torch.equal(out, torch.where(mask, x / 0.75, 0))
     out.sum().backward()
@@ -112,9 +121,10 @@ def test_dropout_scales_what_it_keeps_and_its_gradient(dtype: torch.dtype) -> No
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_0() -> None:
-    x, keys = torch.randn(3, 2, 5), random_keys(2)
-    assert KeyedDropout(0.5, 0).eval()(x, keys, torch.arange(len(x))) is x
-    assert KeyedDropout(0.0, 0).train()(x, keys, torch.arange(len(x))) is x
+    x, hashed = torch.randn(3, 2, 5), words(random_keys(2), 0, 3, 5)
+    assert KeyedDropout(0.5, 0).eval()(x, hashed) is x
+    assert KeyedDropout(0.0, 0).train()(x, hashed) is x
+    assert KeyedDropout(0.5, 0).train()(x, None) is x
 
 
 # -- Norms and conditioning --------------------------------------------------------------------------------------------
