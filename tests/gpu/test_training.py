@@ -20,7 +20,7 @@ import torch
 from bd3_scale import config, train
 from bd3_scale.parallel import layout
 from tests.gpu.device import DEVICE, REHEARSAL, needs_gpu, world
-from tests.gpu.waits import Waits
+from tests.gpu.waits import UNWATCHED_STEPS, Waits
 from tests.invented import prepare_invented
 
 pytestmark = needs_gpu
@@ -152,7 +152,7 @@ def test_no_step_waits_for_the_device(trainings: Trainings, name: str) -> None:
     waits = trainings(name).waits
     if REHEARSAL and name == "compiled":
         pytest.skip("reads of compiled code are not seen on CPU")
-    assert waits.steps == STEPS - 3
+    assert waits.steps == STEPS - UNWATCHED_STEPS
     assert not waits.found, "\n".join(sorted(set(waits.found)))
 
 
