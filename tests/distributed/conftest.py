@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.distributed.forked import run_ranks
+from tests.invented import prepare_invented
 
 # initial_std is 1 / sqrt(hidden): with 0.02 a network this narrow is so ill-conditioned that, within 20 steps, the order of a
 # sum on one process (micro_batch 2 or 4) was seen to change a gradient norm by a tenth while the loss agreed to 1e-6.
@@ -27,23 +27,8 @@ tracking: {every: 1, plots: false}
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder: sentences of a small invented language, the same on every machine and at every commit; rows of 32 bytes."""
-    from bd3_scale.data.packing import Document
-    from bd3_scale.data.prepare import Packing, prepare
-    from bd3_scale.data.tokenizer import load_tokenizer
-
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    random, tokenizer = np.random.Generator(np.random.Philox(1)), load_tokenizer("bytes")
-    words = ["".join(random.choice(list("aeiounstrlmk"), length)) for length in random.integers(2, 8, 300)]
-    usual = 1 / np.arange(1, 301)  # Zipf's law
-    documents = []
-    for number in range(500):
-        chosen = random.choice(words, 100, p=usual / usual.sum())
-        sentences = (" ".join(chosen[first : first + 10]) for first in range(0, 100, 10))
-        documents.append(Document(f"{number}", np.array(tokenizer.encode(". ".join(sentences))), held_out=number % 5 == 0))
-    packing = Packing(tokenizer, 32, shard_bytes=8192)
-    prepare(folder, packing, "tests", None, lambda: documents)
-    return folder
+    """A prepared folder with rows of 32 bytes."""
+    return prepare_invented(tmp_path_factory.mktemp("data") / "tiny", 32)
 
 
 @pytest.fixture(scope="session")

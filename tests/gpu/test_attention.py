@@ -1,0 +1,129 @@
+"""FlexAttention as it is compiled for the GPU against a softmax in float64 over the dense mask: outputs and gradients.
+
+Twelve cases cover every value of head size, length (one no multiple of the tile of 128), block size, grouped queries, documents, scored
+half alone and precision; each is a kernel of its own to compile, forwards and backwards, which is what the time goes to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from bd3_scale.diffusion.mask import AttentionPattern, dense, document_segments
+from bd3_scale.model.kernels import attend
+from tests.gpu.device import DEVICE, KERNEL, REHEARSAL, needs_gpu
+
+pytestmark = needs_gpu
+
+BATCH = 2
+END = 0
+"""The token that ends a document."""
+LARGEST = {torch.bfloat16: 2**-6, torch.float32: 2e-5}
+"""The largest error, in units of the largest value: a few roundings of bf16, whose unit is 2^-8; fp32 is not TF32."""
+NO_WORSE = 2.0
+"""Times the root-mean-square error of dense attention in the same precision."""
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    head_size: int
+    length: int
+    block_size: int
+    heads: tuple[int, int] = (4, 4)
+    """Of queries, of keys and values."""
+    documents: bool = False
+    scored: bool = False
+    """Whether only the scored half asks, as in the last layer."""
+    dtype: torch.dtype = BF16
+    last_clean: bool = True
+    kind: str = "block_diffusion"
+
+    def __str__(self) -> str:
+        words = [f"d{self.head_size}", f"L{self.length}", f"block{self.block_size}", f"heads{self.heads[0]}over{self.heads[1]}"]
+        words += [name for name in ("documents", "scored") if getattr(self, name)]
+        words += ["fp32"] * (self.dtype == FP32) + ["cut"] * (not self.last_clean) + [self.kind] * (self.kind != "block_diffusion")
+        return "-".join(words)
+
+    @property
+    def pattern(self) -> AttentionPattern:
+        end = END if self.documents else None
+        return AttentionPattern(self.kind, self.length, self.block_size, document_end=end, last_clean=self.last_clean)  # type: ignore[arg-type]
+
+
+CASES = [
+    Case(64, 1024, 16),
+    Case(64, 1024, 16, scored=True),
+    Case(128, 1024, 16, heads=(4, 2)),
+    Case(128, 1024, 1),
+    Case(64, 1024, 4, heads=(4, 1), scored=True),
+    Case(128, 1024, 1024, scored=True),
+    Case(64, 1040, 16, last_clean=False),
+    Case(128, 1040, 4, heads=(4, 2), documents=True),
+    Case(64, 1040, 1, documents=True, scored=True),
+    Case(64, 1040, 1040, heads=(4, 2)),
+    Case(64, 1024, 1, documents=True, kind="causal"),
+    Case(64, 1040, 16, heads=(4, 2), dtype=FP32),
+    Case(128, 1024, 4, documents=True, scored=True, dtype=FP32),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_flex_is_dense_attention(case: Case) -> None:
+    """Forwards and backwards, and without anything of the size of the scores, which is what is held where Flex falls back in silence."""
+    pattern = case.pattern
+    inputs, segments = tensors(case), None
+    if case.documents:
+        generator = torch.Generator().manual_seed(5)
+        tokens = torch.randint(0, 300, (BATCH, case.length), generator=generator)  # a document ends after 300 tokens
+        segments = torch.from_numpy(document_segments(tokens.numpy(), pattern)).to(DEVICE)
+        assert segments.max() > 0
+    expected = reference(*inputs, pattern, segments)
+    flex, plain = by(KERNEL, inputs, pattern, segments), by("dense", inputs, pattern, segments)
+    for made, other, right, what in zip(flex, plain, expected, ("output", "q", "k", "v"), strict=True):
+        assert made.dtype == case.dtype and made.shape == right.shape
+        error, others = made.double() - right, other.double() - right
+        largest = float(error.abs().max() / right.abs().max())
+        assert largest < LARGEST[case.dtype], f"{what}: {largest:.2e} of the largest value"
+        mine, dense_form = (float(e.square().mean().sqrt() / right.square().mean().sqrt()) for e in (error, others))
+        assert mine < NO_WORSE * dense_form + 1e-6, f"{what}: root-mean-square error {mine:.2e}, that of dense attention {dense_form:.2e}"
+    if not REHEARSAL:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        by(KERNEL, inputs, pattern, segments)
+        grown, scores = torch.cuda.max_memory_allocated() - before, BATCH * case.heads[0] * inputs[0].shape[0] * pattern.rows * 4
+        assert grown < scores, f"{grown / 2**20:.0f} MiB; scores would be {scores / 2**20:.0f}"
+    else:
+        with torch.no_grad():  # Flex as it is, not compiled: what its masks say
+            right, made = expected[0], attend(*inputs[:3], pattern, "flex", segments)
+        assert float((made.double() - right).abs().max() / right.abs().max()) < LARGEST[case.dtype]
+
+
+def tensors(case: Case) -> list[Tensor]:
+    """q, k, v as the layer makes them (k and v are strided views of one tensor), and a gradient of the output."""
+    pattern, generator = case.pattern, torch.Generator().manual_seed(case.length + case.block_size)
+    query_rows = pattern.scored_rows if case.scored else pattern.rows
+    q, gradient = (torch.randn(query_rows, BATCH, case.heads[0], case.head_size, generator=generator) for _ in range(2))
+    k, v = torch.randn(pattern.rows, BATCH, case.heads[1], 2, case.head_size, generator=generator).to(DEVICE, case.dtype).unbind(-2)
+    return [q.to(DEVICE, case.dtype), k, v, gradient.to(DEVICE, case.dtype)]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, pattern: AttentionPattern, segments: Tensor | None) -> list[Tensor]:
+    """float64 [output, gradients of q, k, v]."""
+    q, k, v = (t.double().detach().requires_grad_() for t in (q, k, v))
+    groups = q.shape[2] // k.shape[2]
+    scores = torch.einsum("qbhd,kbhd->bhqk", q, k.repeat_interleave(groups, 2)) / q.shape[-1] ** 0.5
+    mask = dense(pattern, DEVICE)[: q.shape[0]]
+    if segments is not None:
+        mask = (mask & (segments[:, : q.shape[0], None] == segments[:, None]))[:, None]
+    out = torch.einsum("bhqk,kbhd->qbhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(groups, 2))
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), gradient.double())]
+
+
+def by(kernel: str, inputs: list[Tensor], pattern: AttentionPattern, segments: Tensor | None) -> list[Tensor]:
+    q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+    out = attend(q, k, v, pattern, kernel, segments)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
