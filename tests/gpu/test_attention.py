@@ -1,16 +1,18 @@
 """FlexAttention as it is compiled for the GPU against a softmax in float64 over the dense mask: outputs and gradients.
 
-Twelve cases cover every value of head size, length (one no multiple of the tile of 128), block size, grouped queries, documents, scored
+Thirteen cases cover every value of head size, length (one no multiple of the tile of 128), block size, grouped queries, documents, scored
 half alone and precision; each is a kernel of its own to compile, forwards and backwards, which is what the time goes to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bd3_scale.diffusion.mask import AttentionPattern, dense, document_segments
 from bd3_scale.model.kernels import attend
@@ -23,8 +25,8 @@ END = 0
 """The token that ends a document."""
 LARGEST = {torch.bfloat16: 2**-6, torch.float32: 2e-5}
 """The largest error, in units of the largest value: a few roundings of bf16, whose unit is 2^-8; fp32 is not TF32."""
-NO_WORSE = 2.0
-"""Times the root-mean-square error of dense attention in the same precision."""
+NO_WORSE = 5.0 if REHEARSAL else 2.0
+"""Times the root-mean-square error of dense attention in the same precision. (The CPU's kernel adds up parts in bf16.)"""
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -72,7 +74,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_flex_is_dense_attention(case: Case) -> None:
+def test_flex_is_dense_attention(case: Case, record_property: Callable[[str, object], None]) -> None:
     """Forwards and backwards, and without anything of the size of the scores, which is what is held where Flex falls back in silence."""
     pattern = case.pattern
     inputs, segments = tensors(case), None
@@ -82,13 +84,19 @@ def test_flex_is_dense_attention(case: Case) -> None:
         segments = torch.from_numpy(document_segments(tokens.numpy(), pattern)).to(DEVICE)
         assert segments.max() > 0
     expected = reference(*inputs, pattern, segments)
-    flex, plain = by(KERNEL, inputs, pattern, segments), by("dense", inputs, pattern, segments)
+    flex = by(KERNEL, inputs, pattern, segments)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # one yardstick for all: others lack masks or head sizes
+        plain = by("dense", inputs, pattern, segments, repeated=True)
+    seen = []
     for made, other, right, what in zip(flex, plain, expected, ("output", "q", "k", "v"), strict=True):
         assert made.dtype == case.dtype and made.shape == right.shape
         error, others = made.double() - right, other.double() - right
         largest = float(error.abs().max() / right.abs().max())
-        assert largest < LARGEST[case.dtype], f"{what}: {largest:.2e} of the largest value"
         mine, dense_form = (float(e.square().mean().sqrt() / right.square().mean().sqrt()) for e in (error, others))
+        seen.append((what, largest, mine, dense_form))
+    record_property("table", f"{case!s:44s}" + "".join(f"  {what} {mine:.1e} ({form:.1e})" for what, _, mine, form in seen))
+    for what, largest, mine, dense_form in seen:
+        assert largest < LARGEST[case.dtype], f"{what}: {largest:.2e} of the largest value"
         assert mine < NO_WORSE * dense_form + 1e-6, f"{what}: root-mean-square error {mine:.2e}, that of dense attention {dense_form:.2e}"
     if not REHEARSAL:
         torch.cuda.reset_peak_memory_stats()
@@ -123,7 +131,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, pattern: Attent
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), gradient.double())]
 
 
-def by(kernel: str, inputs: list[Tensor], pattern: AttentionPattern, segments: Tensor | None) -> list[Tensor]:
+def by(kernel: str, inputs: list[Tensor], pattern: AttentionPattern, segments: Tensor | None, repeated: bool = False) -> list[Tensor]:
+    """[output, gradients of q, k, v]. `repeated`: with K and V repeated for the query heads that share them."""
     q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
-    out = attend(q, k, v, pattern, kernel, segments)
+    groups = q.shape[2] // k.shape[2] if repeated else 1
+    out = attend(q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), pattern, kernel, segments)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]

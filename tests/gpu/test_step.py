@@ -5,7 +5,7 @@ Dropout is keyed, not drawn, so that both drop the same: one unit dropped on one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -61,9 +61,10 @@ def test_a_step_in_fp32_is_that_of_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_in_bf16_loses_its_rounding(name: str) -> None:
+def test_a_step_in_bf16_loses_its_rounding(name: str, record_property: Callable[[str, object], None]) -> None:
     right = gradients(name, "cpu", torch.float32, rounded=True)
     errors, usual = (compare(gradients(name, device, torch.bfloat16), right) for device in (DEVICE, "cpu"))
+    record_property("table", f"{name:16s}" + "".join(f"  {what} {errors[what]:.1e} (CPU's bf16 {usual[what]:.1e})" for what in errors))
     assert all(errors[what] < ROUNDED[what] for what in errors), (errors, usual)
     assert errors["gradient"] < NO_WORSE * usual["gradient"], (errors, usual)
 

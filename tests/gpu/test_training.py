@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,9 @@ RUNS = {
     "compiled": engine("megatron", 1, "bf16", "training.compile=blocks"),
 }
 BF16 = [name for name in RUNS if name != "fp32"]
-PRECISION = 0.02
+PRECISION = 0.01
 """Relative difference of the loss at the end: bf16 and fp32."""
-SAME = 0.005
+SAME = 0.004
 """That of two trainings in the same precision whose sums may be made in another order."""
 
 
@@ -122,9 +122,11 @@ def test_it_learns(trainings: Trainings) -> None:
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_bf16_ends_where_fp32_does(trainings: Trainings, name: str) -> None:
+def test_bf16_ends_where_fp32_does(trainings: Trainings, name: str, record_property: Callable[[str, object], None]) -> None:
     """On every engine, and compiled."""
     mine, right = trainings(name), trainings("fp32")
+    parts = f"{mine.end / right.end - 1:+.1e} at the end, {mine.validation / right.validation - 1:+.1e} of validation"
+    record_property("table", f"{name:18s} loss {mine.losses[0]:.4f} to {mine.end:.4f}; from fp32: {parts}")
     assert mine.losses[0] == pytest.approx(right.losses[0], rel=PRECISION), "initial weights and noise are the same"
     assert mine.end == pytest.approx(right.end, rel=PRECISION)
     assert mine.validation == pytest.approx(right.validation, rel=PRECISION)
@@ -132,7 +134,7 @@ def test_bf16_ends_where_fp32_does(trainings: Trainings, name: str) -> None:
 
 def test_compiled_is_not_compiled(trainings: Trainings) -> None:
     mine, plain = trainings("compiled"), trainings("megatron")
-    np.testing.assert_allclose(mine.losses, plain.losses, rtol=PRECISION)
+    np.testing.assert_allclose(mine.losses, plain.losses, rtol=2 * PRECISION)
     assert mine.end == pytest.approx(plain.end, rel=SAME)
 
 
