@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = recipes.load(options.recipe, options.overrides) if options.recipe else Recipe()
         if not options.recipe:
-            recipe.run.dir = "runs"
+            recipe.run.dir, recipe.training.steps = "runs", 1  # which has no default
     except UserError as error:
         print(f"bd3_scale: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -49,7 +49,7 @@ def whole_layers(model: Transformer, inputs: NetworkInputs) -> Tensor:
     stream = Stream(inputs.pattern)
     rotary = rotary_table(inputs.positions, model.config.head_size, model.config.rotary_base)
     every = Rows(stream.rows)
-    shared = Shared(rotary, stream, None, every, every, model.kernel, (None, None), inputs.segments)
+    shared = Shared(rotary, stream, None, every, every, model.kernel, segments=inputs.segments)
     for block in model.blocks.values():
         x = block(x, shared, False, None)
     return model.final_norm(x)

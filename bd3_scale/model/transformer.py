@@ -72,8 +72,10 @@ class Shared:
     """What is left of them behind the last layer."""
     kernel: str = "auto"
     """Of attention (see `kernels.attend`)."""
-    masks: tuple[Any, Any] = (None, None)
-    """Of FlexAttention: where all rows ask, and where the scored ones do (the last layer)."""
+    mask: Any = None
+    """FlexAttention's of all rows; None where the kernel needs none."""
+    scored_mask: Any = None
+    """That of the last layer, where only scored rows ask."""
     segments: Tensor | None = None
     """int32 [batch, all rows], where documents of a row are kept apart."""
 
@@ -111,7 +113,7 @@ class Block(nn.Module):
             # Normed once more: to take them from the normed rows, too, would move them among the ranks a second time.
             x = rows.selected.take(x)
             asking = modulated(self.attention_norm(x), modulation, rows.selected)
-        y = self.attention(asking, normed, shared, shared.masks[last], rows.selected)
+        y = self.attention(asking, normed, shared, shared.scored_mask if last else shared.mask, rows.selected)
         return gated_add(x, self.attention_dropout(y, words), modulation, rows.conditioned)
 
     def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows | None, words: DropoutWords | None) -> Tensor:
@@ -192,7 +194,7 @@ class Transformer(nn.Module):
             each, groups = _of_groups(each, stream)
         every = Rows(stream.rows, groups)
         scored = self._scored(every, stream, inputs)
-        shared = Shared(rotary, stream, each, every, scored, self.kernel, self._masks(inputs), inputs.segments)
+        shared = Shared(rotary, stream, each, every, scored, self.kernel, *self._masks(inputs), inputs.segments)
         words = self._dropout_words(inputs, rows, scored.selected)
         for (block, is_last), word in zip(self._layers(), words, strict=True):
             x = block(x, shared, is_last, word)

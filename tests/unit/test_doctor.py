@@ -47,6 +47,13 @@ def test_a_check_that_fails_makes_the_verdict(monkeypatch: pytest.MonkeyPatch, c
     assert "open files" in lines[2] and lines[-1] == "not fit to train: broken"
 
 
+def test_kernels_are_surveyed_without_a_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.kernels,))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("bd3_scale.parallel.probe.probe", lambda *arguments, **options: None)
+    assert doctor.main([]) == 0, capsys.readouterr().out
+
+
 def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
     assert any(one.startswith("megatron-core") for one in doctor.requirements())
     monkeypatch.setattr(doctor, "requirements", lambda: ["torch==1.0", "not-a-package>=1", "numpy>=1"])
