@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bd3_scale import recipe_rules
+from bd3_scale import recipe_rules, recipe_rules_device
 from bd3_scale.checkpoint.config import CheckpointConfig
 from bd3_scale.data.config import DataConfig
 from bd3_scale.data.shares import Shares
@@ -183,6 +183,8 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
         where = f"{full_key}: " if full_key else ""
         raise RecipeError(f"{where}{_one_line(error)}; see the sections' classes in bd3_scale/*/config.py for all keys") from None
     assert isinstance(recipe, Recipe)
+    if recipe_rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
+        recipe.parallel.engine = "fsdp"
     return recipe
 
 

@@ -6,8 +6,13 @@ GPU at hand is found by `parallel/probe.py` when a run starts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bd3_scale.diffusion.config import IN_BLOCKS
 from bd3_scale.recipe_cures import Case, Problem
+
+if TYPE_CHECKING:
+    from bd3_scale.config import Recipe
 
 FLEX = ("flex", "flex_triton", "flex_flash")
 
@@ -48,5 +53,21 @@ def tuning_has_a_gpu(case: Case) -> Problem | None:
     )
 
 
-DEVICE_RULES = (kernel_suits_the_device, backend_is_used, tuning_has_a_gpu)
+def compiled_in_pieces(recipe: Recipe) -> bool:
+    """Whether layers would be compiled whose weights DeepSpeed gathers linear by linear: its hooks cut a layer at each of them."""
+    parallel = recipe.parallel
+    return recipe.training.compile != "none" and parallel.zero == 3 and parallel.resolved_engine == "deepspeed"
+
+
+def layers_are_compiled_whole(case: Case) -> Problem | None:
+    if not compiled_in_pieces(case.recipe):
+        return None
+    return Problem(
+        f"training.compile = {case.recipe.training.compile} compiles whole layers, but parallel.engine = deepspeed with parallel.zero = 3 "
+        "gathers the weights of every linear by itself",
+        lambda: ["set parallel.engine=fsdp", "set training.compile=none"],
+    )
+
+
+DEVICE_RULES = (kernel_suits_the_device, backend_is_used, tuning_has_a_gpu, layers_are_compiled_whole)
 """In the order in which they are asked."""

@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
             network.add_argument(
                 "--compile", choices=CHOICES["training.compile"], help="of the layers (default: blocks on CUDA, else none)"
             )
+            network.add_argument(
+                "--compared", nargs="+", choices=CHOICES["training.compile"], help="choices to time against each other (default: that one)"
+            )
     sampling = commands.add_parser("sampling", help="decoding with and without the cache")
     sampling.add_argument("checkpoint", type=Path)
     sampling.add_argument("--length", type=int, default=256)

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 PARTS = {
-    "attention": ("scaled_dot_product", "flash", "flex_attention"),
-    "optimizer": ("adam", "_foreach_"),
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
-    "communication": ("c10d::", "gloo:", "nccl:"),
+    "attention": ("scaled_dot_product", "flash", "flex_attention", "fmha", "sdpa"),
+    "optimizer": ("adam", "_foreach_", "multi_tensor_apply"),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "gemm", "nvjet", "xmma", "cutlass"),
+    "communication": ("c10d::", "gloo:", "nccl"),
 }
-"""Parts of a step -> what the names of their operators hold; the rest is elementwise work, norms and copies."""
+"""Parts of a step -> what the names of their operators (CPU) or kernels (CUDA) hold; the rest is elementwise work, norms and copies."""
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -58,18 +58,23 @@ def alternate(sides: dict[str, Callable[[], None]], rounds: int, device: torch.d
 
 
 def split_of_time(step: Callable[[], None], vocabulary: int, device: torch.device) -> dict[str, float]:
-    """Shares of the operators' own time in one step: attention, head (products with V), other products, optimizer, the rest."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
+    """Shares of the time of one step's operators, or of its kernels on CUDA (where an operator's time is that of its kernels once more):
+    attention, head (products with V; on CUDA among the products), other products, optimizer, the rest."""
+    activities, cuda = [torch.profiler.ProfilerActivity.CPU], device.type == "cuda"
+    if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         step()
+        if cuda:
+            torch.cuda.synchronize()
     seconds: dict[str, float] = {}
     for event in profile.key_averages(group_by_input_shape=True):
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
         part = next((name for name, words in PARTS.items() if any(word in event.key for word in words)), "rest")
         if part == "products" and any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list)):
             part = "head"
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
         seconds[part] = seconds.get(part, 0.0) + own
     total = sum(seconds.values())
     return {name: value / total for name, value in sorted(seconds.items(), key=lambda item: -item[1])}

@@ -35,7 +35,7 @@ from bd3_scale.model.kernels import BACKENDS
 from bd3_scale.model.stream import Stream
 from bd3_scale.model.transformer import Rows, Shared, Transformer
 from bd3_scale.parallel import layout
-from bd3_scale.parallel.build import COMPILE_MODES, RECOMPUTED, apply_outside
+from bd3_scale.parallel.build import RECOMPUTED, apply_outside
 from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.parallel.probe import Shape, probe
 
@@ -244,8 +244,7 @@ def benchmark_features(options: argparse.Namespace) -> dict[str, Any]:
         try:
             return made.ours()
         finally:
-            for block in model.blocks.values():
-                delattr(block, RECOMPUTED[part])  # the class has its own
+            bare(model)
 
     off: dict[str, tuple[Callable[[], Tensor], str]] = {
         "attention by the dense 2L x 2L mask": (made.ours, "dense"),
@@ -317,6 +316,7 @@ def benchmark_device(options: argparse.Namespace) -> dict[str, Any]:
             "seconds": median,
             "data_tokens_per_second": made.rows.size / median,
             "peak_bytes_above_state": peak_bytes(sides["block diffusion"], made.device),
+            "share_of_time": split_of_time(sides["block diffusion"], VOCABULARY, made.device),
             "block_diffusion_over_autoregressive_time": paired_ratio(seconds["block diffusion"], seconds["autoregressive"]),
             "the_same_in_exact_flops": flops(made, made.inputs) / flops(made, made.causal),
             **speed(made, median),
@@ -324,27 +324,27 @@ def benchmark_device(options: argparse.Namespace) -> dict[str, Any]:
                 kernel: attention_ratio(made, options.rounds, kernel) for kernel in (BACKENDS if cuda else ["auto"])
             },
             "compile": chosen,
-            "seconds_by_compile": by_compile(made, ["none", *COMPILE_MODES] if cuda else [chosen], options.rounds),
-            "share_of_time": split_of_time(sides["block diffusion"], VOCABULARY, made.device),
+            "seconds_by_compile": by_compile(made, options.compared or [chosen], options.recompute, options.rounds),
         }
         del made, sides
     result["parity_with_cpu"] = parity(options)
     return result
 
 
-def by_compile(made: Bench, choices: list[str], rounds: int) -> dict[str, float | str]:
+def bare(model: Transformer) -> None:
+    """Undo `apply_outside`: every layer has its class's methods again."""
+    for block in model.blocks.values():
+        for method in RECOMPUTED.values():
+            block.__dict__.pop(method, None)
+
+
+def by_compile(made: Bench, choices: list[str], recompute: str, rounds: int) -> dict[str, float | str]:
     """Median seconds of a step under each choice of `training.compile`, in turns; or why it does not work here."""
-    compiled = {
-        choice: {block: None if choice == "none" else torch.compile(block._call_impl, mode=COMPILE_MODES[choice]) for block in blocks}
-        for choice in choices
-        for blocks in [list(made.model.blocks.values())]
-    }
-    before = {block: block._compiled_call_impl for block in made.model.blocks.values()}
 
     def side(choice: str) -> Step:
         def total() -> Tensor:
-            for block, call in compiled[choice].items():
-                block._compiled_call_impl = call
+            bare(made.model)
+            apply_outside(made.model.blocks.values(), recompute=recompute, compile=choice)
             return made.ours()
 
         return made.side(total)
@@ -362,8 +362,7 @@ def by_compile(made: Bench, choices: list[str], rounds: int) -> dict[str, float 
                 failed[choice] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return failed | {name: statistics_module.median(seconds) for name, seconds in alternate(sides, rounds, made.device).items()}
     finally:
-        for block, call in before.items():
-            block._compiled_call_impl = call
+        bare(made.model)
 
 
 def attention_ratio(made: Bench, rounds: int, kernel: str) -> float | str:

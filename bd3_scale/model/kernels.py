@@ -15,6 +15,7 @@ these calls, made where they are needed (forward and backward) and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -165,8 +166,11 @@ def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device)
     indices = block_sparse_indices(pattern, query_rows, tile=128)
     tensors: dict[str, Any] = {name: torch.from_numpy(value)[None, None].to(device) for name, value in indices.items()}
 
+    # A copy, which is never the very object that the stream has: compiled code would look at that, too.
+    own = replace(pattern)
+
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(pattern, query, key)
+        return visible(own, query, key)
 
     return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.rows))
 

@@ -23,7 +23,8 @@ class ParallelConfig:
     """ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks."""
     engine: str = "auto"
     """Who divides and reduces: deepspeed (one pipeline stage) | megatron (megatron-core, ZeRO 0 and 1) | fsdp (torch's fully_shard, ZeRO 2
-    and 3) | auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several. Changes no result."""
+    and 3) | auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several, or where layers are compiled under
+    ZeRO 3. Changes no result."""
     shard: int | None = None
     """Data-parallel ranks that share one copy of what ZeRO divides; the others replicate it (HSDP). null: all of them."""
     sequence: bool = False
