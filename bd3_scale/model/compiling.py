@@ -2,10 +2,10 @@
 
 What Dynamo cannot trace it leaves out without a word, and a function that it has compiled `recompile_limit` times (8) it runs as
 plain Python from then on; FlexAttention then holds the whole matrix of scores. Both are errors here: a layer is one graph, from its
-first norm to its last residual, and the limit is beyond what a run needs (patterns x last layer or not x training or validation x
-sizes of a micro-batch), so that whoever meets it has found a fault.
+first norm to its last residual, and the limit is beyond what a run needs (patterns x training or validation x sizes of a micro-batch x
+`inputs.SIZES` of what is selected in the last layer), so that whoever meets it has found a fault.
 
-Invariant: whatever differs from layer to layer or from step to step reaches compiled code as a tensor.
+Invariants: whatever differs from layer to layer or from step to step reaches compiled code as a tensor; no size is left open.
 """
 
 from __future__ import annotations
@@ -20,16 +20,9 @@ VARIANTS = 256
 
 
 def compiled_whole(function: Callable[..., Any], mode: str = "default", backend: str = "inductor") -> Callable[..., Any]:
-    """`function` as one graph; sizes are constants but for those that `of_any_size` marks. Raises where it cannot be one graph."""
+    """`function` as one graph, all sizes being constants. Raises where it cannot be one graph."""
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = 16 * VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     compiled: Callable[..., Any] = torch.compile(function, mode=mode, backend=backend, dynamic=False, fullgraph=True)
     return compiled
-
-
-def of_any_size(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
-    """The tensor, of whose size in `dimension` compiled code makes no variant of its own."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-    return tensor
