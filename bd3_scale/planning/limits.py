@@ -1,0 +1,230 @@
+"""The time of each part of a training step at its limit, on one device: what bounds a step, term by term, before it is measured.
+
+A product takes what its arithmetic takes at the device's best rate, and what it takes to read its operands and write its result once
+(`Reached.product`, `Reached.memory`: that is why narrow layers reach less of the peak); attention its visited tiles at the rate of its
+kernel, forward and backward; everything elementwise the bytes that it moves (`passes.py`); gradients and optimizer the bytes that the
+engine moves per parameter (`update_bytes`). The host starts kernels ahead of the device: of its time only what is beyond the device's
+counts. Terms are added: on one stream nothing runs beside anything else, but for communication, which `estimate.py` models.
+
+Not counted: pulls of power on clocks, the allocator, data, validations, checkpoints; the noise of words (ssdlm) but for its products;
+tiles that documents leave out; the hooks of FSDP and DeepSpeed on the host.
+
+Invariant: the FLOPs of the products here are those of `model/flops.py`, and those of attention at least them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from bd3_scale.diffusion.mask import AttentionPattern, block_sparse_indices
+from bd3_scale.parallel.activations import Batch
+from bd3_scale.parallel.shapes import elements, units_of
+from bd3_scale.planning.devices import Device
+from bd3_scale.planning.passes import Passes, attention_half, embedding_passes, final_norm, head_passes, mlp_half
+from bd3_scale.planning.situation import Situation
+
+TILE = 128
+"""Rows of a tile of queries, and of keys, that attention kernels visit whole."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of one micro-batch, or of one step, on one device."""
+
+    name: str
+    forward: float
+    """Seconds."""
+    backward: float
+    flops: float = 0.0
+    """Of the arithmetic that runs, forward and backward."""
+    bytes: float = 0.0
+    """Moved by elementwise kernels."""
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+    def times(self, count: int) -> Part:
+        return Part(self.name, count * self.forward, count * self.backward, count * self.flops, count * self.bytes)
+
+
+@dataclass(frozen=True)
+class StageLimits:
+    """Of one rank of a pipeline stage."""
+
+    parts: tuple[Part, ...]
+    """Of a micro-batch."""
+    update: Part
+    """Norm, clip, AdamW, EMA and new weights: once a step."""
+    host: float
+    """Seconds of a micro-batch in which the host starts kernels."""
+
+    @property
+    def device(self) -> float:
+        """Seconds of a micro-batch that the device computes."""
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def backward(self) -> float:
+        return sum(part.backward for part in self.parts)
+
+    @property
+    def waited(self) -> float:
+        """Seconds of a micro-batch in which the device waits for the host."""
+        return max(0.0, self.host - self.device)
+
+
+def stage_limits(case: Situation, batch: Batch, pipeline_rank: int) -> StageLimits:
+    """`batch`: the expected micro-batch in a phase of the run (`Situation.batch`)."""
+    recipe, config, device = case.recipe, case.recipe.model, case.device
+    held = case.stages_of(pipeline_rank)
+    compiled, again = recipe.training.compile != "none", recipe.training.recompute
+    layers = [index + 1 == config.layers for chunk in held for index in chunk]
+    last, first = held[-1].stop == config.layers, held[0].start == 0
+    passes, kernels = Passes(), 0.0
+    linears, attention = [0.0] * 3, [0.0] * 3  # seconds forward, seconds backward, FLOPs
+    for end, count in ((end, layers.count(end)) for end in sorted(set(layers))):
+        for half, found in (("attention", attention_half(batch, end, compiled)), ("mlp", mlp_half(batch, end, compiled))):
+            repeated = again in (half, "layer")
+            if repeated:
+                found += Passes(0, found.forward, 0, found.forward_kernels)
+            products = list(half_products(batch, end, half))
+            once = sum(product_seconds(device, case.precision, batch.weight, *one) for one in products)
+            flops = sum(2.0 * rows * inputs * outputs for rows, inputs, outputs in products)
+            linears = _sum(linears, [count * once, count * (3 if repeated else 2) * once, count * (4 if repeated else 3) * flops])
+            kernels += count * (found.kernels + len(products) * (4 if repeated else 3))
+            passes += Passes(count * found.forward, count * found.backward)
+            if half == "attention":
+                flops = attention_flops(batch, end)
+                peak = device.peak(case.precision)
+                shares = attention_shares(case, batch)
+                forward, backward = flops / (shares[0] * peak), 2.5 * flops / (shares[1] * peak)
+                times = 2 if repeated else 1
+                attention = _sum(attention, [count * forward, count * (backward + (times - 1) * forward), count * (2.5 + times) * flops])
+                kernels += count * (times + 2)
+    parts = [Part("linears", *linears), Part("attention", *attention), _moved(device, "elementwise of the layers", passes)]
+    if last:
+        fused = head_is_fused(case)
+        loss = head_passes(batch, case.vocabulary, fused) + final_norm(batch, compiled=False)
+        shape = (batch.selected, config.hidden, -(-case.vocabulary // batch.tensor))
+        seconds = product_seconds(device, case.precision, batch.weight, *shape)
+        parts.append(Part("head's products", 3 * seconds, 0.0, 6.0 * shape[0] * shape[1] * shape[2]))
+        parts.append(_moved(device, "head's loss" + (", fused" if fused else ""), loss))
+        kernels += loss.kernels + 3
+    if first:
+        looked_up = embedding_passes(batch, case.vocabulary)
+        parts.append(_moved(device, "embedding", looked_up))
+        kernels += looked_up.kernels
+        flops = simplex_flops(case, batch)
+        if flops:
+            seconds = flops / (device.reached.product * device.peak(case.precision))
+            parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
+    accumulated, updated, tensors = update_bytes(case, held)
+    parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
+    reached = device.reached
+    host = reached.launch * (kernels + tensors) + reached.layer[compiled] * len(layers)
+    return StageLimits(tuple(parts), _moved(device, "optimizer, clip, EMA", Passes(updated)), host)
+
+
+def half_products(batch: Batch, last: bool, half: str) -> Iterator[tuple[int, int, int]]:
+    """(rows, inputs, outputs) of each linear of half a layer on one tensor rank."""
+    config, tensor = batch.config, batch.tensor
+    every, handed = batch.computed(False), batch.computed(last)
+    if half == "mlp":
+        units = config.mlp_size // tensor
+        yield handed, config.hidden, units * (2 if config.mlp == "swiglu" else 1)
+        yield handed, units, config.hidden
+        return
+    query = config.heads * config.head_size // tensor
+    yield handed, config.hidden, query
+    yield every, config.hidden, 2 * max(1, config.kv_heads // tensor) * config.head_size
+    yield handed, query, config.hidden
+
+
+def product_seconds(device: Device, precision: str, weight: int, rows: float, inputs: float, outputs: float) -> float:
+    """Of rows x inputs times inputs x outputs; `weight`: bytes of a number. The two products of its backward take as long each."""
+    moved = weight * (rows * inputs + inputs * outputs + rows * outputs)
+    arithmetic = 2.0 * rows * inputs * outputs / (device.reached.product * device.peak(precision))
+    return arithmetic + moved / (device.reached.memory * device.bandwidth)
+
+
+def attention_flops(batch: Batch, last: bool) -> float:
+    """Of a forward on one tensor rank: q k^T and the sum over v of every tile that is visited."""
+    pattern, config = batch.pattern, batch.config
+    queries = pattern.scored_rows if last else pattern.rows
+    pairs = queries * pattern.rows if batch.kernel == "dense" else TILE**2 * visited_tiles(pattern, queries)
+    return 4.0 * batch.rows * pairs * config.heads * config.head_size / batch.tensor
+
+
+@lru_cache(maxsize=256)
+def visited_tiles(pattern: AttentionPattern, query_rows: int) -> int:
+    """Tiles of `TILE` queries and keys in which something is visible."""
+    found = block_sparse_indices(pattern, query_rows, TILE)
+    return int(found["kv_num_blocks"].sum() + found["full_kv_num_blocks"].sum())
+
+
+def attention_shares(case: Situation, batch: Batch) -> tuple[float, float]:
+    """Of the peak, by the kernel of this micro-batch: forward, backward."""
+    reached, wide = case.device.reached, batch.config.head_size > 64
+    if batch.kernel != "flex":
+        return reached.sdpa[wide]
+    forward, backward = reached.flash[wide]
+    return forward * reached.flex[0], backward * reached.flex[1]
+
+
+def head_is_fused(case: Situation) -> bool:
+    """Whether the loss of a chunk of logits is one compiled function."""
+    return False
+
+
+def simplex_flops(case: Situation, batch: Batch) -> float:
+    """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
+    from bd3_scale.diffusion.config import ON_SIMPLEX
+
+    if case.recipe.objective.kind not in ON_SIMPLEX:
+        return 0.0
+    return 2.0 * batch.config.hidden * (case.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
+
+
+def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, int]:
+    """(bytes of a micro-batch, bytes of a step, parameter tensors whose gradients are added one by one) on one rank that has the layers
+    `held`. w: bytes of a weight that computes, d: data-parallel ranks that share what ZeRO divides. Of a parameter:
+
+    | engine | each micro-batch | each step |
+    |---|---|---|
+    | megatron | w + 8 (into the fp32 buffer) | 4 zeros; 4 norm, 8 clip, 28 AdamW, 12 EMA, 4 + w new weights, all over d under ZeRO 1 |
+    | deepspeed | w + 4 (to fp32), 12 (over d from ZeRO 2 on) | 4 zeros, 52 and 4 + w over d; ZeRO 1: 20 more (flat copies) |
+    | fsdp | w + 4, 20 / d; ZeRO 3: 4 w + (4 + w) / d to gather twice | 52 / d; ZeRO 2: 2 w + (4 + w) / d to gather |
+
+    DeepSpeed's row was counted on a stub of the CUDA driver: 18 and 82 bytes for one rank under ZeRO 1 in bf16.
+    """
+    recipe, parallel = case.recipe, case.recipe.parallel
+    multiple = 128 if case.device.type == "cuda" else 1
+    chunks = [units_of(recipe.model, case.vocabulary, layers, parallel.tensor, multiple) for layers in held]
+    n = float(sum(elements(group) for chunk in chunks for group in chunk.groups))
+    tensors = sum(len(group) for chunk in chunks for group in chunk.groups)
+    w = 2 if case.precision == "bf16" else 4
+    d = case.sharers if parallel.zero else 1
+    cast = w + 4 if w < 4 else 0
+    each = 4 + 8 + 28 + (12 if recipe.training.ema else 0)
+    engine = parallel.resolved_engine
+    if engine == "megatron":
+        return n * (w + 8), n * (4 + (each + cast) / d), tensors
+    if engine == "deepspeed":
+        partly = d if parallel.zero >= 2 else 1
+        return n * (cast + 12 / partly), n * (4 / partly + (20 if parallel.zero == 1 else 0) + (each + cast) / d), tensors
+    gather = 2 * w + cast / d
+    if parallel.zero == 3:
+        return n * (cast + 20 / d + 2 * gather), n * each / d, 0
+    return n * (cast + 20 / d), n * (each / d + gather), 0
+
+
+def _moved(device: Device, name: str, passes: Passes) -> Part:
+    speed = device.reached.memory * device.bandwidth
+    return Part(name, passes.forward / speed, passes.backward / speed, 0.0, passes.bytes)
+
+
+def _sum(one: list[float], other: list[float]) -> list[float]:
+    return [a + b for a, b in zip(one, other, strict=True)]
