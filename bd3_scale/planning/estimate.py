@@ -25,7 +25,7 @@ from bd3_scale.parallel.shapes import units_of, whole
 from bd3_scale.parallel.stages import Phase
 from bd3_scale.parallel.traffic import Transfer, step_traffic
 from bd3_scale.planning.devices import EFFICIENCY
-from bd3_scale.planning.limits import StageLimits, product_seconds, stage_limits
+from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits
 from bd3_scale.planning.situation import Situation
 
 LIVE = 1_000_000_000
@@ -201,7 +201,8 @@ def pace(case: Situation, phase: Phase, mfu: float | None = None) -> Pace:
         backward = once * (1 - 1 / layer_passes(case, phase))
         return Pace(-rank, once, backward, 0.0, 0.0, lambda rows, inputs, outputs: 2.0 * rows * inputs * outputs / speed)
     batch = case.batch(phase)
-    found = [stage_limits(case, batch, rank) for rank in ranks]
+    layers = [layer_limits(case, batch, last) for last in (False, True)]
+    found = [stage_limits(case, batch, rank, layers) for rank in ranks]
     rank = max(ranks, key=lambda rank: found[rank].device + found[rank].waited)
 
     def product(rows: float, inputs: float, outputs: float) -> float:
@@ -276,16 +277,16 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, product: 
     pattern = phase.pattern
     key_value = 2 * model.kv_heads * model.head_size
     shared = bool(model.kv_heads % tensor)  # such a projection gathers by itself, and waits
-    hidden = 0.0
-    for index in (index for layers in case.stages_of(pipeline_rank) for index in layers):
-        scored = pattern.scored_rows if index + 1 == model.layers else pattern.rows
+    hidden, held = 0.0, [index + 1 == model.layers for layers in case.stages_of(pipeline_rank) for index in layers]
+    for last in set(held):
+        scored = pattern.scored_rows if last else pattern.rows
         linears = [(scored, model.heads * model.head_size), (scored, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
         linears += [] if shared else [(pattern.rows, key_value)]
         for rows, outputs in linears:
             taken = product(rows * batch.rows, model.hidden, outputs / tensor)
             moved = batch.weight * rows * batch.rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
             # Reduce-scatter and gather of as many bytes; or an all-reduce, which takes as long as both, behind one product.
-            hidden += 2 * min(moved, taken) if parallel.sequence else min(2 * moved, taken)
+            hidden += held.count(last) * (2 * min(moved, taken) if parallel.sequence else min(2 * moved, taken))
     return hidden
 
 

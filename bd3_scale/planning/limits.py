@@ -49,6 +49,10 @@ class Part:
     def times(self, count: int) -> Part:
         return Part(self.name, count * self.forward, count * self.backward, count * self.flops, count * self.bytes)
 
+    def __add__(self, other: Part) -> Part:
+        forward, backward = self.forward + other.forward, self.backward + other.backward
+        return Part(self.name, forward, backward, self.flops + other.flops, self.bytes + other.bytes)
+
 
 @dataclass(frozen=True)
 class StageLimits:
@@ -76,55 +80,71 @@ class StageLimits:
         return max(0.0, self.host - self.device)
 
 
-def stage_limits(case: Situation, batch: Batch, pipeline_rank: int) -> StageLimits:
-    """`batch`: the expected micro-batch in a phase of the run (`Situation.batch`)."""
-    recipe, config, device = case.recipe, case.recipe.model, case.device
+@dataclass(frozen=True)
+class LayerLimits:
+    """Of one micro-batch in one layer."""
+
+    linears: Part
+    attention: Part
+    passes: Passes
+    kernels: float
+
+
+def layer_limits(case: Situation, batch: Batch, last: bool) -> LayerLimits:
+    """`batch`: the expected micro-batch in a phase of the run (`Situation.batch`); `last`: of the network's last layer."""
+    device, training = case.device, case.recipe.training
+    peak, shares = device.peak(case.precision), attention_shares(case, batch)
+    compiled = training.compile != "none"
+    linears, passes, kernels = Part("linears", 0.0, 0.0), Passes(), 0.0
+    attention = Part("attention", 0.0, 0.0)
+    for half, found in (("attention", attention_half(batch, last, compiled)), ("mlp", mlp_half(batch, last, compiled))):
+        again = int(training.recompute in (half, "layer"))
+        products = list(half_products(batch, last, half))
+        once = sum(product_seconds(device, case.precision, batch.weight, *one) for one in products)
+        flops = sum(2.0 * rows * inputs * outputs for rows, inputs, outputs in products)
+        linears += Part("linears", once, (2 + again) * once, (3 + again) * flops)
+        passes += found + Passes(0, again * found.forward, 0, again * found.forward_kernels)
+        kernels += (3 + again) * len(products)
+        if half == "attention":
+            flops = attention_flops(batch, last)
+            forward, backward = flops / (shares[0] * peak), 2.5 * flops / (shares[1] * peak)
+            attention = Part("attention", forward, backward + again * forward, (3.5 + again) * flops)
+            kernels += 3 + again
+    return LayerLimits(linears, attention, passes, kernels + passes.kernels)
+
+
+def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequence[LayerLimits]) -> StageLimits:
+    """`layers`: of any layer but the network's last, and of that one (`layer_limits`)."""
+    config, device, reached = case.recipe.model, case.device, case.device.reached
     held = case.stages_of(pipeline_rank)
-    compiled, again = recipe.training.compile != "none", recipe.training.recompute
-    layers = [index + 1 == config.layers for chunk in held for index in chunk]
-    last, first = held[-1].stop == config.layers, held[0].start == 0
-    passes, kernels = Passes(), 0.0
-    linears, attention = [0.0] * 3, [0.0] * 3  # seconds forward, seconds backward, FLOPs
-    for end, count in ((end, layers.count(end)) for end in sorted(set(layers))):
-        for half, found in (("attention", attention_half(batch, end, compiled)), ("mlp", mlp_half(batch, end, compiled))):
-            repeated = again in (half, "layer")
-            if repeated:
-                found += Passes(0, found.forward, 0, found.forward_kernels)
-            products = list(half_products(batch, end, half))
-            once = sum(product_seconds(device, case.precision, batch.weight, *one) for one in products)
-            flops = sum(2.0 * rows * inputs * outputs for rows, inputs, outputs in products)
-            linears = _sum(linears, [count * once, count * (3 if repeated else 2) * once, count * (4 if repeated else 3) * flops])
-            kernels += count * (found.kernels + len(products) * (4 if repeated else 3))
-            passes += Passes(count * found.forward, count * found.backward)
-            if half == "attention":
-                flops = attention_flops(batch, end)
-                peak = device.peak(case.precision)
-                shares = attention_shares(case, batch)
-                forward, backward = flops / (shares[0] * peak), 2.5 * flops / (shares[1] * peak)
-                times = 2 if repeated else 1
-                attention = _sum(attention, [count * forward, count * (backward + (times - 1) * forward), count * (2.5 + times) * flops])
-                kernels += count * (times + 2)
-    parts = [Part("linears", *linears), Part("attention", *attention), _moved(device, "elementwise of the layers", passes)]
+    first, last = held[0].start == 0, held[-1].stop == config.layers
+    count = sum(len(chunk) for chunk in held)
+    middle, end = count - last, int(last)
+    linears, attention = (
+        getattr(layers[0], name).times(middle) + getattr(layers[1], name).times(end) for name in ("linears", "attention")
+    )
+    passes = layers[0].passes.times(middle) + layers[1].passes.times(end)
+    kernels = middle * layers[0].kernels + end * layers[1].kernels
+    parts = [linears, attention, _moved(device, "elementwise of the layers", passes)]
     if last:
         fused = head_is_fused(case)
         loss = head_passes(batch, case.vocabulary, fused) + final_norm(batch, compiled=False)
         shape = (batch.selected, config.hidden, -(-case.vocabulary // batch.tensor))
         seconds = product_seconds(device, case.precision, batch.weight, *shape)
         parts.append(Part("head's products", 3 * seconds, 0.0, 6.0 * shape[0] * shape[1] * shape[2]))
-        parts.append(_moved(device, "head's loss" + (", fused" if fused else ""), loss))
+        parts.append(_moved(device, "head's loss", loss))
         kernels += loss.kernels + 3
     if first:
         looked_up = embedding_passes(batch, case.vocabulary)
         parts.append(_moved(device, "embedding", looked_up))
         kernels += looked_up.kernels
-        flops = simplex_flops(case, batch)
-        if flops:
-            seconds = flops / (device.reached.product * device.peak(case.precision))
+        if flops := simplex_flops(case, batch):
+            seconds = flops / (reached.product * device.peak(case.precision))
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
     accumulated, updated, tensors = update_bytes(case, held)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
-    reached = device.reached
-    host = reached.launch * (kernels + tensors) + reached.layer[compiled] * len(layers)
+    compiled = case.recipe.training.compile != "none"
+    host = reached.launch * (kernels + tensors) + reached.layer[compiled] * count
     return StageLimits(tuple(parts), _moved(device, "optimizer, clip, EMA", Passes(updated)), host)
 
 
@@ -224,7 +244,3 @@ def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, 
 def _moved(device: Device, name: str, passes: Passes) -> Part:
     speed = device.reached.memory * device.bandwidth
     return Part(name, passes.forward / speed, passes.backward / speed, 0.0, passes.bytes)
-
-
-def _sum(one: list[float], other: list[float]) -> list[float]:
-    return [a + b for a, b in zip(one, other, strict=True)]

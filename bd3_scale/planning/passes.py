@@ -37,6 +37,9 @@ class Passes:
             self.backward_kernels + other.backward_kernels,
         )
 
+    def times(self, count: int) -> Passes:
+        return Passes(count * self.forward, count * self.backward, count * self.forward_kernels, count * self.backward_kernels)
+
     @property
     def bytes(self) -> float:
         return self.forward + self.backward
