@@ -1,7 +1,8 @@
 """Linear cross-entropy or score entropy on selected positions: chunked, weighted, over a vocabulary that may be divided.
 
 Logits exist for one chunk of positions at a time; with gradients wanted, the chunk's gradient is formed while its
-logits are at hand, so that nothing of shape (tokens, V) is ever kept. The cross-entropy of a chunk is megatron-core's.
+logits are at hand, so that nothing of shape (tokens, V) is ever kept. The cross-entropy of a chunk is megatron-core's, or
+(`model.head_loss`, on CUDA by default) one that is compiled to move a sixth of the memory (`cross_entropy.py`).
 
 Score entropy (Lou et al. 2024; what is left of it for a masked position is derived in `diffusion.score_entropy`) is
     A - 1 - z_target + log N,   A = mean of exp(z) over the N ids of text,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +27,15 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from torch import Tensor, nn
 
 from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.cross_entropy import FusedCrossEntropy
 from bd3_scale.model.layers import Linears
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits alive at a time, by device: 64 MB in fp32 keeps a CPU's caches useful, a GPU wants larger products."""
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(logits [n, V of this rank], targets int64 [n], weights fp32 [n] or None) -> (losses fp32 [n], with weights the gradient of their
+weighted sum with respect to the logits, which may be gone)."""
 
 
 class Head(nn.Module):
@@ -47,6 +54,7 @@ class Head(nn.Module):
         self.first_id = linears.tensor_rank * linears.padded(vocabulary) // linears.tensor
         # MASK and the padding behind it, as ids of this rank.
         self.impossible = max(0, mask_id - self.first_id)
+        self.config, self.fused = config, FusedCrossEntropy(self.first_id, linears.tensor > 1)
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, normalised: bool = True) -> Any:
         """hidden [n, hidden]. With targets and weights [n]: (weighted sum, nll [n] without gradient), fp32; not `normalised`: score
@@ -56,7 +64,9 @@ class Head(nn.Module):
             return logits[:, : self.vocabulary].float()
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         hidden = self.linears.before_head(hidden)
-        loss = vocab_parallel_cross_entropy if normalised else self._score_entropy
+        loss: ChunkLoss = self.fused
+        if not (normalised and self.config.fuses_head_loss(hidden.device.type)):
+            loss = partial(_by_autograd, vocab_parallel_cross_entropy if normalised else self._score_entropy)
         return _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.impossible, gradients, loss)
 
     def _score_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,6 +77,18 @@ class Head(nn.Module):
         target = logits.gather(-1, here.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
         part = logits.exp().sum(-1) / words - torch.where(held, target, 0.0)
         return (reduce_from_tensor_model_parallel_region(part) if self.linears.tensor > 1 else part) + (math.log(words) - 1.0)
+
+
+def _by_autograd(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if weights is None:
+        return loss(logits, targets), None
+    with torch.enable_grad():
+        logits.requires_grad_()
+        losses = loss(logits, targets)
+        (gradient,) = torch.autograd.grad(losses, logits, weights)
+    return losses.detach(), gradient
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, impossible: int) -> Tensor:
@@ -90,7 +112,7 @@ class _LinearLoss(torch.autograd.Function):
         weights: Tensor,
         impossible: int,
         gradients: bool,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: ChunkLoss,
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         if gradients:
@@ -101,14 +123,9 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             logits = _logits(hidden[part], weight, bias, impossible)
-            if not gradients:
-                nll[part] = loss(logits, targets[part])
+            nll[part], grad_logits = loss(logits, targets[part], weights[part] if gradients else None)
+            if grad_logits is None:
                 continue
-            with torch.enable_grad():
-                logits.requires_grad_()
-                losses = loss(logits, targets[part])
-                (grad_logits,) = torch.autograd.grad(losses, logits, weights[part])
-            nll[part] = losses.detach()
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight.dtype == grad_logits.dtype:
@@ -117,7 +134,7 @@ class _LinearLoss(torch.autograd.Function):
                 grad_weight += grad_logits.t() @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad_logits.float().sum(0)
-            del logits, losses, grad_logits
+            del logits, grad_logits
         if gradients:
             ctx.gradients = grad_hidden, grad_weight, grad_bias, weight.dtype
         ctx.mark_non_differentiable(nll)

@@ -224,9 +224,12 @@ def head_bytes(batch: Batch, vocabulary: int) -> int:
 
 
 def logits_bytes(batch: Batch, vocabulary: int) -> int:
-    """Alive at a time in the head: a chunk's logits, their fp32 copy, its exponentials, their gradient in the weight's type."""
+    """Alive at a time in the head: a chunk's logits, their fp32 copy, its exponentials, their gradient in the weight's type; fused, the
+    gradient takes the place of the logits."""
     share = -(-vocabulary // batch.tensor)
     chunk = min(max(64, HEAD_CHUNK[batch.device] // share), batch.selected)
+    if batch.config.fuses_head_loss(batch.device) and not batch.timed:
+        return chunk * share * batch.weight
     return chunk * share * ((4 + 4) if batch.weight == 4 else (2 + 4 + 4 + 2))
 
 

@@ -120,15 +120,12 @@ def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequ
     first, last = held[0].start == 0, held[-1].stop == config.layers
     count = sum(len(chunk) for chunk in held)
     middle, end = count - last, int(last)
-    linears, attention = (
-        getattr(layers[0], name).times(middle) + getattr(layers[1], name).times(end) for name in ("linears", "attention")
-    )
+    linears, attention = (getattr(layers[0], name).times(middle) + getattr(layers[1], name).times(end) for name in ("linears", "attention"))
     passes = layers[0].passes.times(middle) + layers[1].passes.times(end)
     kernels = middle * layers[0].kernels + end * layers[1].kernels
     parts = [linears, attention, _moved(device, "elementwise of the layers", passes)]
     if last:
-        fused = head_is_fused(case)
-        loss = head_passes(batch, case.vocabulary, fused) + final_norm(batch, compiled=False)
+        loss = head_passes(batch, case.vocabulary) + final_norm(batch, compiled=False)
         shape = (batch.selected, config.hidden, -(-case.vocabulary // batch.tensor))
         seconds = product_seconds(device, case.precision, batch.weight, *shape)
         parts.append(Part("head's products", 3 * seconds, 0.0, 6.0 * shape[0] * shape[1] * shape[2]))
@@ -192,11 +189,6 @@ def attention_shares(case: Situation, batch: Batch) -> tuple[float, float]:
         return reached.sdpa[wide]
     forward, backward = reached.flash[wide]
     return forward * reached.flex[0], backward * reached.flex[1]
-
-
-def head_is_fused(case: Situation) -> bool:
-    """Whether the loss of a chunk of logits is one compiled function."""
-    return False
 
 
 def simplex_flops(case: Situation, batch: Batch) -> float:

@@ -94,9 +94,10 @@ def mlp_half(batch: Batch, last: bool, compiled: bool) -> Passes:
     return total + _output_side(held, config, w, compiled)
 
 
-def head_passes(batch: Batch, vocabulary: int, fused: bool) -> Passes:
+def head_passes(batch: Batch, vocabulary: int) -> Passes:
     """The cross-entropy and its gradient, formed in the forward, chunk by chunk; and the sum of the weight's gradient over chunks."""
     config, w, n = batch.config, batch.weight, batch.selected
+    fused = config.fuses_head_loss(batch.device) and not batch.timed  # sedd's is no cross-entropy
     share = -(-vocabulary // batch.tensor)
     chunks = -(-n // max(64, HEAD_CHUNK[batch.device] // share))
     cast = w + 4 if w < 4 else 0
