@@ -144,8 +144,8 @@ NOT_NEGATIVE = (
 FREE_TO_CHANGE = {
     "run.name", "run.dir", "run.resume", "run.time_limit", "run.device", "run.threads", "model.attention", "model.head_loss", "data.path",
     "data.remote", "data.prefetch", "data.cache_bytes", "data.download_ahead", "data.source", "data.format", "training.steps",
-    "training.tokens", "training.recompute", "training.compile", "training.spike_deviations", "training.skipped_in_a_row", "validation.every",
-    "parallel", "checkpoint", "tracking",
+    "training.tokens", "training.recompute", "training.compile", "training.spike_deviations", "training.skipped_in_a_row",
+    "validation.every", "parallel", "checkpoint", "tracking",
 }  # fmt: skip
 """What a continued run may have otherwise than the run it continues; everything else is the run."""
 
