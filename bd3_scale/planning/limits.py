@@ -7,7 +7,7 @@ engine moves per parameter (`update_bytes`). The host starts kernels ahead of th
 counts. Terms are added: on one stream nothing runs beside anything else, but for communication, which `estimate.py` models.
 
 Not counted: pulls of power on clocks, the allocator, data, validations, checkpoints; the noise of words (ssdlm) but for its products;
-tiles that documents leave out; the hooks of FSDP and DeepSpeed on the host.
+tiles that documents leave out; what engines' hooks take of the host beside their kernels.
 
 Invariant: the FLOPs of the products here are those of `model/flops.py`, and those of attention at least them.
 """
@@ -138,10 +138,10 @@ def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequ
         if flops := simplex_flops(case, batch):
             seconds = flops / (reached.product * device.peak(case.precision))
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
-    accumulated, updated, tensors = update_bytes(case, held)
+    accumulated, updated, started = update_bytes(case, held)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
     compiled = case.recipe.training.compile != "none"
-    host = reached.launch * (kernels + tensors) + reached.layer[compiled] * count
+    host = reached.launch * (kernels + started) + reached.layer[compiled] * count
     return StageLimits(tuple(parts), _moved(device, "optimizer, clip, EMA", Passes(updated)), host)
 
 
@@ -201,23 +201,24 @@ def simplex_flops(case: Situation, batch: Batch) -> float:
 
 
 def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, int]:
-    """(bytes of a micro-batch, bytes of a step, parameter tensors whose gradients are added one by one) on one rank that has the layers
-    `held`. w: bytes of a weight that computes, d: data-parallel ranks that share what ZeRO divides. Of a parameter:
+    """(bytes of a micro-batch, bytes of a step, kernels of a micro-batch) on one rank that has the layers `held`: of a gradient one for
+    each parameter, and for fsdp, three for each group that is reduced, and gathered. w: bytes of a weight that computes, d: data-parallel
+    ranks that share what ZeRO divides. Of a parameter:
 
     | engine | each micro-batch | each step |
     |---|---|---|
     | megatron | w + 8 (into the fp32 buffer) | 4 zeros; 4 norm, 8 clip, 28 AdamW, 12 EMA, 4 + w new weights, all over d under ZeRO 1 |
     | deepspeed | w + 4 (to fp32), 12 (over d from ZeRO 2 on) | 4 zeros, 52 and 4 + w over d; ZeRO 1: 20 more (flat copies) |
-    | fsdp | w + 4, 20 / d; ZeRO 3: 4 w + (4 + w) / d to gather twice | 52 / d; ZeRO 2: 2 w + (4 + w) / d to gather |
+    | fsdp | w + 4, 20 / d; ZeRO 3: 4 w + 2 (4 + w) / d to gather twice | 52 / d; ZeRO 2: 2 w + (4 + w) / d to gather |
 
     DeepSpeed's row was counted on a stub of the CUDA driver: 18 and 82 bytes for one rank under ZeRO 1 in bf16.
     """
     recipe, parallel = case.recipe, case.recipe.parallel
     multiple = 128 if case.device.type == "cuda" else 1
     chunks = [units_of(recipe.model, case.vocabulary, layers, parallel.tensor, multiple) for layers in held]
-    n = float(sum(elements(group) for chunk in chunks for group in chunk.groups))
-    tensors = sum(len(group) for chunk in chunks for group in chunk.groups)
-    w = 2 if case.precision == "bf16" else 4
+    groups = [group for chunk in chunks for group in chunk.groups]
+    tensors = sum(len(group) for group in groups)
+    n, w = float(sum(elements(group) for group in groups)), 2 if case.precision == "bf16" else 4
     d = case.sharers if parallel.zero else 1
     cast = w + 4 if w < 4 else 0
     each = 4 + 8 + 28 + (12 if recipe.training.ema else 0)
@@ -229,8 +230,8 @@ def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, 
         return n * (cast + 12 / partly), n * (4 / partly + (20 if parallel.zero == 1 else 0) + (each + cast) / d), tensors
     gather = 2 * w + cast / d
     if parallel.zero == 3:
-        return n * (cast + 20 / d + 2 * gather), n * each / d, 0
-    return n * (cast + 20 / d), n * (each / d + gather), 0
+        return n * (cast + 20 / d + 2 * gather), n * each / d, tensors + 9 * len(groups)
+    return n * (cast + 20 / d), n * (each / d + gather), tensors + 3 * len(groups)
 
 
 def _moved(device: Device, name: str, passes: Passes) -> Part:
