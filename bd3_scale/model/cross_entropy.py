@@ -27,8 +27,7 @@ def statistics(logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logits [n, V of this rank]; place int64 [n]: of the target among them, -1 where another rank has it. Returns fp32 [n] each: the
     maximum, the sum of exp(logit - maximum), and the target's logit or 0."""
     numbers = logits.float()
-    # A rank may hold padding alone, and nothing but -inf.
-    top = numbers.amax(-1).clamp_min(torch.finfo(torch.float32).min)
+    top = numbers.amax(-1)
     total = (numbers - top[:, None]).exp().sum(-1)
     target = logits.gather(-1, place.clamp_min(0)[:, None])[:, 0].float()
     return top, total, torch.where(place >= 0, target, 0.0)
@@ -58,7 +57,8 @@ class FusedCrossEntropy:
             group = parallel_state.get_tensor_model_parallel_group()
             highest = top.clone()
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([total * (top - highest).exp(), target])
+            # A rank may hold padding alone, and nothing but -inf.
+            sums = torch.stack([torch.where(top.isneginf(), 0.0, total * (top - highest).exp()), target])
             dist.all_reduce(sums, group=group)
             top, (total, target) = highest, sums.unbind()
         nll = total.log() - (target - top)

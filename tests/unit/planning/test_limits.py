@@ -63,7 +63,7 @@ COUNTED = {("owt_1b", "none"): 301e9, ("owt_1b", "blocks"): 95e9, ("owt_110m", "
 def test_bytes_are_those_that_kernels_were_counted_to_move(name: str, compile: str) -> None:
     one = case(name, f"training.compile={compile}")
     (moved,) = (each.bytes for each in limits(one).parts if each.name == "elementwise of the layers")
-    assert moved == pytest.approx(COUNTED[name, compile], rel=0.05)
+    assert moved == pytest.approx(COUNTED[name, compile], rel=0.06)
 
 
 def test_terms_follow_what_they_are_made_of() -> None:
