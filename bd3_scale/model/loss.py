@@ -32,6 +32,8 @@ from bd3_scale.model.layers import Linears
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits alive at a time, by device: 64 MB in fp32 keeps a CPU's caches useful, a GPU wants larger products."""
+FUSED = 2
+"""Times as many where their gradient takes their place: less memory than the copies that it else has, and often one chunk."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """(logits [n, V of this rank], targets int64 [n], weights fp32 [n] or None) -> (losses fp32 [n], with weights the gradient of their
@@ -65,9 +67,11 @@ class Head(nn.Module):
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         hidden = self.linears.before_head(hidden)
         loss: ChunkLoss = self.fused
-        if not (normalised and self.config.fuses_head_loss(hidden.device.type)):
+        fused = normalised and self.config.fuses_head_loss(hidden.device.type)
+        if not fused:
             loss = partial(_by_autograd, vocab_parallel_cross_entropy if normalised else self._score_entropy)
-        return _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.impossible, gradients, loss)
+        step = _chunk(len(self.weight), hidden.device, fused)
+        return _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.impossible, gradients, loss, step)
 
     def _score_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """As above: logits [n, V of this rank], -inf at MASK and padding; targets int64 [n] -> fp32 [n]."""
@@ -97,8 +101,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, impossible: int
     return logits
 
 
-def _chunk(vocabulary: int, device: torch.device) -> int:
-    return max(64, CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocabulary)
+def _chunk(vocabulary: int, device: torch.device, fused: bool) -> int:
+    """Positions at a time."""
+    return max(64, CHUNK_ELEMENTS.get(device.type, 1 << 24) * (FUSED if fused else 1) // vocabulary)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -113,13 +118,13 @@ class _LinearLoss(torch.autograd.Function):
         impossible: int,
         gradients: bool,
         loss: ChunkLoss,
+        step: int,
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         if gradients:
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            grad_weight = None
             grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        step = _chunk(weight.shape[0], hidden.device)
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             logits = _logits(hidden[part], weight, bias, impossible)
@@ -128,14 +133,18 @@ class _LinearLoss(torch.autograd.Function):
                 continue
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if grad_weight.dtype == grad_logits.dtype:
+            if grad_weight is None:
+                grad_weight = (grad_logits.t() @ hidden[part]).float()
+            elif grad_weight.dtype == grad_logits.dtype:
                 grad_weight.addmm_(grad_logits.t(), hidden[part])
             else:
                 grad_weight += grad_logits.t() @ hidden[part]
             if grad_bias is not None:
-                grad_bias += grad_logits.float().sum(0)
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
             del logits, grad_logits
         if gradients:
+            if grad_weight is None:  # no position at all
+                grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             ctx.gradients = grad_hidden, grad_weight, grad_bias, weight.dtype
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
@@ -147,4 +156,6 @@ class _LinearLoss(torch.autograd.Function):
         del ctx.gradients
         scale = grads[0]
         grad_bias = None if grad_bias is None else grad_bias.mul_(scale).to(dtype)
-        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), grad_weight.mul_(scale).to(dtype), grad_bias, *[None] * 5
+        scaled = grad_weight if dtype == grad_weight.dtype else grad_weight.new_empty(grad_weight.shape, dtype=dtype)
+        torch.mul(grad_weight, scale, out=scaled)  # in fp32, rounded on its way out
+        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), scaled, grad_bias, *[None] * 6

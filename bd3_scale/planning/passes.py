@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bd3_scale.model.config import ModelConfig
-from bd3_scale.parallel.activations import HEAD_CHUNK, Batch
+from bd3_scale.parallel.activations import Batch, head_chunk
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ def mlp_half(batch: Batch, last: bool, compiled: bool) -> Passes:
 def head_passes(batch: Batch, vocabulary: int) -> Passes:
     """The cross-entropy and its gradient, formed in the forward, chunk by chunk; and the sum of the weight's gradient over chunks."""
     config, w, n = batch.config, batch.weight, batch.selected
-    fused = config.fuses_head_loss(batch.device) and not batch.timed  # sedd's is no cross-entropy
+    fused = batch.fused_loss
     share = -(-vocabulary // batch.tensor)
-    chunks = -(-n // max(64, HEAD_CHUNK[batch.device] // share))
+    chunks = -(-n // head_chunk(batch, share))
     cast = w + 4 if w < 4 else 0
     # Eager: copy to fp32; maximum; subtract; exp; sum; divide; weigh; back. Fused: maximum, sum, gradient in place of the logits.
     logits = 4 * w if fused else 2 * cast + 4 + 8 + 8 + 4 + 8 + 8
-    # The chunk's product is added to the sum in fp32; zeros before it, the scale and the weight's type behind it.
-    weights = share * config.hidden * (chunks * (w + 8) + 4 + 8 + (cast if w < 4 else 0))
-    bias = 4 * w * n * share if config.head_bias else 0
+    # The first chunk's product to fp32, that of others added to it; scaled and rounded at the end.
+    weights = share * config.hidden * (cast + (chunks - 1) * (w + 8) + 4 + w)
+    bias = w * n * share if config.head_bias else 0
     return Passes(n * share * logits + weights + bias, 0, chunks * (12 if fused else 26), 4)
 
 
