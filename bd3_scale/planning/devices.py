@@ -26,7 +26,8 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class Reached:
-    """What kernels reach of a device's limits, as shares; and what the host needs to start them, in seconds.
+    """What kernels reach of a device's limits, as shares; and what the host needs to start them, in seconds. `tools/benchmark.py limits`
+    measures `product`, `memory`, `sdpa` and FlexAttention's product of `flash` and `flex` on the device at hand.
 
     Attention has two pairs: for heads of up to 64 and for wider ones, each forward and backward; its FLOPs are those of the tiles that
     are visited, 2.5 times as many in the backward (which computes the scores again).
