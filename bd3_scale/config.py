@@ -103,6 +103,7 @@ CHOICES = {
     "model.mlp": ("gelu", "swiglu"),
     "model.conditioning": ("none", "adaln"),
     "model.attention": ("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"),
+    "model.head_loss": ("auto", "eager", "fused"),
     "objective.clean_half": ("block_causal", "causal"),
     "data.format": ("mds", "webdataset"),
     "data.source": (None, "documentation"),
@@ -145,10 +146,10 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 
 FREE_TO_CHANGE = {
-    "run.name", "run.dir", "run.resume", "run.time_limit", "run.device", "run.threads", "model.attention", "data.path", "data.remote",
-    "data.prefetch", "data.cache_bytes", "data.download_ahead", "data.source", "data.format", "training.steps", "training.tokens",
-    "training.recompute", "training.compile", "training.spike_deviations", "training.skipped_in_a_row", "validation.every",
-    "parallel", "checkpoint", "tracking",
+    "run.name", "run.dir", "run.resume", "run.time_limit", "run.device", "run.threads", "model.attention", "model.head_loss", "data.path",
+    "data.remote", "data.prefetch", "data.cache_bytes", "data.download_ahead", "data.source", "data.format", "training.steps",
+    "training.tokens", "training.recompute", "training.compile", "training.spike_deviations", "training.skipped_in_a_row",
+    "validation.every", "parallel", "checkpoint", "tracking",
 }  # fmt: skip
 """What a continued run may have otherwise than the run it continues; everything else is the run."""
 

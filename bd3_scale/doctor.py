@@ -170,10 +170,15 @@ def compiler(recipe: Recipe) -> Finding:
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if found:
         return Finding("compiler", "ok", found)
-    needed = recipe.training.compile != "none" or torch.cuda.is_available()
+    needed = recipe.training.compile != "none" or recipe.model.head_loss == "fused" or torch.cuda.is_available()
     text = "no C compiler is found (CC, gcc, cc, clang)"
     if needed:
-        return Finding("compiler", "fail", f"{text}, and torch.compile needs one", "install gcc, or set training.compile=none on CPU")
+        return Finding(
+            "compiler",
+            "fail",
+            f"{text}, and torch.compile needs one",
+            "install gcc, or set training.compile=none and model.head_loss=auto on CPU",
+        )
     return Finding("compiler", "ok", f"{text}; nothing here needs one")
 
 

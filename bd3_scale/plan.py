@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example parallel.tensor=4")
     parser.add_argument("--world-size", type=int, default=1, help="ranks, one per device (default 1)")
     parser.add_argument("--device", default="h100", help="a100-40, a100-80, h100, h200, b200 or cpu (default h100)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a device reaches while it computes (default 0.4)")
+    parser.add_argument("--mfu", type=float, help="share of its peak that a device reaches while it computes (default: part by part)")
     parser.add_argument("--price", type=float, metavar="RATE", help="price of one device for an hour")
     parser.add_argument("--gpus-per-node", type=int, help="devices in a node (default: as the device's usual server has)")
     parser.add_argument("--network", type=float, metavar="GB/s", help="bandwidth of one device to other nodes, one way")

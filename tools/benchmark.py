@@ -5,6 +5,7 @@
     python tools/benchmark.py features
     python tools/benchmark.py memory --contexts 1024 2048 3072 4096
     python tools/benchmark.py device --contexts 2048 4096 --recompute layer
+    python tools/benchmark.py limits --hidden 2048 --heads 16 --micro-batch 8
     python tools/benchmark.py sampling runs/quickstart
     python tools/benchmark.py tuner runs/quickstart
 
@@ -12,7 +13,8 @@
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, the peak of
 memory above weights, gradients and optimizer, and where the time goes. `one-block`: a step at L' = L against `mdlm` and `ar`.
 `features`: the same step with each saving switched off alone. `memory`: its peak against L. `device`: the 1.3B network on a
-GPU, with each backend of FlexAttention and each way to compile. `sampling`: decoding with the cache against without, same seed,
+GPU, with each backend of FlexAttention and each way to compile. `limits`: what the device reaches of them, as `plan` takes it (numbers of
+planning/devices.py). `sampling`: decoding with the cache against without, same seed,
 same tokens. `tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
 Each writes benchmarks/DATE-NAME.{json,md} with commit, machine, command and numbers.
 """
@@ -27,6 +29,7 @@ import sys
 from pathlib import Path
 
 import torch
+from benchmark_limits import benchmark_limits
 from benchmark_measure import machine, write_report
 from benchmark_network import benchmark_device, benchmark_features, benchmark_memory, benchmark_one_block, benchmark_step
 from benchmark_runs import benchmark_sampling, benchmark_tuner
@@ -39,6 +42,7 @@ COMMANDS = {
     "features": benchmark_features,
     "memory": benchmark_memory,
     "device": benchmark_device,
+    "limits": benchmark_limits,
     "sampling": benchmark_sampling,
     "tuner": benchmark_tuner,
 }
@@ -56,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("one-block", "training step at L' = L against masked diffusion and an autoregressive step"),
         ("features", "every saving switched off alone"),
         ("memory", "peak of a step as rows grow"),
+        ("limits", "what the device reaches of its limits: products, memory, attention, the head's loss"),
         ("device", "MFU, attention against causal flash, parity with the CPU: made for a GPU, rehearsed anywhere"),
     ):
         network = commands.add_parser(name, help=text)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.model.config import ModelConfig
@@ -167,6 +168,7 @@ fp32. None: the part has no such units."""
 _PRECISIONS = ("bf16", "tf32", "fp32")
 
 
+@lru_cache
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s that one device could reach at most in `precision` (bf16 | tf32 | fp32, the last without TF32); None where that
     is not known.

@@ -1,7 +1,8 @@
 """Linear cross-entropy or score entropy on selected positions: chunked, weighted, over a vocabulary that may be divided.
 
 Logits exist for one chunk of positions at a time; with gradients wanted, the chunk's gradient is formed while its
-logits are at hand, so that nothing of shape (tokens, V) is ever kept. The cross-entropy of a chunk is megatron-core's.
+logits are at hand, so that nothing of shape (tokens, V) is ever kept. The cross-entropy of a chunk is megatron-core's, or
+(`model.head_loss`, on CUDA by default) one that is compiled to move a sixth of the memory (`cross_entropy.py`).
 
 Score entropy (Lou et al. 2024; what is left of it for a masked position is derived in `diffusion.score_entropy`) is
     A - 1 - z_target + log N,   A = mean of exp(z) over the N ids of text,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +27,17 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from torch import Tensor, nn
 
 from bd3_scale.model.config import ModelConfig
+from bd3_scale.model.cross_entropy import FusedCrossEntropy
 from bd3_scale.model.layers import Linears
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits alive at a time, by device: 64 MB in fp32 keeps a CPU's caches useful, a GPU wants larger products."""
+FUSED = 2
+"""Times as many where their gradient takes their place: less memory than the copies that it else has, and often one chunk."""
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(logits [n, V of this rank], targets int64 [n], weights fp32 [n] or None) -> (losses fp32 [n], with weights the gradient of their
+weighted sum with respect to the logits, which may be gone)."""
 
 
 class Head(nn.Module):
@@ -47,6 +56,7 @@ class Head(nn.Module):
         self.first_id = linears.tensor_rank * linears.padded(vocabulary) // linears.tensor
         # MASK and the padding behind it, as ids of this rank.
         self.impossible = max(0, mask_id - self.first_id)
+        self.config, self.fused = config, FusedCrossEntropy(self.first_id, linears.tensor > 1)
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, normalised: bool = True) -> Any:
         """hidden [n, hidden]. With targets and weights [n]: (weighted sum, nll [n] without gradient), fp32; not `normalised`: score
@@ -56,8 +66,12 @@ class Head(nn.Module):
             return logits[:, : self.vocabulary].float()
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         hidden = self.linears.before_head(hidden)
-        loss = vocab_parallel_cross_entropy if normalised else self._score_entropy
-        return _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.impossible, gradients, loss)
+        loss: ChunkLoss = self.fused
+        fused = normalised and self.config.fuses_head_loss(hidden.device.type)
+        if not fused:
+            loss = partial(_by_autograd, vocab_parallel_cross_entropy if normalised else self._score_entropy)
+        step = _chunk(len(self.weight), hidden.device, fused)
+        return _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.impossible, gradients, loss, step)
 
     def _score_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """As above: logits [n, V of this rank], -inf at MASK and padding; targets int64 [n] -> fp32 [n]."""
@@ -69,14 +83,27 @@ class Head(nn.Module):
         return (reduce_from_tensor_model_parallel_region(part) if self.linears.tensor > 1 else part) + (math.log(words) - 1.0)
 
 
+def _by_autograd(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if weights is None:
+        return loss(logits, targets), None
+    with torch.enable_grad():
+        logits.requires_grad_()
+        losses = loss(logits, targets)
+        (gradient,) = torch.autograd.grad(losses, logits, weights)
+    return losses.detach(), gradient
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, impossible: int) -> Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits[:, impossible:] = float("-inf")
     return logits
 
 
-def _chunk(vocabulary: int, device: torch.device) -> int:
-    return max(64, CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocabulary)
+def _chunk(vocabulary: int, device: torch.device, fused: bool) -> int:
+    """Positions at a time."""
+    return max(64, CHUNK_ELEMENTS.get(device.type, 1 << 24) * (FUSED if fused else 1) // vocabulary)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -90,35 +117,34 @@ class _LinearLoss(torch.autograd.Function):
         weights: Tensor,
         impossible: int,
         gradients: bool,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: ChunkLoss,
+        step: int,
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         if gradients:
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            grad_weight = None
             grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        step = _chunk(weight.shape[0], hidden.device)
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             logits = _logits(hidden[part], weight, bias, impossible)
-            if not gradients:
-                nll[part] = loss(logits, targets[part])
+            nll[part], grad_logits = loss(logits, targets[part], weights[part] if gradients else None)
+            if grad_logits is None:
                 continue
-            with torch.enable_grad():
-                logits.requires_grad_()
-                losses = loss(logits, targets[part])
-                (grad_logits,) = torch.autograd.grad(losses, logits, weights[part])
-            nll[part] = losses.detach()
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if grad_weight.dtype == grad_logits.dtype:
+            if grad_weight is None:
+                grad_weight = (grad_logits.t() @ hidden[part]).float()
+            elif grad_weight.dtype == grad_logits.dtype:
                 grad_weight.addmm_(grad_logits.t(), hidden[part])
             else:
                 grad_weight += grad_logits.t() @ hidden[part]
             if grad_bias is not None:
-                grad_bias += grad_logits.float().sum(0)
-            del logits, losses, grad_logits
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+            del logits, grad_logits
         if gradients:
+            if grad_weight is None:  # no position at all
+                grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             ctx.gradients = grad_hidden, grad_weight, grad_bias, weight.dtype
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
@@ -130,4 +156,6 @@ class _LinearLoss(torch.autograd.Function):
         del ctx.gradients
         scale = grads[0]
         grad_bias = None if grad_bias is None else grad_bias.mul_(scale).to(dtype)
-        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), grad_weight.mul_(scale).to(dtype), grad_bias, *[None] * 5
+        scaled = grad_weight if dtype == grad_weight.dtype else grad_weight.new_empty(grad_weight.shape, dtype=dtype)
+        torch.mul(grad_weight, scale, out=scaled)  # in fp32, rounded on its way out
+        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), scaled, grad_bias, *[None] * 6

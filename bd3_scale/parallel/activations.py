@@ -37,6 +37,8 @@ from bd3_scale.parallel.stages import micro_batch_group
 
 HEAD_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits alive at a time (`model/loss.py`; a test holds the two together)."""
+FUSED = 2
+"""Times as many where the loss is fused (there, too)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Batch:
         if chosen == "auto":
             return "flex" if self.device == "cuda" else "tiled"
         return "flex" if chosen.startswith("flex") else chosen  # its backends keep the same
+
+    @property
+    def fused_loss(self) -> bool:
+        """Whether the head's loss is compiled; sedd's is no cross-entropy."""
+        return self.config.fuses_head_loss(self.device) and not self.timed
 
     def computed(self, last: bool) -> int:
         """Rows that the MLP of a layer computes, of the whole micro-batch; `last`: of the network's last."""
@@ -223,10 +230,18 @@ def head_bytes(batch: Batch, vocabulary: int) -> int:
     return norm + batch.weight * n * hidden + 4 * share * (hidden + config.head_bias)
 
 
+def head_chunk(batch: Batch, share: int) -> int:
+    """Positions at a time in the head of a rank that has `share` ids."""
+    return max(64, HEAD_CHUNK[batch.device] * (FUSED if batch.fused_loss else 1) // share)
+
+
 def logits_bytes(batch: Batch, vocabulary: int) -> int:
-    """Alive at a time in the head: a chunk's logits, their fp32 copy, its exponentials, their gradient in the weight's type."""
+    """Alive at a time in the head: a chunk's logits, their fp32 copy, its exponentials, their gradient in the weight's type; fused, the
+    gradient takes the place of the logits."""
     share = -(-vocabulary // batch.tensor)
-    chunk = min(max(64, HEAD_CHUNK[batch.device] // share), batch.selected)
+    chunk = min(head_chunk(batch, share), batch.selected)
+    if batch.fused_loss:
+        return chunk * share * batch.weight
     return chunk * share * ((4 + 4) if batch.weight == 4 else (2 + 4 + 4 + 2))
 
 

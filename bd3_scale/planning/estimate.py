@@ -1,17 +1,18 @@
 """Memory and time of a situation: what each stage holds and computes, what moves, what of it is waited for, days and price.
 
-Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a model, of which these are the assumptions: while it
-computes, a device reaches the stated share of its peak (`mfu`, of model FLOPs; recomputed ones cost as much); the slowest stage
-sets the pace; the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
+Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a model, of which these are the assumptions: every part
+of a micro-batch and of the optimizer's step runs at its limit (`limits.py`), or, where `mfu` is given, a device reaches this share of its
+peak while it computes (of model FLOPs; recomputed ones cost as much) and the optimizer costs nothing; the slowest stage sets the pace;
+the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
 wait for their collectives but for those that megatron-core's linears run behind products of their backward (`hidden_exchange`);
 stages wait for theirs unless the schedule interleaves; gradients hide behind the backward where the engine overlaps them, and what is
-gathered of weights behind what computes with those before, but for one bucket of each. The optimizer's own time, data, validations
-and checkpoints are not counted.
+gathered of weights behind what computes with those before, but for one bucket of each. Data, validations and checkpoints are not
+counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from bd3_scale.diffusion.config import ON_SIMPLEX
@@ -24,6 +25,7 @@ from bd3_scale.parallel.shapes import units_of, whole
 from bd3_scale.parallel.stages import Phase
 from bd3_scale.parallel.traffic import Transfer, step_traffic
 from bd3_scale.planning.devices import EFFICIENCY
+from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits
 from bd3_scale.planning.situation import Situation
 
 LIVE = 1_000_000_000
@@ -62,6 +64,10 @@ class StepTime:
 
     compute: float
     """Of the slowest stage, all micro-batches."""
+    host: float
+    """In which the device waits for the host to start kernels."""
+    update: float
+    """Of the optimizer, with clip and EMA."""
     bubble: float
     tensor: float
     data: float
@@ -70,7 +76,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.bubble + self.tensor + self.data + self.pipeline
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
@@ -166,8 +172,44 @@ def stage_flops(case: Situation, phase: Phase, pipeline_rank: int) -> float:
     return own / parallel.tensor
 
 
-def slowest_stage(case: Situation, phase: Phase) -> int:
-    return max(range(case.recipe.parallel.pipeline), key=lambda rank: stage_flops(case, phase, rank))
+@dataclass(frozen=True)
+class Pace:
+    """What the slowest stage needs, in seconds."""
+
+    rank: int
+    once: float
+    """Of a micro-batch, forward and backward, on the device."""
+    backward: float
+    """Of it, behind the forward."""
+    waited: float
+    """Of a micro-batch, for the host."""
+    update: float
+    """Once a step."""
+    product: Callable[[float, float, float], float]
+    """Of rows x inputs times inputs x outputs."""
+    limits: StageLimits | None = None
+    """What it is made of; None where a share of the peak was assumed."""
+
+
+def pace(case: Situation, phase: Phase, mfu: float | None = None) -> Pace:
+    """`mfu`: the share of its peak that a device is taken to reach while it computes; None: every part at its limit."""
+    ranks = range(case.recipe.parallel.pipeline)
+    if mfu is not None:
+        speed = mfu * case.device.peak(case.precision)
+        cost, rank = max((stage_flops(case, phase, rank), -rank) for rank in ranks)
+        once = cost / speed
+        backward = once * (1 - 1 / layer_passes(case, phase))
+        return Pace(-rank, once, backward, 0.0, 0.0, lambda rows, inputs, outputs: 2.0 * rows * inputs * outputs / speed)
+    batch = case.batch(phase)
+    layers = [layer_limits(case, batch, last) for last in (False, True)]
+    found = [stage_limits(case, batch, rank, layers) for rank in ranks]
+    rank = max(ranks, key=lambda rank: found[rank].device + found[rank].waited)
+
+    def product(rows: float, inputs: float, outputs: float) -> float:
+        return product_seconds(case.device, case.precision, batch.weight, rows, inputs, outputs)
+
+    one = found[rank]
+    return Pace(rank, one.device, one.backward, one.waited, max(each.update.seconds for each in found), product, one)
 
 
 def bubble_fraction(case: Situation) -> float:
@@ -194,32 +236,35 @@ def bandwidth(case: Situation, group: str) -> float:
     return EFFICIENCY * (device.inside if span <= device.per_node else device.outside)
 
 
-def step_time(case: Situation, phase: Phase, mfu: float) -> StepTime:
-    """`mfu`: the share of its peak that a device reaches while it computes."""
-    parallel = case.recipe.parallel
-    rank = slowest_stage(case, phase)
-    once = stage_flops(case, phase, rank) / (mfu * case.device.peak(case.precision))
+def step_time(case: Situation, phase: Phase, mfu: float | None = None) -> StepTime:
+    """`mfu` as in `pace`."""
+    return step_at(case, phase, pace(case, phase, mfu))
+
+
+def step_at(case: Situation, phase: Phase, slowest: Pace) -> StepTime:
+    """The time of a step at this pace of the slowest stage."""
+    parallel, rank, once = case.recipe.parallel, slowest.rank, slowest.once
     moved = traffic_of(case, phase, rank)
 
     def seconds(group: str, *operations: str) -> float:
         chosen = [one for one in moved if one.group == group and (not operations or one.operation in operations)]
         return sum(one.sent for one in chosen) / bandwidth(case, group)
 
-    compute = once * case.micro_batches
-    backward = once * (1 - 1 / layer_passes(case, phase))
     gradients = seconds("data", "all_reduce", "reduce_scatter") + seconds("copies")
-    waited = _waited_for(case, rank, gradients, seconds("data", "all_gather"), once, backward)
+    waited = _waited_for(case, rank, gradients, seconds("data", "all_gather"), once, slowest.backward)
     exchanged = seconds("pipeline") if parallel.virtual_stages == 1 else 0.0
     return StepTime(
-        compute=compute,
-        bubble=once * (parallel.pipeline - 1) / parallel.virtual_stages,
-        tensor=seconds("tensor") - case.micro_batches * hidden_exchange(case, phase, rank, mfu),
+        compute=once * case.micro_batches,
+        host=slowest.waited * case.micro_batches,
+        update=slowest.update,
+        bubble=(once + slowest.waited) * (parallel.pipeline - 1) / parallel.virtual_stages,
+        tensor=seconds("tensor") - case.micro_batches * hidden_exchange(case, phase, rank, slowest.product),
         data=waited + seconds("embedding"),
         pipeline=exchanged,
     )
 
 
-def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, mfu: float) -> float:
+def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, product: Callable[[float, float, float], float]) -> float:
     """Seconds of a micro-batch's collectives among the tensor ranks that run behind a product on CUDA.
 
     In the backward of a column-parallel linear megatron-core sums the input's gradient while the weight's is computed; under sequence
@@ -229,19 +274,19 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, mfu: floa
     model, tensor = recipe.model, parallel.tensor
     if tensor == 1 or case.device.type != "cuda":
         return 0.0
-    pattern, speed = phase.pattern, mfu * case.device.peak(case.precision)
+    pattern = phase.pattern
     key_value = 2 * model.kv_heads * model.head_size
     shared = bool(model.kv_heads % tensor)  # such a projection gathers by itself, and waits
-    hidden = 0.0
-    for index in (index for layers in case.stages_of(pipeline_rank) for index in layers):
-        scored = pattern.scored_rows if index + 1 == model.layers else pattern.rows
+    hidden, held = 0.0, [index + 1 == model.layers for layers in case.stages_of(pipeline_rank) for index in layers]
+    for last in set(held):
+        scored = pattern.scored_rows if last else pattern.rows
         linears = [(scored, model.heads * model.head_size), (scored, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
         linears += [] if shared else [(pattern.rows, key_value)]
         for rows, outputs in linears:
-            product = 2.0 * rows * batch.rows * model.hidden * outputs / tensor / speed
+            taken = product(rows * batch.rows, model.hidden, outputs / tensor)
             moved = batch.weight * rows * batch.rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
             # Reduce-scatter and gather of as many bytes; or an all-reduce, which takes as long as both, behind one product.
-            hidden += 2 * min(moved, product) if parallel.sequence else min(2 * moved, product)
+            hidden += held.count(last) * (2 * min(moved, taken) if parallel.sequence else min(2 * moved, taken))
     return hidden
 
 

@@ -125,7 +125,8 @@ def _explained(rank: int, world_size: int) -> Iterator[None]:
 
 def _for_this_machine(recipe: Recipe) -> Recipe:
     """The same recipe with what is a matter of the device left out: the kernel of attention, compilation."""
-    return replace(recipe, model=replace(recipe.model, attention="auto"), training=replace(recipe.training, compile="none"))
+    model = replace(recipe.model, attention="auto", head_loss="auto")
+    return replace(recipe, model=model, training=replace(recipe.training, compile="none"))
 
 
 def _check_layout(case: Situation, here: Layout) -> None:

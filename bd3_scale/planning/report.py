@@ -8,16 +8,19 @@ from typing import Any
 from bd3_scale.data.packing import texts_end_at
 from bd3_scale.model.flops import ParameterCount, count_parameters
 from bd3_scale.planning.estimate import (
+    Pace,
     RankMemory,
     StepTime,
     autoregressive_flops,
     bandwidth,
     bubble_fraction,
+    pace,
     rank_memory,
     row_flops,
-    step_time,
+    step_at,
     traffic_of,
 )
+from bd3_scale.planning.limits import Part, attention_shares
 from bd3_scale.planning.situation import Situation
 
 CURE = "raise parallel.zero, tensor or pipeline, lower parallel.micro_batch, or set training.recompute=layer; --search lists what fits"
@@ -49,6 +52,8 @@ class PhasePlan:
     step_seconds: float
     mfu: float
     """Of the whole: model FLOPs over what all devices could do in a step."""
+    limits: list[Part]
+    """What a step costs a rank of the slowest stage, part by part; empty where a share of the peak was assumed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,10 @@ class Plan:
     fits: bool
     bubble: float
     traffic: list[Moved]
-    assumed_mfu: float
+    assumed_mfu: float | None
+    """Share of the peak that was given; None: every part at its limit."""
+    assumptions: str
+    """What the parts are taken to reach."""
     phases: list[PhasePlan]
     seconds: float
     tokens_per_second: float
@@ -102,8 +110,9 @@ class Plan:
         return values
 
 
-def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
-    """`mfu`: share of its peak that a device reaches while it computes; `rate`: price of a device for an hour."""
+def make_plan(case: Situation, mfu: float | None = None, rate: float | None = None) -> Plan:
+    """`mfu`: share of its peak that a device is taken to reach while it computes (None: every part at its limit); `rate`: price of a
+    device for an hour."""
     recipe, parallel = case.recipe, case.recipe.parallel
     memory = [rank_memory(case, rank) for rank in range(parallel.pipeline)]
     fullest = max(range(parallel.pipeline), key=lambda rank: memory[rank].total)
@@ -111,9 +120,10 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
     phases, flops = [], 0.0
     for phase in case.phases:
         per_token = row_flops(case, phase).model / recipe.model.context
-        step = step_time(case, phase, mfu)
+        slowest = pace(case, phase, mfu)
+        step = step_at(case, phase, slowest)
         reached = per_token * recipe.tokens_per_step / (step.total * peak)
-        phases.append(PhasePlan(phase.steps, phase.block_size, per_token, step, step.total, reached))
+        phases.append(PhasePlan(phase.steps, phase.block_size, per_token, step, step.total, reached, _parts(case, slowest)))
         flops += phase.steps * recipe.tokens_per_step * per_token
     total = recipe.total_steps * recipe.training.global_batch
     seconds = sum(phase.steps * phase.step_seconds for phase in phases)
@@ -162,6 +172,7 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
             for one in traffic_of(case, case.longest, busiest)
         ],
         assumed_mfu=mfu,
+        assumptions=_assumptions(case) if mfu is None else "",
         phases=phases,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
@@ -170,6 +181,28 @@ def make_plan(case: Situation, mfu: float, rate: float | None = None) -> Plan:
         checkpoint_bytes=state * counted.total,
         texts=texts_end_at(recipe.data.row_special, recipe.model.context),
         host_bytes=on_node * -(-state * counted.total // (parallel.tensor * parallel.pipeline * (case.sharers if parallel.zero else 1))),
+    )
+
+
+def _parts(case: Situation, slowest: Pace) -> list[Part]:
+    """Of a step: those of its micro-batches, and the optimizer's."""
+    if slowest.limits is None:
+        return []
+    return [*(part.times(case.micro_batches) for part in slowest.limits.parts), slowest.limits.update]
+
+
+def _assumptions(case: Situation) -> str:
+    device, batch = case.device, case.batch(case.longest)
+    reached, peak = device.reached, device.peak(case.precision)
+    kernels = []
+    for name, phase in {case.batch(phase).kernel: phase for phase in case.phases}.items():
+        forward, backward = attention_shares(case, case.batch(phase))
+        kernels.append(f"{name} {forward:.0%} forward and {backward:.0%} backward, on the tiles that are visited")
+    compiled = case.recipe.training.compile != "none"
+    return (
+        f"products {reached.product:.0%} of {peak / 1e12:.4g} TFLOP/s and their operands moved once; attention of heads of "
+        f"{batch.config.head_size}: {'; '.join(kernels)}; memory {reached.memory:.0%} of {device.bandwidth / 1e12:.3g} TB/s; "
+        f"layers {'compiled' if compiled else 'eager'} (bd3_scale/planning/devices.py has the sources)"
     )
 
 
@@ -198,6 +231,7 @@ def as_text(plan: Plan) -> str:
         "",
         *_traffic(plan),
         "",
+        *_limits(plan),
     ]
     for phase in plan.phases:
         step = phase.step
@@ -205,6 +239,8 @@ def as_text(plan: Plan) -> str:
             f"{name} {seconds(value)}"
             for name, value in (
                 ("compute", step.compute),
+                ("waiting for the host", step.host),
+                ("optimizer", step.update),
                 ("bubble", step.bubble),
                 ("tensor", step.tensor),
                 ("data", step.data),
@@ -214,7 +250,8 @@ def as_text(plan: Plan) -> str:
         )
         of = f"{phase.steps:,} steps at L' = {phase.block_size}: " if len(plan.phases) > 1 else ""
         lines.append(f"time        {of}{phase.flops_per_token:.4g} FLOPs per data token; {seconds(phase.step_seconds)} a step ({spent})")
-        lines.append(f"            MFU {phase.mfu:.1%} of the whole, {plan.assumed_mfu:.0%} assumed while a device computes")
+        assumed = "" if plan.assumed_mfu is None else f", {plan.assumed_mfu:.0%} assumed while a device computes"
+        lines.append(f"            MFU {phase.mfu:.1%} of the whole{assumed}")
     bill = "" if plan.price is None else f", price {plan.price:,.0f}"
     lines += [
         f"in all      {plan.seconds / 86400:,.2f} days, {plan.tokens_per_second:,.0f} data tokens/s, "
@@ -250,6 +287,39 @@ def _traffic(plan: Plan) -> list[str]:
             f"({seconds(one.seconds)})"
         )
     return lines
+
+
+def _limits(plan: Plan) -> list[str]:
+    """The parts of a step and what else it waits for, in ms, with a column for each phase."""
+    if plan.assumed_mfu is not None:
+        return []
+    columns = [
+        {part.name: part for part in phase.limits}
+        | {
+            name: Part(name, value, 0.0)
+            for name, value in (
+                ("the host", phase.step.host),
+                ("bubble", phase.step.bubble),
+                ("tensor ranks", phase.step.tensor),
+                ("data-parallel ranks", phase.step.data),
+                ("stages", phase.step.pipeline),
+            )
+            if value
+        }
+        for phase in plan.phases
+    ]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    heads = [f"L' = {phase.block_size}" for phase in plan.phases]
+    lines = [f"{'limits of a step, ms':31s}" + "".join(f"{head:>22s}" for head in heads)]
+    for name in names:
+        found = [column.get(name) for column in columns]
+        lines.append(f"{name:31s}" + "".join(_limit(part, phase) for part, phase in zip(found, plan.phases, strict=True)))
+    lines.append(f"{'MFU':31s}" + "".join(f"{phase.mfu:22.1%}" for phase in plan.phases))
+    return [*lines, f"at          {plan.assumptions}", ""]
+
+
+def _limit(part: Part | None, phase: PhasePlan) -> str:
+    return f"{'':22s}" if part is None else f"{1000 * part.seconds:14,.1f} {part.seconds / phase.step_seconds:7.1%}"
 
 
 def size(number: float) -> str:

@@ -32,7 +32,7 @@ class Found:
     bubble: float
 
 
-def search(case: Situation, mfu: float, most: int = 10) -> list[Found]:
+def search(case: Situation, mfu: float | None = None, most: int = 10) -> list[Found]:
     """The `most` best layouts that fit; empty where none does."""
     tried: list[tuple[float, int, Situation]] = []
     for recipe in _recipes(case):

@@ -42,6 +42,16 @@ def test_device_benchmark_is_rehearsed(tmp_path: Path, recompute: list[str]) -> 
         assert one["block_diffusion_over_autoregressive_time"] > 0 and sum(one["share_of_time"].values()) == pytest.approx(1)
 
 
+def test_limits_are_measured_at_the_shapes_of_a_layer(tmp_path: Path) -> None:
+    result = run(tmp_path, "limits", "--context", "128", "--micro-batch", "1")
+    shapes = [product["rows_inputs_outputs"] for product in result["products"]]
+    assert shapes == [[240, 64, 64], [240, 64, 128], [240, 64, 64], [240, 64, 352], [240, 176, 64]]
+    rates = [rate for product in result["products"] for rate in product["flops_per_second"].values()]
+    rates += [result["memory_bytes_per_second"], *result["flex"]["flops_per_second"], *result["sdpa"]["flops_per_second"]]
+    assert all(rate > 0 for rate in rates) and set(result["head_loss_seconds"]) == {"eager", "fused"}
+    assert "reached" not in result, "no device of the table"
+
+
 def test_one_block_is_masked_diffusion(tmp_path: Path) -> None:
     result = run(tmp_path, "one-block", "--context", "64", "--micro-batch", "2")
     assert set(result["median_seconds"]) == {"block diffusion", "masked diffusion", "autoregressive"}

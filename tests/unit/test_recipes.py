@@ -69,9 +69,11 @@ def test_recipe_shrunk_learns_a_batch(path: Path, world_of_one: object) -> None:
 
 @pytest.mark.parametrize("name", ["owt_110m", "lm1b_110m", "owt_1b", "owt_7b"])
 def test_recipe_of_a_cluster_is_as_fast_as_the_planner_knows(name: str) -> None:
-    """Within a tenth of the best layout for its devices, over the whole schedule of block sizes."""
+    """Within a tenth of the best layout for its devices, over the whole schedule of block sizes; the one that shows every kind of
+    division at once, where all layouts compute equally fast."""
     case = situation(recipes.load(ROOT / "recipes" / f"{name}.yaml"), WORLD_SIZES[name], device_named("h100", WORLD_SIZES[name]), 50258)
-    plan, best = make_plan(case, 0.4), search(case, 0.4, most=1)[0]
+    mfu = 0.4 if name == "owt_7b" else None
+    plan, best = make_plan(case, mfu), search(case, mfu, most=1)[0]
     assert plan.fits and plan.seconds < 1.1 * best.seconds, f"{plan.seconds / 86400:.2f} days, {best}"
     days, flops = DAYS_AND_FLOPS.get(name, (1.0, 1.2))
     assert plan.seconds < days * 86400 and plan.flops_ratio < flops

@@ -149,6 +149,15 @@ def test_bf16_sums_in_fp32(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @BIASES
+def test_no_position_at_all_is_no_gradient(bias: bool) -> None:
+    module, (hidden, targets, weights) = head(bias, dtype=torch.bfloat16), batch()
+    none = hidden.detach().bfloat16()[:0].requires_grad_()
+    total, nll = module(none, targets[:0], weights[:0])
+    total.backward()
+    assert total == 0 and not len(nll) and not any(parameter.grad.any() for parameter in module.parameters())
+
+
+@BIASES
 def test_without_targets_it_gives_logits_that_never_choose_mask(bias: bool) -> None:
     module, (hidden, targets, weights) = head(bias, dtype=torch.bfloat16, multiple=16), batch()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import initialise
-from bd3_scale.model.loss import CHUNK_ELEMENTS
+from bd3_scale.model.loss import CHUNK_ELEMENTS, FUSED
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.parallel import activations
 from bd3_scale.parallel.activations import Batch, kept_bytes, most_bytes, under_way
@@ -87,7 +87,7 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
 
 
 def test_chunks_of_logits_are_those_of_the_loss() -> None:
-    assert activations.HEAD_CHUNK == CHUNK_ELEMENTS
+    assert activations.HEAD_CHUNK == CHUNK_ELEMENTS and activations.FUSED == FUSED
 
 
 def test_flex_attention_keeps_less_than_the_tiles_and_more_than_recomputation() -> None:
