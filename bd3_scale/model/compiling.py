@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+BACKEND = "inductor"
+"""torch.compile's."""
 VARIANTS = 256
 """Of one function, for all layers together."""
 
 
-def compiled_whole(function: Callable[..., Any], mode: str = "default", backend: str = "inductor") -> Callable[..., Any]:
+def compiled_whole(function: Callable[..., Any], mode: str = "default", backend: str | None = None) -> Callable[..., Any]:
     """`function` as one graph, all sizes being constants. Raises where it cannot be one graph."""
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = 16 * VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    compiled: Callable[..., Any] = torch.compile(function, mode=mode, backend=backend, dynamic=False, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(function, mode=mode, backend=backend or BACKEND, dynamic=False, fullgraph=True)
     return compiled

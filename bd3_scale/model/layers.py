@@ -36,22 +36,35 @@ from bd3_scale.model.simplex import SMALLEST, expected_embedding
 from bd3_scale.model.stream import Stream
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _Traceable:
+    """The product of megatron-core's linears, and what it can be in compiled code.
+
+    megatron-core begins collectives of the backward in one place and awaits them in another, around the products, which Dynamo cannot
+    trace. In compiled code they are steps of the graph, which the compiler orders, and the product is a plain one.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **named: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super()._forward_impl(input=input, weight=weight, **named)
+        if named["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=named["tp_group"])
+        elif named["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=named["tp_group"])
+        return F.linear(input, weight, named["bias"])
+
+
+class ColumnLinear(_Traceable, ColumnParallelLinear):
     """x [..., in] -> [..., out / tensor]; the weight is divided by rows. megatron-core's, returning the output alone."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(_Traceable, RowParallelLinear):
     """x [..., in / tensor] -> [..., out], summed over the tensor ranks; the weight is divided by columns."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
-
-    def _forward_impl(self, *arguments: Any, **named: Any) -> Tensor:
-        # Without a group megatron-core takes its own and warns about that on rank 0: a warning cuts a compiled layer in two there.
-        return super()._forward_impl(*arguments, **{**named, "tp_group": self.tp_group})
 
 
 class Embedding(VocabParallelEmbedding):

@@ -75,11 +75,11 @@ RECOMPUTED = {"attention": "attention_half", "mlp": "mlp_half", "layer": "forwar
 """`training.recompute` -> the method of a block whose inputs alone are kept."""
 
 
-def apply_outside(blocks: Iterable[nn.Module], *, recompute: str, compile: str, backend: str = "inductor") -> None:
+def apply_outside(blocks: Iterable[nn.Module], *, recompute: str, compile: str, backend: str | None = None) -> None:
     """What surrounds the layers, in this order: compile, then activation checkpointing. (Tensor before, ZeRO after.)
 
     Compiled code is recomputed whole, by running it again: inside of it the compiler would choose what is kept. It is methods that
-    are compiled, not modules, so that an engine's hooks around a layer stay outside. `backend`: torch.compile's.
+    are compiled, not modules, so that an engine's hooks around a layer stay outside. `backend`: as in `compiled_whole`.
     """
     parts = ("attention_half", "mlp_half") if recompute in ("attention", "mlp") else ("forward",)
     for block in blocks:

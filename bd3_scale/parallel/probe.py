@@ -22,7 +22,8 @@ from torch import Tensor
 from bd3_scale.config import Recipe, resolve_precision
 from bd3_scale.diffusion.mask import AttentionPattern
 from bd3_scale.errors import TrainingError
-from bd3_scale.model.kernels import BACKENDS, attend
+from bd3_scale.model.compiling import compiled_whole
+from bd3_scale.model.kernels import BACKENDS, attend, block_mask_of
 from bd3_scale.parallel.build import COMPILE_MODES
 from bd3_scale.parallel.stages import phases_of
 
@@ -131,14 +132,14 @@ def _difference(shape: Shape, device: torch.device, kernel: str, compile: str) -
     rows = torch.arange(pattern.rows, device=device) % POSITIONS
     segments = (rows // 100).to(torch.int32)[None] if shape.documents else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, chosen: str) -> Tensor:
-        return attend(F.linear(q, one.to(q.dtype)), k, v, pattern, chosen, segments)  # a product, too, is tuned
+    def run(q: Tensor, k: Tensor, v: Tensor, chosen: str, mask: Any) -> Tensor:
+        return attend(F.linear(q, one.to(q.dtype)), k, v, pattern, chosen, segments, mask)  # a product, too, is tuned
 
-    compiled = run if compile == "none" else torch.compile(run, dynamic=False, mode=COMPILE_MODES[compile])
+    compiled = run if compile == "none" else compiled_whole(run, COMPILE_MODES[compile])
     answers = []
     for call, chosen, precision in ((compiled, kernel, dtype), (run, "dense", torch.float32)):
         q, k, v = (one.to(precision).requires_grad_() for one in numbers[:3])
-        out = call(q, k, v, chosen)
+        out = call(q, k, v, chosen, block_mask_of(chosen, pattern, pattern.rows, device, segments))
         answers.append([out.detach(), *torch.autograd.grad(out, (q, k, v), numbers[3].to(precision))])
     return max(float((mine.float() - right).abs().max() / right.abs().max()) for mine, right in zip(*answers, strict=True))
 

@@ -51,7 +51,7 @@ MODELS = {
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
 VIRTUAL, ZERO, WHOLE = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.micro_batch=null"
-FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
+FSDP, DEEPSPEED, COMPILED = "parallel.engine=fsdp", "parallel.engine=deepspeed", "training.compile=blocks"
 
 
 def layout(tensor: int = 1, pipeline: int = 1, zero: int = 1, *more: str) -> list[str]:
@@ -131,6 +131,9 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "7 rows: pipeline 2, data 2": (4, "7 rows", layout(1, 2)),
     "7 rows: pipeline 2 x 2 interleaved, data 2": (4, "7 rows", layout(1, 2, 1, VIRTUAL)),
     "7 rows: tensor 2, data 2, sequence": (4, "7 rows", [*layout(2, 1, 1, SEQUENCE), "parallel.micro_batch=3"]),
+    "compiled: tensor 2, pipeline 2, sequence": (4, "base", layout(2, 2, 1, SEQUENCE, COMPILED)),
+    "compiled: tensor 2, data 2": (4, "adaln", layout(2, 1, 1, COMPILED)),
+    "compiled: data 4, zero 3, recomputed": (4, "adaln", layout(1, 1, 3, COMPILED, "training.recompute=layer")),
     "tied: data 4": (4, "tied", layout()),
     "tied: tensor 2, data 2, zero 0": (4, "tied", layout(2, 1, 0)),
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),

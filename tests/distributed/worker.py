@@ -14,9 +14,11 @@ import sys
 import torch.distributed as dist
 
 from bd3_scale import config, train
+from bd3_scale.model import compiling
 from bd3_scale.parallel import layout, memory
 
 memory.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
+compiling.BACKEND = "aot_eager"  # the same graphs as Inductor's, without a C++ compiler's minute for each
 
 
 def main() -> None:
