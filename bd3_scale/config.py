@@ -103,7 +103,7 @@ CHOICES = {
     "model.mlp": ("gelu", "swiglu"),
     "model.conditioning": ("none", "adaln"),
     "model.attention": ("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"),
-    "model.head_loss": ("auto", "eager", "fused"),
+    "model.head_loss": ("eager", "fused"),
     "objective.clean_half": ("block_causal", "causal"),
     "data.format": ("mds", "webdataset"),
     "data.source": (None, "documentation"),

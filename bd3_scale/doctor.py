@@ -177,7 +177,7 @@ def compiler(recipe: Recipe) -> Finding:
             "compiler",
             "fail",
             f"{text}, and torch.compile needs one",
-            "install gcc, or set training.compile=none and model.head_loss=auto on CPU",
+            "install gcc, or set training.compile=none and model.head_loss=eager on CPU",
         )
     return Finding("compiler", "ok", f"{text}; nothing here needs one")
 

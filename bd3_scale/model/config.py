@@ -47,9 +47,9 @@ class ModelConfig:
     """The kernel: auto (flex on CUDA, tiled on CPU) | flex | flex_triton | flex_flash (FlexAttention by the backend named: Triton, or
     FlashAttention 4, which must be installed; tried before the run) | tiled | dense (reference: four times the work). Changes no result."""
 
-    head_loss: str = "auto"
-    """The cross-entropy of the logits: auto (fused on CUDA, eager on CPU) | eager (megatron-core's) | fused (compiled, which moves a sixth
-    of the memory). Changes no result."""
+    head_loss: str = "eager"
+    """The cross-entropy of the logits: eager (megatron-core's) | fused (compiled, which moves a sixth of the memory; not yet seen on a
+    GPU). Changes no result."""
 
     @property
     def head_size(self) -> int:
@@ -64,7 +64,3 @@ class ModelConfig:
         if self.mlp_hidden:
             return self.mlp_hidden
         return 4 * self.hidden if self.mlp == "gelu" else -(-8 * self.hidden // 3 // 64) * 64
-
-    def fuses_head_loss(self, device: str) -> bool:
-        """On cpu | cuda."""
-        return self.head_loss == "fused" or (self.head_loss == "auto" and device == "cuda")

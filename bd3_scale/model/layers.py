@@ -45,7 +45,7 @@ class _Traceable:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **named: Any) -> Tensor:
         if not torch.compiler.is_compiling():
-            return super()._forward_impl(input=input, weight=weight, **named)
+            return super()._forward_impl(input=input, weight=weight, **named)  # type: ignore[misc, no-any-return]
         if named["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=named["tp_group"])
         elif named["allreduce_dgrad"]:

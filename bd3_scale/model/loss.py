@@ -2,7 +2,7 @@
 
 Logits exist for one chunk of positions at a time; with gradients wanted, the chunk's gradient is formed while its
 logits are at hand, so that nothing of shape (tokens, V) is ever kept. The cross-entropy of a chunk is megatron-core's, or
-(`model.head_loss`, on CUDA by default) one that is compiled to move a sixth of the memory (`cross_entropy.py`).
+(`model.head_loss=fused`) one that is compiled to move a sixth of the memory (`cross_entropy.py`).
 
 Score entropy (Lou et al. 2024; what is left of it for a masked position is derived in `diffusion.score_entropy`) is
     A - 1 - z_target + log N,   A = mean of exp(z) over the N ids of text,
@@ -67,7 +67,7 @@ class Head(nn.Module):
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         hidden = self.linears.before_head(hidden)
         loss: ChunkLoss = self.fused
-        fused = normalised and self.config.fuses_head_loss(hidden.device.type)
+        fused = normalised and self.config.head_loss == "fused"
         if not fused:
             loss = partial(_by_autograd, vocab_parallel_cross_entropy if normalised else self._score_entropy)
         step = _chunk(len(self.weight), hidden.device, fused)

@@ -74,7 +74,7 @@ class Batch:
     @property
     def fused_loss(self) -> bool:
         """Whether the head's loss is compiled; sedd's is no cross-entropy."""
-        return self.config.fuses_head_loss(self.device) and not self.timed
+        return self.config.head_loss == "fused" and not self.timed
 
     def computed(self, last: bool) -> int:
         """Rows that the MLP of a layer computes, of the whole micro-batch; `last`: of the network's last."""

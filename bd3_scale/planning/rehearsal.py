@@ -125,7 +125,7 @@ def _explained(rank: int, world_size: int) -> Iterator[None]:
 
 def _for_this_machine(recipe: Recipe) -> Recipe:
     """The same recipe with what is a matter of the device left out: the kernel of attention, compilation."""
-    model = replace(recipe.model, attention="auto", head_loss="auto")
+    model = replace(recipe.model, attention="auto", head_loss="eager")
     return replace(recipe, model=model, training=replace(recipe.training, compile="none"))
 
 
