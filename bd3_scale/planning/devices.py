@@ -87,12 +87,21 @@ CPU_PEAK = 80e9
 # 794 of 989 and 1,745 of 2,250 TFLOP/s; He's tuned product on an H100 has 780. Memory: 2.8 of 3.35 TB/s assumed in a calculation for the
 # H100, not yet measured, and the same share on others.
 # Attention on the H100: Shah et al. 2024 ("FlashAttention-3"), figures 5 and 6, L = 1,024, not causal: FlashAttention 2 reaches
-# 306/238 (d = 64) and 350/260 TFLOP/s (d = 128), cuDNN, which torch chooses there, 373/348 and 574/408. The H200 has the same cores.
+# 306/238 (d = 64) and 350/260 TFLOP/s (d = 128), cuDNN, which torch chooses there, 373/348 and 574/408.
 _H100 = Reached(
     product=0.80,
     memory=0.84,
     flash=((306 / 989, 238 / 989), (350 / 989, 260 / 989)),
     sdpa=((373 / 989, 348 / 989), (574 / 989, 408 / 989)),
+)
+# Measured, from kernels of steps of owt_1b and owt_110m (benchmarks/2026-11-27-h200.md): FlexAttention of L' = 16 on its tiles (so `flash`
+# is its own here), cuDNN at L = 1,024, products with what they move, and all elementwise kernels together, the eager ones among them.
+_H200 = Reached(
+    product=0.83,
+    memory=0.66,
+    flash=((0.16, 0.19), (0.24, 0.215)),
+    sdpa=((0.38, 0.185), (0.53, 0.37)),
+    flex=(1.0, 1.0),
 )
 # Dao 2023 ("FlashAttention-2"), figures 5 and 6, A100, L = 1,024, not causal: read off to some per cent; torch takes the same kernel.
 _FLASH_A100 = ((0.53, 0.42), (0.62, 0.50))
@@ -112,7 +121,7 @@ DEVICES = {
         # NVIDIA H100 (2022) and H200 (2023) data sheets: NVLink 900 GB/s both ways together, 3.35 and 4.8 TB/s of memory; DGX H100:
         # 8 x 400 Gb/s InfiniBand.
         Device("h100", "cuda", "NVIDIA H100 80GB HBM3", 79 * 2**30, 8, 450e9, 50e9, 3.35e12, _H100),
-        Device("h200", "cuda", "NVIDIA H200", 139 * 2**30, 8, 450e9, 50e9, 4.8e12, _H100),
+        Device("h200", "cuda", "NVIDIA H200", 139 * 2**30, 8, 450e9, 50e9, 4.8e12, _H200),
         # NVIDIA DGX B200 data sheet (2024): 14.4 TB/s NVLink, 1,440 GB and 64 TB/s of memory of 8 GPUs, 8 x 400 Gb/s InfiniBand.
         Device("b200", "cuda", "NVIDIA B200", 178 * 2**30, 8, 900e9, 50e9, 8e12, _B200),
         # This machine, shared by its ranks (memory: `device_named`). gloo over the loopback interface moves about 1 GB/s.
