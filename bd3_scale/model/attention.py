@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.kernels import attend
@@ -19,6 +20,9 @@ from bd3_scale.model.selected import SelectedRows
 
 if TYPE_CHECKING:
     from bd3_scale.model.transformer import Shared
+
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's kernels: all but cuDNN's, which makes a plan for each shape that it meets, and a cache that grows has a new one every time."""
 
 Rotary = tuple[Tensor, Tensor] | None
 """cos and sin, fp32 [rows, 1, 1, head_size / 2]; None where positions are learned."""
@@ -76,7 +80,8 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k]), torch.cat([past[1], v]))
         q, seen_k, seen_v = (t.permute(1, 2, 0, 3) for t in (q, seen_k, seen_v))
-        out = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=q.shape[1] != seen_k.shape[1])
+        with sdpa_kernel(DECODING):
+            out = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=q.shape[1] != seen_k.shape[1])
         return self.output(out.permute(2, 0, 1, 3).flatten(2)), k, v
 
 

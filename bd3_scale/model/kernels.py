@@ -181,8 +181,7 @@ def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Te
     A tile of pairs is visited where the ranges of its segments meet, and needs no mask where both are one and the same segment.
     """
     tile, batch = 128, len(segments)
-    indices = block_sparse_indices(pattern, query_rows, tile)
-    partly, wholly = (_tile_table(indices, name, len(segments[0]), tile).to(segments.device) for name in ("kv", "full_kv"))
+    partly, wholly = _tile_tables(pattern, query_rows, tile, segments.device)
     short = -segments.shape[1] % tile
     tiles = torch.nn.functional.pad(segments.float()[:, None], (0, short), mode="replicate")[:, 0].unflatten(1, (-1, tile))
     low, high = tiles.amin(-1), tiles.amax(-1)
@@ -203,12 +202,17 @@ def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Te
     return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.rows))
 
 
-def _tile_table(indices: dict[str, np.ndarray], name: str, rows: int, tile: int) -> Tensor:
-    """bool [query tiles, key tiles] of the indices that `block_sparse_indices` gives under `name`."""
-    counts, order = indices[f"{name}_num_blocks"], indices[f"{name}_indices"]
-    table = np.zeros(order.shape, bool)
-    np.put_along_axis(table, order, np.arange(order.shape[1]) < counts[:, None], axis=1)
-    return torch.from_numpy(table)
+@lru_cache(maxsize=32)
+def _tile_tables(pattern: AttentionPattern, query_rows: int, tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bool [query tiles, key tiles] each: tiles of pairs that are visible in part, and those that are wholly."""
+    indices = block_sparse_indices(pattern, query_rows, tile)
+    tables = []
+    for name in ("kv", "full_kv"):
+        counts, order = indices[f"{name}_num_blocks"], indices[f"{name}_indices"]
+        table = np.zeros(order.shape, bool)
+        np.put_along_axis(table, order, np.arange(order.shape[1]) < counts[:, None], axis=1)
+        tables.append(torch.from_numpy(table).to(device))
+    return tables[0], tables[1]
 
 
 # -- The tiled form ----------------------------------------------------------------------------------------------------

@@ -90,6 +90,9 @@ def start(config: ParallelConfig, device: str) -> Layout:
     world = ""
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
+        if config.tensor > 1 and config.resolved_engine != "fsdp":
+            # Kernels start in the order in which they are launched: megatron-core's collectives before the products that hide them.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         # On CUDA, objects and barriers of the host still go through gloo.
