@@ -1,0 +1,181 @@
+"""A CUDA device that computes nothing: what a GPU would refuse, or wait for, is found without one, in any build of torch.
+
+A tensor on it is a meta tensor (shapes and types without data) that answers the questions of Python code as a CUDA tensor does, so that
+code which chooses by device chooses what it does there. Autograd runs, since meta tensors have a backward. (torch's fake tensors with
+device="cuda" have none: in the CPU build `mm` of a parameter ends the process, and `Tensor.__setitem__` and `Tensor.__getitem__` with
+indices ask for a driver; in the CUDA build a backward does. They do not compare the types of a product's operands, either.)
+
+Within `fake_cuda()`, as on a GPU,
+
+- an operator refuses operands of host and device together (but numbers without a dimension, where it goes element by element), a product
+  operands of different types, a collective tensors of the host (`DeviceError`);
+- what the host, or a shape, waits for is counted in `waits`: numbers that are read, copies to the host, copies of memory that is not
+  pinned. To read is refused, unless there is an `answer`: the number that the host finds on the device, wherever it looks.
+
+Nothing is compiled: FlexAttention runs as the operators that it is made of, with its BlockMask. What `torch.cuda` says of the driver is
+one device, number 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+from bd3_scale.model import kernels
+from tests.distributed.reads_worker import BY_MASK, READING, Reads, _by_mask
+
+DEVICE = torch.device("cuda", 0)
+ONE_TYPE = ("mm", "addmm", "bmm", "baddbmm", "linear", "dot", "mv", "native_layer_norm", "_fused_rms_norm")
+"""Operators whose floating-point operands have one type on CUDA; meta tensors are not asked."""
+WITH_NUMBERS = ("fill", "masked_fill", "_foreach")
+"""Beginnings of the names of operators that take a number of the host, beside the elementwise ones."""
+
+
+class DeviceError(RuntimeError):
+    """What a GPU refuses."""
+
+
+class Operators(Reads):
+    """Looks at every operator as it is carried out, those of a backward, too."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, answer: float | None) -> None:
+        super().__init__()
+        self.answer = answer
+
+    @property
+    def waits(self) -> Counter[str]:
+        return self.found
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if isinstance(function, torch._ops.HigherOrderOperator):
+            return function(*arguments, **keywords)
+        space, name = function._schema.name.split("::")
+        tensors = [one for one in tree_iter((arguments, keywords)) if isinstance(one, Tensor)]
+        if space == "c10d" and not all(map(on_device, tensors)):
+            raise DeviceError(f"{name}: the tensor is on the host")
+        if name == "copy_":
+            return self._copied(arguments[0], arguments[1], function, arguments, keywords, *arguments[2:])
+        if name == "_to_copy":
+            return self._copied(None, arguments[0], function, arguments, keywords, keywords.get("non_blocking", False))
+        if any(map(on_device, tensors)):
+            self._together(name, function, tensors)
+            if name in READING or (name in BY_MASK and _by_mask(*arguments[1:3])):
+                self.waits[name] += 1
+                if name != "_local_scalar_dense" or self.answer is None:
+                    raise DeviceError(f"{name}: the host waits for what is on the device")
+                return torch.tensor(self.answer, dtype=tensors[0].dtype).tolist()
+        return function(*arguments, **keywords)
+
+    def _copied(self, target: Tensor | None, source: Tensor, function: Any, arguments: Any, keywords: Any, non_blocking: bool = False) -> Any:
+        device = keywords.get("device")
+        there = on_device(target if target is not None else source) if device is None else device.type == "meta"
+        if there and not on_device(source) and not (non_blocking and hasattr(source, "pinned")) and (target is None or source.dim()):
+            self.waits["copy of memory that is not pinned"] += 1
+        if there or not on_device(source):
+            return function(*arguments, **keywords)
+        self.waits["copy to the host"] += 1
+        if self.answer is None:
+            raise DeviceError(f"the host reads {tuple(source.shape)} of the device")
+        found = torch.full(source.shape, self.answer, dtype=keywords.get("dtype") or source.dtype)
+        return found if target is None else target.copy_(found)
+
+    def _together(self, name: str, function: Any, tensors: list[Tensor]) -> None:
+        elementwise = torch.Tag.pointwise in function.tags or name.startswith(WITH_NUMBERS)
+        for one in tensors:
+            if on_device(one) or (elementwise and not one.dim()):
+                continue
+            if name in (*BY_MASK, "_unsafe_index", "_index_put_impl_") and not one.is_floating_point():
+                self.waits["copy of an index"] += 1
+                continue
+            where = ", ".join(f"{tuple(each.shape)} on {'cuda' if on_device(each) else 'cpu'}" for each in tensors)
+            raise DeviceError(f"{name}: operands on different devices: {where}")
+        types = {one.dtype for one in tensors if one.is_floating_point()}
+        if name.rstrip("_") in ONE_TYPE and len(types) > 1:
+            raise DeviceError(f"{name}: operands of different types: {', '.join(sorted(map(str, types)))}")
+
+
+class Questions(TorchFunctionMode):
+    """Answers what Python code asks a tensor about its device, and takes the device that it names."""
+
+    def __init__(self, operators: Operators) -> None:
+        super().__init__()
+        self.waits = operators.waits
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = dict(keywords or {})
+        if function in ANSWERS and on_device(arguments[0]):
+            return ANSWERS[function](arguments[0])
+        if function is torch.Tensor.pin_memory:
+            if on_device(arguments[0]):
+                raise DeviceError("pin_memory: memory of the device cannot be pinned")
+            pinned = arguments[0].clone()
+            pinned.pinned = True
+            return pinned
+        if function is torch.Tensor.cuda:
+            function, arguments = torch.Tensor.to, (arguments[0], DEVICE, *arguments[2:])
+        if function is torch.Tensor.to:
+            arguments = tuple(_taken(one) if isinstance(one, (str, torch.device)) else one for one in arguments)
+        if "device" in keywords:
+            keywords["device"] = _taken(keywords["device"])
+            if function in (torch.tensor, torch.as_tensor) and keywords["device"] == torch.device("meta"):
+                self.waits["copy of memory that is not pinned"] += 1
+        return function(*arguments, **keywords)
+
+
+ANSWERS: dict[Any, Any] = {
+    torch.Tensor.device.__get__: lambda tensor: DEVICE,
+    torch.Tensor.is_cuda.__get__: lambda tensor: True,
+    torch.Tensor.is_meta.__get__: lambda tensor: False,
+    torch.Tensor.get_device: lambda tensor: DEVICE.index,
+}
+
+
+def on_device(tensor: Tensor) -> bool:
+    return tensor.device.type in ("meta", "cuda")
+
+
+def _taken(device: Any) -> Any:
+    """"cuda" as where its tensors really are."""
+    return torch.device("meta") if isinstance(device, int) or torch.device(device or "cpu").type == "cuda" else device
+
+
+@contextmanager
+def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
+    """The device, in this thread; see the module's docstring."""
+    operators = Operators(answer)
+
+    def synchronised(*unused: Any) -> None:
+        operators.waits["synchronize"] += 1
+
+    driver = {
+        "current_device": lambda: DEVICE.index,
+        "device": nullcontext,
+        "synchronize": synchronised,
+        "max_memory_allocated": lambda device=None: 0,
+    }
+    with ExitStack() as stack:
+        for name, stand_in in driver.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.callback(forget_masks)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(operators)
+        stack.enter_context(Questions(operators))
+        yield operators
+
+
+def forget_masks() -> None:
+    """Let go of masks that were made without data: others must not find them."""
+    for cached in vars(kernels).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
