@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_iter
 
 from bd3_scale.model import kernels
@@ -37,6 +38,10 @@ ONE_TYPE = ("mm", "addmm", "bmm", "baddbmm", "linear", "dot", "mv", "native_laye
 """Operators whose floating-point operands have one type on CUDA; meta tensors are not asked."""
 WITH_NUMBERS = ("fill", "masked_fill", "_foreach")
 """Beginnings of the names of operators that take a number of the host, beside the elementwise ones."""
+
+
+IN_PARTS = "CompositeImplicitAutograd"
+"""torch's name of operators that are made of others; in inference mode they come undivided."""
 
 
 class DeviceError(RuntimeError):
@@ -60,6 +65,9 @@ class Operators(Reads):
         keywords = keywords or {}
         if isinstance(function, torch._ops.HigherOrderOperator):
             return function(*arguments, **keywords)
+        if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), IN_PARTS):
+            with self:
+                return function.decompose(*arguments, **keywords)
         space, name = function._schema.name.split("::")
         tensors = [one for one in tree_iter((arguments, keywords)) if isinstance(one, Tensor)]
         if space == "c10d" and not all(map(on_device, tensors)):
@@ -154,6 +162,11 @@ def _taken(device: Any) -> Any:
 def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
     """The device, in this thread; see the module's docstring."""
     operators = Operators(answer)
+    questions, backward = Questions(operators), torch.autograd._engine_run_backward
+
+    def asked(*arguments: Any, **keywords: Any) -> Any:
+        with questions:  # which is not there within a function that it was asked about, such as `Tensor.backward`
+            return backward(*arguments, **keywords)
 
     def synchronised(*unused: Any) -> None:
         operators.waits["synchronize"] += 1
@@ -167,10 +180,14 @@ def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
     with ExitStack() as stack:
         for name, stand_in in driver.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", asked))
+        # Operators keep tensors for the backward where nobody is asked.
+        checks = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
+        stack.enter_context(mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, checks))
         stack.callback(forget_masks)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(operators)
-        stack.enter_context(Questions(operators))
+        stack.enter_context(questions)
         yield operators
 
 

@@ -45,6 +45,7 @@ FREE: dict[str, Fault] = {
     "a number of the host": lambda x: torch.where(x > 0, x, torch.zeros(())),
     "what is made there": lambda x: torch.arange(4, device=x.device) + torch.full((4,), 2, device=x.device),
     "a forward and its backward": lambda x: F.gelu(x @ x).sum().backward(),
+    "a backward that asks for the device": lambda x: Asking.apply(x).sum().backward(),
     "a place that is filled": lambda x: x.detach()[:, 2:].fill_(0.0),
 }
 
@@ -57,6 +58,17 @@ class Reading(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> Tensor:
         return grads[0] * grads[0].max().item()
+
+
+class Asking(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        assert grads[0].is_cuda and torch.zeros(2, device=grads[0].device).is_cuda
+        return grads[0]
 
 
 def something() -> Tensor:
