@@ -18,9 +18,11 @@ one device, number 0.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -44,6 +46,9 @@ IN_PARTS = "CompositeImplicitAutograd"
 """torch's name of operators that are made of others; in inference mode they come undivided."""
 
 
+NOT_OURS = ("/torch/", "tests/fake_cuda/device.py", "tests/distributed/reads_worker.py", "unittest/")
+
+
 class DeviceError(RuntimeError):
     """What a GPU refuses."""
 
@@ -56,10 +61,13 @@ class Operators(Reads):
     def __init__(self, answer: float | None) -> None:
         super().__init__()
         self.answer = answer
+        self.waits = self.found
 
-    @property
-    def waits(self) -> Counter[str]:
-        return self.found
+    def wait(self, reason: str) -> None:
+        """Count it, with the innermost line of Python that is not torch's nor ours."""
+        frames = (frame for frame in reversed(traceback.extract_stack()) if not any(part in frame.filename for part in NOT_OURS))
+        line = next(frames, None)
+        self.waits[reason if line is None else f"{reason} at {'/'.join(line.filename.split('/')[-2:])}:{line.lineno}"] += 1
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -70,8 +78,8 @@ class Operators(Reads):
                 return function.decompose(*arguments, **keywords)
         space, name = function._schema.name.split("::")
         tensors = [one for one in tree_iter((arguments, keywords)) if isinstance(one, Tensor)]
-        if space == "c10d" and not all(map(on_device, tensors)):
-            raise DeviceError(f"{name}: the tensor is on the host")
+        if space == "c10d" and not any(map(on_device, tensors)):
+            self.wait("collective of the host")
         if name == "copy_":
             return self._copied(arguments[0], arguments[1], function, arguments, keywords, *arguments[2:])
         if name == "_to_copy":
@@ -79,7 +87,7 @@ class Operators(Reads):
         if any(map(on_device, tensors)):
             self._together(name, function, tensors)
             if name in READING or (name in BY_MASK and _by_mask(*arguments[1:3])):
-                self.waits[name] += 1
+                self.wait(name)
                 if name != "_local_scalar_dense" or self.answer is None:
                     raise DeviceError(f"{name}: the host waits for what is on the device")
                 return torch.tensor(self.answer, dtype=tensors[0].dtype).tolist()
@@ -89,10 +97,10 @@ class Operators(Reads):
         device = keywords.get("device")
         there = on_device(target if target is not None else source) if device is None else device.type == "meta"
         if there and not on_device(source) and not (non_blocking and hasattr(source, "pinned")) and (target is None or source.dim()):
-            self.waits["copy of memory that is not pinned"] += 1
+            self.wait("copy of memory that is not pinned")
         if there or not on_device(source):
             return function(*arguments, **keywords)
-        self.waits["copy to the host"] += 1
+        self.wait("copy to the host")
         if self.answer is None:
             raise DeviceError(f"the host reads {tuple(source.shape)} of the device")
         found = torch.full(source.shape, self.answer, dtype=keywords.get("dtype") or source.dtype)
@@ -104,7 +112,7 @@ class Operators(Reads):
             if on_device(one) or (elementwise and not one.dim()):
                 continue
             if name in (*BY_MASK, "_unsafe_index", "_index_put_impl_") and not one.is_floating_point():
-                self.waits["copy of an index"] += 1
+                self.wait("copy of an index")
                 continue
             where = ", ".join(f"{tuple(each.shape)} on {'cuda' if on_device(each) else 'cpu'}" for each in tensors)
             raise DeviceError(f"{name}: operands on different devices: {where}")
@@ -118,12 +126,15 @@ class Questions(TorchFunctionMode):
 
     def __init__(self, operators: Operators) -> None:
         super().__init__()
-        self.waits = operators.waits
+        self.wait = operators.wait
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = dict(keywords or {})
-        if function in ANSWERS and on_device(arguments[0]):
+        if function in ANSWERS and len(arguments) == 1 and on_device(arguments[0]):
             return ANSWERS[function](arguments[0])
+        if function == torch.Tensor.data.__set__ and on_device(arguments[0]) != on_device(arguments[1]):
+            moved = arguments[1].data.requires_grad_(arguments[0].requires_grad)  # meta tensors refuse what CUDA's do not
+            return torch._C._swap_tensor_impl(arguments[0], moved)
         if function is torch.Tensor.pin_memory:
             if on_device(arguments[0]):
                 raise DeviceError("pin_memory: memory of the device cannot be pinned")
@@ -137,16 +148,33 @@ class Questions(TorchFunctionMode):
         if "device" in keywords:
             keywords["device"] = _taken(keywords["device"])
             if function in (torch.tensor, torch.as_tensor) and keywords["device"] == torch.device("meta"):
-                self.waits["copy of memory that is not pinned"] += 1
+                self.wait("copy of memory that is not pinned")
         return function(*arguments, **keywords)
 
 
+TYPES = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor", torch.int64: "LongTensor"}
 ANSWERS: dict[Any, Any] = {
     torch.Tensor.device.__get__: lambda tensor: DEVICE,
     torch.Tensor.is_cuda.__get__: lambda tensor: True,
     torch.Tensor.is_meta.__get__: lambda tensor: False,
+    torch.Tensor.type: lambda tensor: f"torch.cuda.{TYPES[tensor.dtype]}",
     torch.Tensor.get_device: lambda tensor: DEVICE.index,
 }
+
+
+PROPERTIES = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+
+
+class Stream:
+    """A stream, or an event of one, whose work is done."""
+
+    def __init__(self, *unused: Any, **also_unused: Any) -> None:
+        pass
+
+    def nothing(self, *unused: Any) -> Stream:
+        return self
+
+    wait_stream = wait_event = wait = record = record_event = nothing
 
 
 def on_device(tensor: Tensor) -> bool:
@@ -169,18 +197,33 @@ def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
             return backward(*arguments, **keywords)
 
     def synchronised(*unused: Any) -> None:
-        operators.waits["synchronize"] += 1
+        operators.wait("synchronize")
 
     driver = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_properties": lambda device=None: PROPERTIES,
+        "get_device_name": lambda device=None: PROPERTIES.name,
+        "is_bf16_supported": lambda: True,
+        **{name: lambda *unused: 0 for name in ("memory_allocated", "memory_reserved", "max_memory_reserved", "reset_peak_memory_stats")},
         "current_device": lambda: DEVICE.index,
+        "set_device": lambda device: None,
         "device": nullcontext,
         "synchronize": synchronised,
         "max_memory_allocated": lambda device=None: 0,
+        "Stream": Stream,
+        "Event": Stream,
+        "stream": nullcontext,
+        "current_stream": Stream,
+        "default_stream": Stream,
     }
     with ExitStack() as stack:
         for name, stand_in in driver.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.multiple(torch.cuda.nvtx, range_push=lambda *unused: 0, range_pop=lambda *unused: 0))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", asked))
+        stack.enter_context(mock.patch.object(torch, "_has_compatible_shallow_copy_type", lambda tensor, other: True))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
         # Operators keep tensors for the backward where nobody is asked.
         checks = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
         stack.enter_context(mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, checks))
