@@ -22,6 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -42,11 +43,13 @@ WITH_NUMBERS = ("fill", "masked_fill", "_foreach")
 """Beginnings of the names of operators that take a number of the host, beside the elementwise ones."""
 
 
+WITHIN = ("masked_fill.Tensor", "masked_fill_.Tensor", "index_fill.int_Tensor", "index_fill_.int_Tensor")
+"""Operators that read their last operand, a number, before they start."""
 IN_PARTS = "CompositeImplicitAutograd"
 """torch's name of operators that are made of others; in inference mode they come undivided."""
 
 
-NOT_OURS = ("/torch/", "tests/fake_cuda/device.py", "tests/distributed/reads_worker.py", "unittest/")
+NOT_ASKED = ("/torch/", "deepspeed/accelerator/", "tests/fake_cuda/device.py", "tests/distributed/reads_worker.py", "unittest/")
 
 
 class DeviceError(RuntimeError):
@@ -62,12 +65,19 @@ class Operators(Reads):
         super().__init__()
         self.answer = answer
         self.waits = self.found
+        self.places: list[str] = []
+        """Of each wait the innermost line of Python that is neither torch's nor ours."""
 
     def wait(self, reason: str) -> None:
-        """Count it, with the innermost line of Python that is not torch's nor ours."""
-        frames = (frame for frame in reversed(traceback.extract_stack()) if not any(part in frame.filename for part in NOT_OURS))
-        line = next(frames, None)
-        self.waits[reason if line is None else f"{reason} at {'/'.join(line.filename.split('/')[-2:])}:{line.lineno}"] += 1
+        self.waits[reason] += 1
+        lines = (frame for frame in reversed(traceback.extract_stack()) if not any(part in frame.filename for part in NOT_ASKED))
+        line = next(lines)
+        self.places.append(f"{reason}: {'/'.join(Path(line.filename).parts[-3:])}:{line.lineno}")
+
+    def forget(self) -> None:
+        """Count from here on."""
+        self.waits.clear()
+        self.places.clear()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -86,6 +96,10 @@ class Operators(Reads):
             return self._copied(None, arguments[0], function, arguments, keywords, keywords.get("non_blocking", False))
         if any(map(on_device, tensors)):
             self._together(name, function, tensors)
+            if str(function).split(".", 1)[1] in WITHIN and on_device(arguments[-1]):
+                self.wait(name)
+                if self.answer is None:
+                    raise DeviceError(f"{name}: the operator reads a number of the device")
             if name in READING or (name in BY_MASK and _by_mask(*arguments[1:3])):
                 self.wait(name)
                 if name != "_local_scalar_dense" or self.answer is None:
@@ -175,6 +189,7 @@ class Stream:
         return self
 
     wait_stream = wait_event = wait = record = record_event = nothing
+    query = nothing
 
 
 def on_device(tensor: Tensor) -> bool:
@@ -199,7 +214,8 @@ def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
     def synchronised(*unused: Any) -> None:
         operators.wait("synchronize")
 
-    driver = {
+    stream = type("Stream", (Stream,), {"synchronize": synchronised})
+    driver: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "get_device_properties": lambda device=None: PROPERTIES,
@@ -211,11 +227,11 @@ def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
         "device": nullcontext,
         "synchronize": synchronised,
         "max_memory_allocated": lambda device=None: 0,
-        "Stream": Stream,
-        "Event": Stream,
+        "Stream": stream,
+        "Event": stream,
         "stream": nullcontext,
-        "current_stream": Stream,
-        "default_stream": Stream,
+        "current_stream": stream,
+        "default_stream": stream,
     }
     with ExitStack() as stack:
         for name, stand_in in driver.items():

@@ -25,11 +25,11 @@ REFUSED: dict[str, Fault] = {
     "a list": lambda x: x.tolist(),
     "a copy to the host": lambda x: x.cpu(),
     "a copy into a tensor of the host": lambda x: torch.zeros(4, 4).copy_(x),
+    "a place that is filled with a number of the device": lambda x: x.masked_fill(x > 0, x.sum()),
     "a selection by a mask": lambda x: x[x > 0],
     "a shape that depends on values": lambda x: x.nonzero(),
     "one of the backward": lambda x: Reading.apply(x).sum().backward(),
     "pinned memory of the device": lambda x: x.pin_memory(),
-    "a collective of the host's tensors": lambda x: torch.distributed.all_reduce(torch.ones(2)),
 }
 WAITED_FOR: dict[str, Fault] = {
     "a tensor that is not pinned": lambda x: torch.ones(3).to(DEVICE, non_blocking=True),
@@ -38,6 +38,8 @@ WAITED_FOR: dict[str, Fault] = {
     "values that are brought": lambda x: x.detach().copy_(torch.ones(4, 4)),
     "an index of the host": lambda x: x[torch.zeros(2, dtype=torch.int64)],
     "the end of all that is under way": lambda x: torch.cuda.synchronize(),
+    "the end of a stream": lambda x: torch.cuda.current_stream().synchronize(),
+    "a collective of the host": lambda x: torch.distributed.all_reduce(torch.ones(2)),
 }
 FREE: dict[str, Fault] = {
     "a pinned copy": lambda x: torch.ones(3).pin_memory().to(DEVICE, non_blocking=True),
@@ -77,18 +79,18 @@ def something() -> Tensor:
     return x
 
 
-@pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("fault", REFUSED)
 def test_is_refused(fault: str) -> None:
     with fake_cuda(), pytest.raises(DeviceError):
         REFUSED[fault](something())
 
 
+@pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("fault", WAITED_FOR)
 def test_is_counted(fault: str) -> None:
     with fake_cuda() as device:
         WAITED_FOR[fault](something())
-    assert device.waits.total() == 1
+    assert device.waits.total() == 1 and "test_itself.py" in device.places[0]
 
 
 @pytest.mark.parametrize("work", FREE)

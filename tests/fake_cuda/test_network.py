@@ -89,7 +89,7 @@ def step(network: Transformer, inputs: NetworkInputs) -> Tensor:
 def waited_for(device: Operators, work: Callable[[], Any]) -> Counter[str]:
     """What the host waits for when this is done again: the first time masks are made, which stay."""
     work()
-    device.waits.clear()
+    device.forget()
     work()
     return Counter(device.waits)
 
@@ -196,7 +196,7 @@ def test_sampling(sampled: str, use_cache: bool, record_property: Callable[[str,
     known[:, :28] = True
     with fake_cuda(answer=1) as device:
         network.to(DEVICE, torch.bfloat16).eval()
-        device.waits.clear()
+        device.forget()
         found = generate(
             network, objective, tokens, known, SamplingOptions(**options), mask_id=WORDS, end_of_text=None, use_cache=use_cache, device=DEVICE
         )  # fmt: skip
