@@ -19,7 +19,6 @@ one device, number 0.
 from __future__ import annotations
 
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -65,6 +64,7 @@ class Operators(Reads):
         super().__init__()
         self.answer = answer
         self.waits = self.found
+        self._pinned: dict[int, Tensor] = {}
         self.places: list[str] = []
         """Of each wait the innermost line of Python that is neither torch's nor ours."""
 
@@ -73,6 +73,13 @@ class Operators(Reads):
         lines = (frame for frame in reversed(traceback.extract_stack()) if not any(part in frame.filename for part in NOT_ASKED))
         line = next(lines)
         self.places.append(f"{reason}: {'/'.join(Path(line.filename).parts[-3:])}:{line.lineno}")
+
+    def pin(self, memory: Tensor) -> Tensor:
+        self._pinned[memory.untyped_storage().data_ptr()] = memory
+        return memory
+
+    def is_pinned(self, memory: Tensor) -> bool:
+        return memory.untyped_storage().data_ptr() in self._pinned
 
     def forget(self) -> None:
         """Count from here on."""
@@ -107,13 +114,17 @@ class Operators(Reads):
                 return torch.tensor(self.answer, dtype=tensors[0].dtype).tolist()
         return function(*arguments, **keywords)
 
-    def _copied(self, target: Tensor | None, source: Tensor, function: Any, arguments: Any, keywords: Any, non_blocking: bool = False) -> Any:
+    def _copied(
+        self, target: Tensor | None, source: Tensor, function: Any, arguments: Any, keywords: Any, non_blocking: bool = False
+    ) -> Any:
         device = keywords.get("device")
         there = on_device(target if target is not None else source) if device is None else device.type == "meta"
-        if there and not on_device(source) and not (non_blocking and hasattr(source, "pinned")) and (target is None or source.dim()):
+        if there and not on_device(source) and not (non_blocking and self.is_pinned(source)) and (target is None or source.dim()):
             self.wait("copy of memory that is not pinned")
         if there or not on_device(source):
             return function(*arguments, **keywords)
+        if target is not None and non_blocking and self.is_pinned(target):
+            return target
         self.wait("copy to the host")
         if self.answer is None:
             raise DeviceError(f"the host reads {tuple(source.shape)} of the device")
@@ -140,7 +151,7 @@ class Questions(TorchFunctionMode):
 
     def __init__(self, operators: Operators) -> None:
         super().__init__()
-        self.wait = operators.wait
+        self.operators, self.wait = operators, operators.wait
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = dict(keywords or {})
@@ -152,9 +163,11 @@ class Questions(TorchFunctionMode):
         if function is torch.Tensor.pin_memory:
             if on_device(arguments[0]):
                 raise DeviceError("pin_memory: memory of the device cannot be pinned")
-            pinned = arguments[0].clone()
-            pinned.pinned = True
-            return pinned
+            return arguments[0] if self.operators.is_pinned(arguments[0]) else self.operators.pin(arguments[0].clone())
+        if function is torch.Tensor.is_pinned:
+            return self.operators.is_pinned(arguments[0])
+        if keywords.pop("pin_memory", False):
+            return self.operators.pin(function(*arguments, **keywords))
         if function is torch.Tensor.cuda:
             function, arguments = torch.Tensor.to, (arguments[0], DEVICE, *arguments[2:])
         if function is torch.Tensor.to:
@@ -197,7 +210,7 @@ def on_device(tensor: Tensor) -> bool:
 
 
 def _taken(device: Any) -> Any:
-    """"cuda" as where its tensors really are."""
+    """ "cuda" as where its tensors really are."""
     return torch.device("meta") if isinstance(device, int) or torch.device(device or "cpu").type == "cuda" else device
 
 

@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from bd3_scale.checkpoint.background import HostCopy
 from bd3_scale.config import Recipe
 from bd3_scale.diffusion.config import ObjectiveConfig
 from bd3_scale.model.config import ModelConfig
@@ -34,7 +35,6 @@ ENGINES: dict[str, tuple[str, int, str]] = {
     "megatron, zero 0, fp32": ("megatron", 0, "fp32"),
     "megatron, zero 1, fp32": ("megatron", 1, "fp32"),
     "megatron, zero 1, bf16": ("megatron", 1, "bf16"),
-    "fsdp, zero 2, fp32": ("fsdp", 2, "fp32"),
     "fsdp, zero 2, bf16": ("fsdp", 2, "bf16"),
     "fsdp, zero 3, bf16": ("fsdp", 3, "bf16"),
     "deepspeed, zero 0, fp32": ("deepspeed", 0, "fp32"),
@@ -45,7 +45,7 @@ ENGINES: dict[str, tuple[str, int, str]] = {
     "deepspeed, zero 3, fp32": ("deepspeed", 3, "fp32"),
     "deepspeed, zero 3, bf16": ("deepspeed", 3, "bf16"),
 }
-L, WORDS, ROWS, MICRO_BATCHES, STEPS = 128, 130, 2, 2, 4
+L, WORDS, ROWS, MICRO_BATCHES, STEPS = 128, 130, 2, 2, 3
 
 
 def recipe(engine: str, zero: int, precision: str) -> Recipe:
@@ -85,6 +85,7 @@ def train(engine: str, zero: int, precision: str, here: Layout) -> dict[str, Any
         with average.swapped():
             answers = built.evaluate(inputs)
         fragments = built.owned_fragments(average.tensors)
+        HostCopy().take(fragments)
         evaluated = list(device.places)
         assert loss.device == norm.device == DEVICE and loss.dtype == norm.dtype == torch.float32
         assert all(nll is not None and nll.is_cuda and nll.dtype == torch.float32 for nll in answers)

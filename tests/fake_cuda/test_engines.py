@@ -59,7 +59,8 @@ def test_a_step(trained: dict[str, Any], engine: str, record_property: Callable[
     waits = Counter(found["step"])
     reads = sum(count for place, count in waits.items() if not place.startswith(("synchronize", "copy of memory")))
     record_property(
-        "table", f"fake CUDA device, a step of {MICRO_BATCHES} micro-batches, {engine:26s} {reads} reads, {waits.total()} waits {dict(waits) or ''}"
+        "table",
+        f"fake CUDA device, a step of {MICRO_BATCHES} micro-batches, {engine:26s} {reads} reads, {waits.total()} waits {dict(waits) or ''}",
     )
     assert reads == 0 and waits == KNOWN.get(engine, {})
     assert Counter(found["evaluated"]).keys() <= {ALONE_3}

@@ -33,6 +33,7 @@ REFUSED: dict[str, Fault] = {
 }
 WAITED_FOR: dict[str, Fault] = {
     "a tensor that is not pinned": lambda x: torch.ones(3).to(DEVICE, non_blocking=True),
+    "a copy into pinned memory that is to be waited for": lambda x: refused(lambda: torch.empty(4, 4, pin_memory=True).copy_(x)),
     "a pinned one, if it is to be waited for": lambda x: torch.ones(3).pin_memory().to(DEVICE),
     "a number that is brought": lambda x: torch.tensor(1.0, device=DEVICE),
     "values that are brought": lambda x: x.detach().copy_(torch.ones(4, 4)),
@@ -42,6 +43,7 @@ WAITED_FOR: dict[str, Fault] = {
     "a collective of the host": lambda x: torch.distributed.all_reduce(torch.ones(2)),
 }
 FREE: dict[str, Fault] = {
+    "a copy into pinned memory": lambda x: torch.empty(8, 4, pin_memory=True)[:4].copy_(x, non_blocking=True),
     "a pinned copy": lambda x: torch.ones(3).pin_memory().to(DEVICE, non_blocking=True),
     "numbers of Python": lambda x: x.mul(2.0).clamp(max=1.0).masked_fill(x > 0, 0.0),
     "a number of the host": lambda x: torch.where(x > 0, x, torch.zeros(())),
@@ -71,6 +73,11 @@ class Asking(torch.autograd.Function):
     def backward(ctx: object, *grads: Tensor) -> Tensor:
         assert grads[0].is_cuda and torch.zeros(2, device=grads[0].device).is_cuda
         return grads[0]
+
+
+def refused(fault: Callable[[], object]) -> None:
+    with pytest.raises(DeviceError):
+        fault()
 
 
 def something() -> Tensor:
