@@ -228,7 +228,7 @@ def report(results: list[dict[str, Any]]) -> str:
     lines = [
         "# FlexAttention's kernels for an H100, compiled ahead of time",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, for sm_90a; bf16. Nothing ran: the kernels that",
+        f"{datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, for sm_90a, bf16. Nothing ran: the kernels that",
         "Inductor writes for the BlockMasks of `model/kernels.py`, without autotuning, and what ptxas says of them.",
         "With L' = L a row is one stream, which plain attention computes: there is no kernel of ours.",
         "",

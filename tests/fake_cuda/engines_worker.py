@@ -40,9 +40,7 @@ ENGINES: dict[str, tuple[str, int, str]] = {
     "deepspeed, zero 0, fp32": ("deepspeed", 0, "fp32"),
     "deepspeed, zero 1, fp32": ("deepspeed", 1, "fp32"),
     "deepspeed, zero 1, bf16": ("deepspeed", 1, "bf16"),
-    "deepspeed, zero 2, fp32": ("deepspeed", 2, "fp32"),
     "deepspeed, zero 2, bf16": ("deepspeed", 2, "bf16"),
-    "deepspeed, zero 3, fp32": ("deepspeed", 3, "fp32"),
     "deepspeed, zero 3, bf16": ("deepspeed", 3, "bf16"),
 }
 L, WORDS, ROWS, MICRO_BATCHES, STEPS = 128, 130, 2, 2, 3

@@ -1,4 +1,4 @@
-"""Every shape of attention compiles for an H100 into a kernel that uses its matrix units and fits; without the GPU."""
+"""Every shape of attention compiles for an H100 into a kernel that fits, in bf16 with its matrix units; without the GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from tests.fake_cuda.ahead_cases import CASES
 
-SPILLED_AT_MOST = 1024
-"""Bytes a thread, of some 8,000 that Triton's worst choices spill: some are cheap, beside a product of 128 x 128."""
+SPILLED_AT_MOST = 512
+"""Bytes of stores that ptxas puts into a kernel for want of registers (in fp32, which has no matrix units, it is thousands)."""
 
 
 @pytest.mark.cuda_build
@@ -33,4 +33,5 @@ def test_flex_attention_compiles_for_sm_90(request: pytest.FixtureRequest, tmp_p
     made = {(one["name"], one["backward"]) for one in found}
     assert made == {(case.name, backward) for case in CASES for backward in (False, True)}
     for one in found:
-        assert one["wgmma"] and one["registers"] <= 255 and one["shared"] <= 227 * 1024 and one["spilled"] <= SPILLED_AT_MOST, one
+        assert one["registers"] <= 255 and one["shared"] <= 227 * 1024, one
+        assert one["dtype"] == "float32" or (one["wgmma"] and one["spilled"] <= SPILLED_AT_MOST), one

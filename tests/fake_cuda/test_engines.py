@@ -31,9 +31,7 @@ NORM_3 = "copy of memory that is not pinned: runtime/zero/stage3.py:2483"
 """The number -1, of each group of parameters."""
 KNOWN: dict[str, dict[str, int]] = {
     "deepspeed, zero 1, fp32": {BACKWARD_2: 1},
-    "deepspeed, zero 2, fp32": {BACKWARD_2: MICRO_BATCHES},
     "deepspeed, zero 2, bf16": {BACKWARD_2: MICRO_BATCHES},
-    "deepspeed, zero 3, fp32": {BACKWARD_3: MICRO_BATCHES, NORM_3: 2, ALONE_3: 1},
     "deepspeed, zero 3, bf16": {BACKWARD_3: MICRO_BATCHES, NORM_3: 2, ALONE_3: 1},
 }
 """Waits of DeepSpeed 0.19.8 in a step, none of which is for a number that the host reads."""
@@ -45,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", "tests/fake_cuda/engines_worker.py", str(out)]
     finished = subprocess.run(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=900, check=False
     )
     assert finished.returncode == 0, finished.stderr[-6000:]
     found: dict[str, Any] = json.loads(out.read_text())
