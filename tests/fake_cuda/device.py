@@ -8,9 +8,10 @@ indices ask for a driver; in the CUDA build a backward does. They do not compare
 Within `fake_cuda()`, as on a GPU,
 
 - an operator refuses operands of host and device together (but numbers without a dimension, where it goes element by element), a product
-  operands of different types, a collective tensors of the host (`DeviceError`);
+  operands of different types (`DeviceError`);
 - what the host, or a shape, waits for is counted in `waits`: numbers that are read, copies to the host, copies of memory that is not
-  pinned. To read is refused, unless there is an `answer`: the number that the host finds on the device, wherever it looks.
+  pinned, streams, collectives of the host. To read is refused, unless there is an `answer`: the number that the host finds on the
+  device, wherever it looks.
 
 Nothing is compiled: FlexAttention runs as the operators that it is made of, with its BlockMask. What `torch.cuda` says of the driver is
 one device, number 0.
@@ -40,15 +41,12 @@ ONE_TYPE = ("mm", "addmm", "bmm", "baddbmm", "linear", "dot", "mv", "native_laye
 """Operators whose floating-point operands have one type on CUDA; meta tensors are not asked."""
 WITH_NUMBERS = ("fill", "masked_fill", "_foreach")
 """Beginnings of the names of operators that take a number of the host, beside the elementwise ones."""
-
-
 WITHIN = ("masked_fill.Tensor", "masked_fill_.Tensor", "index_fill.int_Tensor", "index_fill_.int_Tensor")
 """Operators that read their last operand, a number, before they start."""
 IN_PARTS = "CompositeImplicitAutograd"
 """torch's name of operators that are made of others; in inference mode they come undivided."""
-
-
 NOT_ASKED = ("/torch/", "deepspeed/accelerator/", "tests/fake_cuda/device.py", "tests/distributed/reads_worker.py", "unittest/")
+"""Parts of the names of files whose lines nobody looks for."""
 
 
 class DeviceError(RuntimeError):
@@ -201,8 +199,7 @@ class Stream:
     def nothing(self, *unused: Any) -> Stream:
         return self
 
-    wait_stream = wait_event = wait = record = record_event = nothing
-    query = nothing
+    wait_stream = wait_event = wait = record = record_event = query = nothing
 
 
 def on_device(tensor: Tensor) -> bool:
@@ -210,7 +207,7 @@ def on_device(tensor: Tensor) -> bool:
 
 
 def _taken(device: Any) -> Any:
-    """ "cuda" as where its tensors really are."""
+    """Where the tensors of "cuda" really are; any other device as it is."""
     return torch.device("meta") if isinstance(device, int) or torch.device(device or "cpu").type == "cuda" else device
 
 
