@@ -93,9 +93,9 @@ class ZeroEngine(Engine):
             clip([p.grad for p in with_gradient], norm, self.settings.clip)
             self.engine.step()
             return norm
-        self.adam.begin(lambda: norm_on_device(self.optimizer._global_grad_norm))
+        self.adam.begin(lambda: norm_on_device(self.optimizer._global_grad_norm, self.layout.device))
         self.engine.step()
-        return norm_on_device(self.optimizer._global_grad_norm)
+        return norm_on_device(self.optimizer._global_grad_norm, self.layout.device)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any]) -> list[Tensor | None]:
