@@ -55,8 +55,6 @@ CASES: dict[str, Case] = {
     "ssdlm": (DIT, {"kind": "ssdlm", "block_size": 16}),
     "ssdlm, tied head, L' = L": (DIT | LLAMA, {"kind": "ssdlm", "block_size": L}),
 }
-TABLES = {"bd3, L' = 16, grouped queries, documents": 4, "ar, documents": 4}
-"""Copies a forward of the tables of tiles that `kernels.document_block_mask` makes on the host: known, and to be mended."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 every_case = pytest.mark.parametrize("case", CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -107,7 +105,7 @@ def test_a_step(case: str, dtype: str, record_property: Callable[[str, object], 
         gradients = [parameter.grad for parameter in network.parameters()]
         assert all(gradient is not None and gradient.is_cuda and gradient.dtype == DTYPES[dtype] for gradient in gradients)
     record_property("table", f"fake CUDA device, a step, {dtype}, {case:45s} {waits.total()} waits {dict(waits) or ''}")
-    assert waits == ({"copy of memory that is not pinned": TABLES[case]} if case in TABLES else {})
+    assert not waits
 
 
 @pytest.mark.parametrize("recompute", ["attention", "mlp", "layer"])
@@ -169,8 +167,7 @@ def test_a_validation(case: str, world_of_one: Layout) -> None:
             return validator.and_tune(objective, evaluate, resample=False, rows=None)[0] if tuned else validator(objective, evaluate)
 
         waits = waited_for(device, validate)
-    waits.subtract({"copy of memory that is not pinned": 2 * TABLES.get(case, 0)})
-    assert +waits == {"copy to the host": 4 if tuned else 2}
+    assert waits == {"copy to the host": 4 if tuned else 2}
 
 
 SAMPLED: dict[str, tuple[str, dict[str, Any]]] = {
