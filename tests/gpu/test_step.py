@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig
-from bd3_scale.diffusion.inputs import NetworkInputs
+from bd3_scale.diffusion.inputs import NetworkInputs, of_few_sizes
 from bd3_scale.diffusion.objectives import objective_at
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.parallel.build import apply_outside
 from tests.gpu.device import DEVICE, REHEARSAL, needs_gpu, world
 
 pytestmark = needs_gpu
@@ -69,16 +70,46 @@ def test_a_step_in_bf16_loses_its_rounding(name: str, record_property: Callable[
     assert errors["gradient"] < NO_WORSE * usual["gradient"], (errors, usual)
 
 
+@pytest.mark.parametrize("rows", [4, 8, 16])
+def test_compiled_layers_have_the_gradients_of_plain_ones(rows: int, record_property: Callable[[str, object], None]) -> None:
+    """Where thousands of selected rows are summed for what modulates the last layer: an open size made that nan from 8,192 on."""
+    length = 128 if REHEARSAL else 1024
+    config = replace(ADALN, context=length, layers=2)
+    objective = objective_at(
+        ObjectiveConfig("bd3", 16, interval=(0.3, 0.8)), length, MASK, 0, pad_to=256, row_multiple=ROW_MULTIPLE["cuda"]
+    )
+    tokens = np.random.default_rng(1).integers(0, MASK, (rows, length))
+    given = of_few_sizes(objective.training_inputs(tokens, np.arange(rows), 0, 0, rows), SELECTED_MULTIPLE["cuda"]).to(DEVICE)
+    found = []
+    for choice in ("blocks", "none"):
+        network = drawn(config).to(DEVICE, torch.bfloat16)
+        apply_outside(network.blocks.values(), recompute="none", compile=choice)
+        loss = network(given)[0] / (rows * length)
+        loss.backward()
+        found.append((loss.detach().double().cpu(), {key: value.grad.double().cpu() for key, value in network.named_parameters()}))
+    errors = compare(*found)
+    record_property(
+        "table", f"compiled, {len(given.selected):6d} selected rows" + "".join(f"  {what} {errors[what]:.1e}" for what in errors)
+    )
+    assert all(errors[what] < ROUNDED[what] for what in errors), errors
+
+
+def drawn(config: ModelConfig) -> Transformer:
+    """A network of which every parameter matters."""
+    network = Transformer(config, VOCABULARY, MASK)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.06, generator=generator)
+    return network
+
+
 def gradients(name: str, device: torch.device | str, dtype: torch.dtype, rounded: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """float64 on the CPU: the loss per data token and its gradients. `rounded`: with the weights that bf16 has."""
     config, objective = OBJECTIVES[name]
     if REHEARSAL and device == DEVICE:
         config = replace(config, attention="dense")  # another way than that of the other side
-    network = Transformer(config, VOCABULARY, MASK)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter_name, parameter in network.named_parameters():
-            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.06, generator=generator)
+    network = drawn(config)
     if rounded:
         network = network.bfloat16().float()
     network = network.to(device, dtype)
