@@ -11,6 +11,8 @@ class UserError(Exception):
     """Base of all errors that name a cause and a cure. `exit_code` is the status the command leaves with."""
 
     exit_code = 1
+    shared = False
+    """All ranks raise the same, so that one voice a host is enough."""
 
 
 class RecipeError(UserError):
