@@ -104,6 +104,9 @@ def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tupl
         agree(data_and_tokenizer(data), here.all_gather)
         trainer = Trainer(recipe, here, data)
         with watchdog(trainer, guard):
+            if guard is not None:
+                dump = guard.last_words
+                guard.last_words = lambda: None if trainer.owner.lost else dump()
             checkpoint = trainer.run()
     stopped = (trainer.stop.requested or "another rank") if trainer.step < trainer.total_steps else None
     if here.leader:

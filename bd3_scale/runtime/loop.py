@@ -31,6 +31,7 @@ from bd3_scale.runtime.ema import ExponentialAverage
 from bd3_scale.runtime.feed import Feed
 from bd3_scale.runtime.garbage import collect, collected_on_demand
 from bd3_scale.runtime.learning_rate import learning_rate
+from bd3_scale.runtime.owner import own
 from bd3_scale.runtime.pulse import Pulse
 from bd3_scale.runtime.report import Reporter, flops_per_token
 from bd3_scale.runtime.signals import StopRequest, seconds_left
@@ -48,6 +49,7 @@ class Trainer:
         self.folder = Path(recipe.run.dir)
         self.step, self.samples = 0, 0
         self.total_steps = recipe.total_steps
+        self.owner = own(self.folder, layout)
         checkpoint = resume.find(recipe, self.folder, data, layout)
         vocabulary, mask_id = data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id
         probed = probe_recipe(recipe, layout.device)
@@ -75,14 +77,18 @@ class Trainer:
         )
         self.stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
-        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
+        may_write = self.owner.check
+        flops = self.flops_per_token()
+        self.report = Reporter(
+            recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=flops, may_write=may_write
+        )
         self.report.probed(probed)
         if (remark := recipe.shares(layout.data).remark) is not None:
             self.report.say(remark)
-        self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size)  # the reporter made the folder
+        self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size, may_write=may_write)
         self.validated: Validated | None = None
         checkpoints = self.folder / "checkpoints"
-        self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning)
+        self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning, may_write=may_write)
         if checkpoint is not None:
             self.saver.step, self.saver.published = checkpoint.step, checkpoint.path
 
@@ -219,6 +225,8 @@ class Trainer:
         self.report.close()
         self.engine.close()
         self.pulse.beat(self.step, "stopped" if stopped else "finished")
+        if self.layout.leader:
+            self.owner.release()
         self.stop.close()  # last: a signal that came too late for the loop may end the process here
 
     def _stop_in_validation(self) -> bool:

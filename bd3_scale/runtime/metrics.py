@@ -82,9 +82,10 @@ def memory_bytes(device: torch.device) -> int:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, in order of steps. One process writes it."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Lines of steps after `first_step` are of a future that the continued run will live again: they go."""
-        self.path = path
+    def __init__(self, path: Path, first_step: int, may_write: Callable[[], None] = lambda: None) -> None:
+        """Lines of steps after `first_step` are of a future that the continued run will live again: they go. `may_write` raises where
+        the file belongs to another job by now (runtime/owner.py)."""
+        self.path, self._may_write = path, may_write
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
         if path.exists():
@@ -99,6 +100,7 @@ class MetricsFile:
 
         Raises TrainingError where the file system takes no more, ValueError for what is no number, text, list or mapping.
         """
+        self._may_write()
         written = {**line, "seconds": round(self._before + time.perf_counter() - self._start, 3)}
         data = _encode(written).encode()
         try:

@@ -40,15 +40,24 @@ class Reporter:
     """Opens the run directory's files; `first_step` is 0 or the step that is continued."""
 
     def __init__(
-        self, recipe: Recipe, layout: Layout, folder: Path, run_state: dict[str, Any], *, first_step: int, flops_per_token: float
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        folder: Path,
+        run_state: dict[str, Any],
+        *,
+        first_step: int,
+        flops_per_token: float,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
+        """`may_write`: see MetricsFile."""
         self.recipe, self.layout, self.folder, self.first_step = recipe, layout, folder, first_step
         self.file: MetricsFile | None = None
         self.plots_wait_until = 0.0
         if layout.leader:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(to_yaml(recipe))
-            self.file = MetricsFile(folder / "metrics.jsonl", first_step)
+            self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
             self.tracker = Tracker(recipe, folder, run_state)
             self.bar = _bar(recipe, first_step)
             if (ends := texts_end_at(recipe.data.row_special, recipe.model.context)) is not None:

@@ -20,6 +20,7 @@ from bd3_scale.diffusion.config import block_sizes
 from bd3_scale.diffusion.tuner import TunerState
 from bd3_scale.errors import CheckpointError, RecipeError, UserError
 from bd3_scale.parallel.layout import Layout
+from bd3_scale.runtime.owner import FOLDER as OWNER
 
 
 def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Checkpoint | None:
@@ -60,7 +61,7 @@ def _decide(recipe: Recipe, folder: Path) -> Path | None:
         raise RecipeError(
             f"run.resume is never, but {folder} holds {latest.name}; set run.resume=auto to continue it or run.dir to another folder"
         )
-    if recipe.run.resume == "fresh" and folder.exists() and any(folder.iterdir()):
+    if recipe.run.resume == "fresh" and folder.exists() and any(path.name != OWNER for path in folder.iterdir()):
         raise RecipeError(f"run.resume is fresh, but {folder} is not empty; set run.dir to a new folder or empty it yourself")
     if latest is None and recipe.run.resume == "auto" and recipe.checkpoint.remote is not None:
         latest = download_latest(recipe.checkpoint.remote, folder / "checkpoints")  # a new machine goes on with what the old one uploaded
