@@ -317,6 +317,15 @@ def find_latest(folder: str | Path) -> Path | None:
     return whole
 
 
+def step_of_latest(folder: Path) -> int | None:
+    """The step that `latest` names, whether that checkpoint is whole or not; None where it cannot be read."""
+    try:
+        name = _read_latest(folder)
+    except CheckpointError:
+        return None
+    return None if name is None else int(name.removeprefix("step_"))
+
+
 def _is_whole(path: Path) -> bool:
     try:
         Checkpoint(path, offer=False)

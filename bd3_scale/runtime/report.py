@@ -27,6 +27,7 @@ from bd3_scale.model.flops import peak_flops, training_flops_per_token
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.probe import Probed, as_line, as_text
 from bd3_scale.parallel.stages import selected_share
+from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.runtime.plots import draw
 from bd3_scale.runtime.tracking import Tracker
@@ -72,6 +73,15 @@ class Reporter:
             self.say(as_text(one))
             if self.file is not None:
                 self._write({**as_line(one), "step": self.first_step})
+
+    def continued(self, step: int, amendments: Sequence[dict[str, Any]], remarks: Sequence[str]) -> None:
+        """Say and write down what is other from `step` on."""
+        for remark in remarks:
+            self.warning(step, remark)
+        for one in (one for one in amendments if one["step"] == step):
+            self.say(f"run.amend: {one['key']} is {as_yaml(one['now'])} from step {step} on, {as_yaml(one['before'])} before")
+            if self.file is not None:
+                self._write({"kind": "amendment", **one})
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """A step was made; see `Meter.add`."""

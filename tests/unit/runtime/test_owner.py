@@ -32,17 +32,19 @@ def older(folder: Path, token: str, seconds: float) -> None:
     os.utime(folder / owner.FOLDER / token, (before, before))
 
 
-def test_a_living_owner_is_left_alone_and_one_that_ended_is_succeeded_at_once(tmp_path: Path, world_of_one: Layout) -> None:
+def test_a_living_owner_is_left_alone_and_one_that_ended_is_succeeded_at_once(
+    tmp_path: Path, world_of_one: Layout, capfd: pytest.CaptureFixture[str]
+) -> None:
     first = own(tmp_path, world_of_one)
-    started = time.monotonic()
     with pytest.raises(RecipeError, match=r"belongs to another job \(host .*, pid \d+\), which lives"):
         own(tmp_path, world_of_one)
     first.check()
     first.release()
+    capfd.readouterr()
     second = own(tmp_path, world_of_one)
-    assert time.monotonic() - started < 0.5, "no silence was waited for"
+    assert not capfd.readouterr().err, "nothing was waited for"
     second.check()
-    with pytest.raises(TrainingError, match="owns .* now"):
+    with pytest.raises(TrainingError, match=r"owns .* now"):
         first.check()
     second.release()
     assert [path.name for path in (tmp_path / owner.FOLDER).iterdir()] == [owner.CURRENT]
@@ -50,15 +52,14 @@ def test_a_living_owner_is_left_alone_and_one_that_ended_is_succeeded_at_once(tm
 
 def test_silence_is_what_the_file_system_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = _take(tmp_path, [])  # it never beats
-    began = time.monotonic()
     second = _take(tmp_path, [])
-    assert time.monotonic() - began > 0.5 and "waiting for a sign of life" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "waiting for a sign of life" in said and "not heard of for" in said
     assert Owner(tmp_path, first, beats=False).lost and not Owner(tmp_path, second, beats=False).lost
     older(tmp_path, second, 7200)
-    began = time.monotonic()
     _take(tmp_path, [])
-    assert time.monotonic() - began < 0.3, "the time that is needed has passed already"
-    assert "not heard of for 7200 s" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "not heard of for 7200 s" in said and "waiting" not in said, "the time that is needed has passed already"
 
 
 def test_a_restart_by_the_same_launcher_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_of_one: Layout) -> None:
@@ -77,7 +78,8 @@ def test_a_restart_by_the_same_launcher_does_not_wait(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_of_many_that_come_at_once_one_wins(tmp_path: Path, dead: bool) -> None:
+def test_of_many_that_come_at_once_one_wins(tmp_path: Path, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "LEASE", 20.0)
     for attempt in range(4):
         folder = tmp_path / str(attempt)
         if dead:
