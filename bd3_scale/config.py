@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -304,10 +305,10 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def compare(saved: Recipe, asked: Recipe, step: int) -> dict[str, tuple[Any, Any]]:
+def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | None = None) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue a run at `step` under a recipe that would make it another run. Raises RecipeError naming the first
     such key. Block sizes of later steps may change: the past must be as it was. Returns what `run.amend` lets change: {key: (saved,
-    asked)}."""
+    asked)}. `since`: the steps at which keys were amended before."""
     amended = {}
     before, now = flatten(saved), flatten(asked)
     for flat in (before, now):
@@ -319,9 +320,10 @@ def compare(saved: Recipe, asked: Recipe, step: int) -> dict[str, tuple[Any, Any
         if before.get(key) == value:
             continue
         if key not in asked.run.amend:
+            amended_at = f" since step {since[key]}" if since and key in since else ""
             amend = f", or run.amend=[{key}] to change it from step {step} on" if key in AMENDABLE else ""
             raise RecipeError(
-                f"{key} is {value} but the run being continued has {before.get(key)}, and it defines the run; "
+                f"{key} is {value} but the run being continued has {before.get(key)}{amended_at}, and it defines the run; "
                 f"set {key}={before.get(key)} or another run.dir{amend}"
             )
         amended[key] = before.get(key), value

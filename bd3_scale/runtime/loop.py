@@ -191,7 +191,8 @@ class Trainer:
         """What was left out, and both ways on."""
         ranges, batch = self.recipe.data.skip, self.recipe.training.global_batch
         first, last = (place_of(sample, ranges) for sample in (self.samples - in_a_row * batch, self.samples - 1))
-        skip, rate = as_yaml([*ranges, [first, last + 1]]), self.recipe.training.learning_rate / 2
+        kept = [one for one in ranges if one[0] < first]  # another may lie among these samples
+        skip, rate = as_yaml([*kept, [first, last + 1]]), self.recipe.training.learning_rate / 2
         return (
             f"the last {in_a_row} steps up to step {self.step} were left out, because their gradient norm was not a number or far above "
             f"those before (train loss {loss:.4g}); continue from the last checkpoint before them with a lower rate "

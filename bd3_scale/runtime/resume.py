@@ -84,7 +84,8 @@ def _on_leader(layout: Layout, action: Callable[[], Path | None]) -> Path | None
 def _compare(checkpoint: Checkpoint, recipe: Recipe, data: Data, remarks: list[str]) -> Found:
     """Whether the recipe continues this run, and with which changes."""
     saved, step, run = read_recipe(checkpoint), checkpoint.step, checkpoint.run
-    changes = recipes.compare(saved, recipe, step)
+    earlier = run.get("amendments", [])
+    changes = recipes.compare(saved, recipe, step, {one["key"]: one["step"] for one in earlier})
     _check_data(run, data)
     if "data.skip" in changes and checkpoint.samples_consumed > 0:
         _check_skip(*changes["data.skip"], consumed=place_of(checkpoint.samples_consumed - 1, saved.data.skip) + 1)
@@ -96,7 +97,7 @@ def _compare(checkpoint: Checkpoint, recipe: Recipe, data: Data, remarks: list[s
             f"the learning rate of step {step} jumps from {before:.3g} to {now:.3g}: training.schedule={saved.training.schedule} is "
             f"another curve over {recipe.total_steps} steps than over {saved.total_steps}"
         )
-    return Found(checkpoint, [*run.get("amendments", []), *made], remarks)
+    return Found(checkpoint, [*earlier, *made], remarks)
 
 
 def _check_skip(before: list[list[int]], now: list[list[int]], consumed: int) -> None:

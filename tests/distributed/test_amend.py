@@ -10,12 +10,46 @@ import pytest
 
 from bd3_scale.checkpoint.store import Checkpoint
 from tests.distributed.conftest import metrics, train_all
+from tests.distributed.forked import run_ranks
 
 RATE = ["training.learning_rate=1e-3", "training.clip=0.1"]
 AMEND = [*RATE, "run.amend=[training.learning_rate,training.clip]"]
 SKIP = "data.skip=[[88,104],[120,121]]"
 STAGES = ["objective.block_size=[[0,32],[12,8]]", "training.rewarmup=3"]
 COSINE = ["training.schedule=cosine"]
+DIVERGES = """
+import contextlib, io, os, re, sys
+os.environ.pop("RANK")
+from bd3_scale import train
+from bd3_scale.diffusion.objectives import BlockDiffusion
+from bd3_scale.parallel import layout
+clean, known, bad = BlockDiffusion.training_inputs, {}, set()
+def poisoned(self, rows, slots, step, seed, global_batch):
+    inputs = clean(self, rows, slots, step, seed, global_batch)
+    known.setdefault(step, set()).update(row.tobytes() for row in rows)
+    if step in (5, 6) and not frozen:
+        bad.update(row.tobytes() for row in rows)
+    if any(row.tobytes() in bad for row in rows):
+        inputs.weights.mul_(float("inf"))
+    return inputs
+BlockDiffusion.training_inputs = poisoned
+def go(*more):
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        status = train.main([*sys.argv[1:], "training.skipped_in_a_row=1", "checkpoint.every=4", *more])
+    layout.stop()
+    return status, text.getvalue()
+frozen = False
+status, said = go()
+assert status == 1 and "bd3_scale: error:" in said, said
+frozen = True
+assert go()[1].count("were left out, because") == 1, "the same rows meet the same spike for ever"
+rate, skip = re.search(r"\\((training.learning_rate=.*?)\\), or without their rows \\((.*?)\\)", said).groups()
+for way in (rate, skip):
+    status, text = go(*way.split())
+    assert "run.amend: " in text and status == (way is rate), text  # a lower rate does not help against these
+print("on by", skip)
+"""
 FEW = ["validation.every=0", "validation.rows=2", "tracking.plots=false"]
 
 
@@ -73,6 +107,15 @@ def test_an_amended_run_is_the_amended_run_however_it_is_stopped(folder: Path) -
     np.testing.assert_allclose(parts, amended, rtol=1e-5)
     changes = [(10, "training.learning_rate", 1e-3), (10, "training.clip", 0.1)]
     assert amendments(folder, "amended") == changes == amendments(folder, "in parts")
+
+
+def test_the_error_of_a_run_that_diverged_says_what_helps(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "diverges.py").write_text(DIVERGES)
+    arguments = [str(tmp_path / "diverges.py"), str(recipe), f"run.dir={tmp_path / 'run'}", *FEW]
+    finished = run_ranks(1, arguments, tmp_path / "log", timeout=200)
+    assert finished.status == 0, finished.output[-5000:]
+    assert "on by data.skip=[[40,56]] run.amend=[data.skip]" in finished.output
+    assert len(curve(tmp_path, "run")) == 20
 
 
 def test_samples_that_are_left_out_later_are_as_if_never_there(folder: Path) -> None:

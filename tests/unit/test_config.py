@@ -126,6 +126,8 @@ def test_a_named_key_may_be_amended_and_no_other(base: Path) -> None:
         "training.learning_rate": (before.learning_rate, 1.0),
         "training.clip": (before.clip, 3.0),
     }
+    with pytest.raises(RecipeError, match=r"but the run being continued has 1.0 since step 10, and it defines the run; set"):
+        recipes.compare(recipes.load(base, changed), saved, 20, {"training.learning_rate": 10})
     with pytest.raises(RecipeError) as refusal:
         recipes.compare(saved, recipes.load(base, ["model.hidden=64"]), 10)
     assert "amend" not in str(refusal.value)
