@@ -201,7 +201,7 @@ class Chaos:
         folder = self.folder / f"attempt-{self.attempts}"
         second = None
         if disturbed and self.options.second and self.random.random() < 0.5:
-            second = Second(self.command(run, phase), folder / "second", self.random.uniform(0, 8))
+            second = Second(self.command(run, phase), folder / "second", self.random.uniform(0, 3))
         job = Job(ranks, self.command(run, phase, layout), folder / "first")
         try:
             meets = disturbed and self.wait_for_moment(job, watch, first, self.phases[phase][0])

@@ -56,9 +56,7 @@ class Owner:
             found = _read(self._place / CURRENT)
         except OSError:  # a file system that does not answer is no other job
             return None
-        if found is None:
-            return "nobody, its files were deleted,"
-        return None if found["token"] == self._token else _name(found)
+        return None if found is None or found["token"] == self._token else _name(found)
 
     def check(self) -> None:
         """Raise TrainingError where another job has taken over."""
