@@ -22,7 +22,7 @@ from typing import Any
 import bd3_scale
 from bd3_scale.config import Recipe, flatten
 from bd3_scale.data.open import Data
-from bd3_scale.errors import RecipeError
+from bd3_scale.errors import RecipeError, on_all_ranks
 from bd3_scale.parallel.rendezvous import ranks_text
 from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.tracking import without_credentials
@@ -69,9 +69,8 @@ def agree(facts: Mapping[str, Any], gather: Gather) -> None:
                 for value in (other, usual)
             ]
             cure = f"install the same {key.split()[-1]} everywhere" if key.startswith("version") else SAME_RECIPE
-            error = RecipeError(f"{key} is {shown[0]} but {shown[1]}; {SAME_DATA if key in HOST_LOCAL else cure}")
-            error.shared = True
-            raise error
+            with on_all_ranks():
+                raise RecipeError(f"{key} is {shown[0]} but {shown[1]}; {SAME_DATA if key in HOST_LOCAL else cure}")
 
 
 def _where(ranks: list[int], hosts: list[str]) -> str:

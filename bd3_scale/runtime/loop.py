@@ -73,6 +73,8 @@ class Trainer:
         self._advance(self.step)
         if found is not None and found.amended("objective.interval"):
             self._draw_from(recipe.objective.interval)
+        if found is not None and found.amended("objective.resample"):
+            rule.forget()
         self.feed = Feed(recipe, layout, data, self.objective_at, step=self.step, samples=self.samples)
         self.validator = Validator(
             data.validation,

@@ -87,8 +87,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int, may_write: Callable[[], None] = lambda: None) -> None:
         """Lines of steps after `first_step` are of a future that the continued run will live again, and those of its start are said again:
-        they go. `may_write` raises where
-        the file belongs to another job by now (runtime/owner.py)."""
+        they go. `may_write` raises where the file belongs to another job by now (runtime/owner.py)."""
         self.path, self._may_write = path, may_write
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(path) if path.exists() else []

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.errors import CheckpointError, RecipeError, TrainingError, UserError
+from bd3_scale.errors import CheckpointError, RecipeError, TrainingError, UserError, on_all_ranks
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.runtime.guard import kernel, process_is_gone
 from bd3_scale.runtime.waiting import say
@@ -89,8 +89,8 @@ def own(folder: Path, layout: Layout) -> Owner:
             answer = ("", error)
     token, failure = layout.broadcast(answer)
     if failure is not None:
-        failure.shared = True
-        raise failure
+        with on_all_ranks():
+            raise failure
     return Owner(folder, token, beats=layout.leader)
 
 

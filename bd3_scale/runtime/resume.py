@@ -23,7 +23,7 @@ from bd3_scale.data.open import Data
 from bd3_scale.data.order import place_of
 from bd3_scale.diffusion.config import block_sizes
 from bd3_scale.diffusion.tuner import TunerState
-from bd3_scale.errors import CheckpointError, RecipeError, UserError
+from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ranks
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.learning_rate import rate_of
@@ -47,24 +47,23 @@ class Found:
 
 def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Found | None:
     """What to continue from, or None for a new run. Raises the same RecipeError or CheckpointError on all ranks."""
-    try:
-        remarks: list[str] = []
+    remarks: list[str] = []
+    with on_all_ranks():
         path = _on_leader(layout, lambda: _decide(recipe, folder, remarks))
-        while path is not None:
-            checkpoint = Checkpoint(path)
+    while path is not None:
+        checkpoint = Checkpoint(path)  # which may fail on one rank alone
+        with on_all_ranks():
             try:
                 checkpoint.verify_files(communicator=layout)
-                break
             except CheckpointError as error:
                 older = _on_leader(layout, partial(newest_whole, path.parent, checkpoint.step))
                 if older is None or not recipe.checkpoint.fallback:
                     raise
                 remarks.append(_fallen_back(error, older))
                 path = older
-        return None if path is None else _compare(checkpoint, recipe, data, remarks)
-    except UserError as error:
-        error.shared = True
-        raise
+            else:
+                return _compare(checkpoint, recipe, data, remarks)
+    return None
 
 
 def _on_leader(layout: Layout, action: Callable[[], Path | None]) -> Path | None:
