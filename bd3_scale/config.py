@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -108,7 +109,7 @@ CHOICES = {
     "data.format": ("mds", "webdataset"),
     "data.source": (None, "documentation"),
     "data.row_special": ("none", "bos", "bos_eos"),
-    "training.schedule": ("constant", "cosine"),
+    "training.schedule": ("constant", "cosine", "wsd"),
     "training.precision": ("auto", "bf16", "fp32"),
     "training.recompute": ("none", "attention", "mlp", "layer"),
     "training.compile": ("none", "blocks", "max-autotune"),
@@ -141,17 +142,23 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "run.seed", "training.weight_decay", "training.warmup", "training.clip", "training.spike_deviations", "training.skipped_in_a_row",
-    "training.ema", "validation.every", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
-    "checkpoint.patience", "data.prefetch", "data.download_ahead", "model.dropout", "tracking.sample_tokens",
+    "training.ema", "training.decay", "training.rewarmup", "validation.every", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.keep_every", "checkpoint.patience", "data.prefetch", "data.download_ahead", "model.dropout", "tracking.sample_tokens",
 )  # fmt: skip
 
 FREE_TO_CHANGE = {
-    "run.name", "run.dir", "run.resume", "run.time_limit", "run.device", "run.threads", "model.attention", "model.head_loss", "data.path",
-    "data.remote", "data.prefetch", "data.cache_bytes", "data.download_ahead", "data.source", "data.format", "training.steps",
-    "training.tokens", "training.recompute", "training.compile", "training.spike_deviations", "training.skipped_in_a_row",
-    "validation.every", "parallel", "checkpoint", "tracking",
+    "run.name", "run.dir", "run.resume", "run.amend", "run.time_limit", "run.device", "run.threads", "model.attention", "model.head_loss",
+    "data.path", "data.remote", "data.tokenizer", "data.prefetch", "data.cache_bytes", "data.download_ahead", "data.source", "data.format",
+    "training.steps", "training.tokens", "training.decay", "training.recompute", "training.compile", "training.spike_deviations",
+    "training.skipped_in_a_row", "validation.every", "parallel", "checkpoint", "tracking",
 }  # fmt: skip
-"""What a continued run may have otherwise than the run it continues; everything else is the run."""
+"""What a continued run may have otherwise than the run it continues (of the tokenizer, its place); everything else is the run."""
+AMENDABLE = {
+    "run.seed", "data.skip", "objective.interval", "objective.resample", "tuner.enabled", "tuner.every", "tuner.start_step", "tuner.margin",
+    "tuner.rows", "training.learning_rate", "training.betas", "training.weight_decay", "training.warmup", "training.schedule",
+    "training.final_fraction", "training.rewarmup", "training.clip",
+}  # fmt: skip
+"""What it may change from a step on where `run.amend` names it."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = False) -> Recipe:
@@ -298,9 +305,11 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def compare(saved: Recipe, asked: Recipe, step: int) -> None:
+def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | None = None) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue a run at `step` under a recipe that would make it another run. Raises RecipeError naming the first
-    such key. Block sizes of later steps may change: the past must be as it was."""
+    such key. Block sizes of later steps may change: the past must be as it was. Returns what `run.amend` lets change: {key: (saved,
+    asked)}. `since`: the steps at which keys were amended before."""
+    amended = {}
     before, now = flatten(saved), flatten(asked)
     for flat in (before, now):
         flat["data.mixture"] = [source.weight for source in flat["data.mixture"]]  # where they lie may change, as data.path
@@ -308,11 +317,17 @@ def compare(saved: Recipe, asked: Recipe, step: int) -> None:
     for key, value in now.items():
         if key in FREE_TO_CHANGE or key.split(".")[0] in FREE_TO_CHANGE:
             continue
-        if before.get(key) != value:
+        if before.get(key) == value:
+            continue
+        if key not in asked.run.amend:
+            amended_at = f" since step {since[key]}" if since and key in since else ""
+            amend = f", or run.amend=[{key}] to change it from step {step} on" if key in AMENDABLE else ""
             raise RecipeError(
-                f"{key} is {value} but the run being continued has {before.get(key)}, and it defines the run; "
-                f"set {key}={before.get(key)} or another run.dir"
+                f"{key} is {value} but the run being continued has {before.get(key)}{amended_at}, and it defines the run; "
+                f"set {key}={before.get(key)} or another run.dir{amend}"
             )
+        amended[key] = before.get(key), value
+    return amended
 
 
 def as_dictionary(recipe: Recipe) -> dict[str, Any]:

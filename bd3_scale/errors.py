@@ -6,11 +6,26 @@ the commands print its text without a traceback and leave with `exit_code`. Anyt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Base of all errors that name a cause and a cure. `exit_code` is the status the command leaves with."""
 
     exit_code = 1
+    shared = False
+    """All ranks raise the same, so that one voice a host is enough; see `on_all_ranks`."""
+
+
+@contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """Around what raises the same error on every rank or on none."""
+    try:
+        yield
+    except UserError as error:
+        error.shared = True
+        raise
 
 
 class RecipeError(UserError):

@@ -18,6 +18,7 @@ from bd3_scale.diffusion.config import IN_BLOCKS, ONE_BLOCK, block_sizes
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe_cures import Case, Problem, as_text, divisors, fitting_micro_batches, nearest, nearest_layout
 from bd3_scale.recipe_rules_device import DEVICE_RULES
+from bd3_scale.recipe_rules_run import RUN_RULES
 
 if TYPE_CHECKING:
     from bd3_scale.config import Recipe
@@ -358,6 +359,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     norm_has_its_bias,
     mixture_is_sound,
     cache_has_a_remote,
+    *RUN_RULES,
     *DEVICE_RULES,
     sample_fits_the_context,
     time_has_its_conditioning,

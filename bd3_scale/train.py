@@ -11,6 +11,7 @@ import argparse
 import gc
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
             if rank == 0:  # every rank finds the same
                 print(f"bd3_scale: error: {error}", file=sys.stderr)
             return error.exit_code
-        where = f"[rank {rank}] " if world_size > 1 else ""
-        print(f"\nbd3_scale: error: {where}{error}", file=sys.stderr, flush=True)
+        where = f"[rank {rank}] " if world_size > 1 and not error.shared else ""
+        speaks = not error.shared or os.environ.get("LOCAL_RANK", "0") == "0"
+        if speaks:
+            print(f"\nbd3_scale: error: {where}{error}", file=sys.stderr, flush=True)
         if world_size > 1:
+            time.sleep(0.0 if speaks else 2.0)  # the launcher ends all ranks when the first leaves, also one that has still to speak
             # Others may wait for this rank in a collective that will not come: the launcher ends them when it leaves.
             os._exit(error.exit_code)
         return error.exit_code
@@ -59,12 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 def run(recipe: recipes.Recipe, device: str) -> None:
     """Join the world, train, leave it."""
     from bd3_scale.parallel import layout
+    from bd3_scale.runtime.agreement import agree, recipe_and_versions
     from bd3_scale.runtime.guard import Guard
     from bd3_scale.runtime.threads import set_threads
 
     if device == "cpu":
         set_threads(recipe.run.threads)
-    here = layout.start(recipe.parallel, device)
+    here = layout.start(recipe.parallel, device, joined=lambda: agree(recipe_and_versions(recipe, device), layout.all_gather))
     with Guard(here.rank, here.world_size, recipe.parallel.heartbeat, world=here.world) as guard:
         train(recipe, here, guard)
         here.barrier()
@@ -89,14 +94,19 @@ def train(recipe: recipes.Recipe, here: Layout, guard: Guard | None = None) -> N
 def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tuple[Path, bool]:
     """Run the loop to its end and print the summary. Returns the last checkpoint and whether the run was stopped before the end."""
     from bd3_scale.data.open import open_data
+    from bd3_scale.runtime.agreement import agree, data_and_tokenizer
     from bd3_scale.runtime.loop import Trainer
     from bd3_scale.runtime.summary import summary
     from bd3_scale.runtime.watchdog import watchdog
 
     local_leader = int(os.environ["LOCAL_RANK"]) == 0
     with open_data(recipe.data, recipe.model.context, leader=local_leader, barrier=here.barrier, progress=here.leader) as data:
+        agree(data_and_tokenizer(data), here.all_gather)
         trainer = Trainer(recipe, here, data)
         with watchdog(trainer, guard):
+            if guard is not None:
+                dump = guard.last_words
+                guard.last_words = lambda: None if trainer.owner.lost else dump()
             checkpoint = trainer.run()
     stopped = (trainer.stop.requested or "another rank") if trainer.step < trainer.total_steps else None
     if here.leader:

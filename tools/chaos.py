@@ -8,6 +8,10 @@ that comes to its end in spite of it is compared with the reference and the next
 processes at once or to one rank, whose name the others must say while they end; TERM goes to every rank, as `srun` sends it, and each must
 leave with 0 within 30 s and leave a whole checkpoint of the one step after which all stopped.
 
+--second: in half of the rounds a second job of one process is submitted into the same folder at a random moment. It must be refused while
+the first lives; where the first has died or left, it must take over and finish the run. --amend: at half of its steps every run, the
+reference too, is continued with `run.amend` of some keys, drawn by the seed.
+
 Ranks are started without torchrun (it would answer for them) through the hidden subcommand `rank`, which writes down, per process, what
 the loader handed out and which noise it got; the product has no hook for this. Compared are all lines of metrics.jsonl (1e-5 relative),
 every (step, slot) that was ever trained, and that the surviving attempts trained every slot of every step exactly once.
@@ -36,7 +40,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from chaos_job import MOMENTS, ROOT, Job, Watch
+from chaos_job import MOMENTS, REFUSED, ROOT, Job, Second, Watch
 from chaos_trace import Trace, compare_metrics, compare_samples, rank_main
 
 FIXED = ("run.device=cpu", "tracking.every=1", "tracking.wandb=disabled", "tracking.progress=false", "tracking.sample_tokens=0",
@@ -44,6 +48,14 @@ FIXED = ("run.device=cpu", "tracking.every=1", "tracking.wandb=disabled", "track
 TERM_LIMIT = 30.0
 """Seconds that a cluster gives a job between SIGTERM and SIGKILL."""
 GUARD_LIMIT = 60.0
+AMENDMENTS = {
+    "training.learning_rate": ("1e-3", "3e-4"),
+    "training.clip": ("0.3", "2.0"),
+    "training.weight_decay": ("0.1",),
+    "run.seed": ("11", "12"),
+    "data.skip": ("[[{0},{1}]]",),
+}
+"""What --amend draws from; {0} and {1} are samples a few steps after the change."""
 RUN_LIMIT = 900.0
 
 
@@ -61,6 +73,8 @@ class Round:
     seconds: float = 0.0
     checkpoint: int | None = None
     """The step of `latest` afterwards."""
+    second: str = ""
+    """What became of a second job in the same folder: refused | took over | came first."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -74,39 +88,50 @@ class Chaos:
         self.recipe = recipe = recipes.load(options.recipe, self.overrides)
         recipes.validate(recipe, 1, "cpu")
         self.steps, self.batch = recipe.total_steps, recipe.training.global_batch
+        self.phases: list[tuple[int, list[str]]] = [(self.steps, [])]
+        """Steps at the end of each part of a run, and its overrides."""
+        if options.amend:
+            half, draw = self.steps // 2, self.random.choice
+            chosen = sorted(self.random.sample(sorted(AMENDMENTS), 3))
+            amended = [f"{key}={draw(AMENDMENTS[key]).format(self.batch * (half + 2), self.batch * (half + 3))}" for key in chosen]
+            self.phases = [(half, [f"training.steps={half}"]), (self.steps, [*amended, f"run.amend=[{','.join(chosen)}]"])]
+            recipes.validate(recipes.load(options.recipe, [*self.overrides, *amended]), 1, "cpu")
         every = recipe.validation.every
         self.tuner_due = {step for step in range(1, self.steps + 1) if tuner.due(recipe.tuner, step)}
-        self.validation_due = {step for step in range(1, self.steps) if every and step % every == 0} | {self.steps} | self.tuner_due
+        self.validation_due = {step for step in range(1, self.steps) if every and step % every == 0} | self.tuner_due
+        self.validation_due |= {end for end, _ in self.phases}
         self.folder = options.work / f"{options.signal.lower()}-{options.seed}"
         self.rounds: list[Round] = []
         self.worst: dict[str, float] = {}
         self.problems: list[str] = []
         self.met: Counter[str] = Counter()
         self.start_up: list[float] = []
-        self.runs, self.slots = 0, 0
+        self.runs, self.slots, self.attempts = 0, 0, 0
 
-    def command(self, run: Path, layout: Sequence[str]) -> list[str]:
-        return [str(self.options.recipe), *self.overrides, f"run.dir={run}", *layout]
+    def command(self, run: Path, phase: int, layout: Sequence[str] = ()) -> list[str]:
+        return [str(self.options.recipe), *self.overrides, *self.phases[phase][1], f"run.dir={run}", *layout]
 
     def reference(self) -> None:
         """Make the undisturbed run, or take the one that is there, if sources and recipe are the same."""
         from bd3_scale import config as recipes
 
         sources = sorted((ROOT / "bd3_scale").rglob("*.py"))
-        mark = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + recipes.to_yaml(self.recipe).encode()).hexdigest()
+        asked = recipes.to_yaml(self.recipe) + repr(self.phases)
+        mark = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + asked.encode()).hexdigest()
         folder = self.options.work / "reference"
         if not (folder / "mark").exists() or (folder / "mark").read_text() != mark:
             shutil.rmtree(folder, ignore_errors=True)
-            job = Job(1, self.command(folder / "run", ()), folder / "trace")
-            try:
-                statuses, _ = job.wait(RUN_LIMIT)
-            finally:
-                job.end()
-            if statuses != [0]:
-                raise SystemExit(f"chaos: the undisturbed run ended with status {statuses[0]}:\n{job.log.read_text()[-3000:]}")
+            for phase in range(len(self.phases)):
+                job = Job(1, self.command(folder / "run", phase), folder / f"trace-{phase}")
+                try:
+                    statuses, _ = job.wait(RUN_LIMIT)
+                finally:
+                    job.end()
+                if statuses != [0]:
+                    raise SystemExit(f"chaos: the undisturbed run ended with status {statuses[0]}:\n{job.log.read_text()[-3000:]}")
             (folder / "mark").write_text(mark)
         self.metrics = folder / "run" / "metrics.jsonl"
-        self.trace = Trace.read([folder / "trace" / "rank-0.jsonl"], self.batch)
+        self.trace = Trace.read([folder / f"trace-{phase}" / "rank-0.jsonl" for phase in range(len(self.phases))], self.batch)
         problems = compare_samples(self.trace, [(self.trace, 1)], self.batch, self.steps)
         assert not problems and all(len(values) == 1 for seen in self.trace.seen.values() for values in seen.values()), problems
         lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
@@ -145,15 +170,18 @@ class Chaos:
         while sent < self.options.rounds or self.rounds[-1].moment != "end":
             run = self.folder / f"run-{self.runs}"
             attempts: list[tuple[Trace, int]] = []
-            while not attempts or self.rounds[-1].moment != "end":
-                one, trace, peers = self.attempt(run, disturbed=sent < self.options.rounds)
-                attempts.append((trace, peers))
+            phase = 0
+            while phase < len(self.phases):
+                one, traces = self.attempt(run, phase, disturbed=sent < self.options.rounds)
+                attempts += traces
                 self.rounds.append(one)
+                phase += one.moment == "end" or one.second in ("took over", "came first")
                 sent += one.moment != "end"
                 if one.moment != "end":
                     self.met[one.moment] += 1
                 words = f"round {sent}/{self.options.rounds}: {one.moment} of step {one.step} on {one.ranks} ranks ({one.layout}), "
                 words += f"resumed at {one.resumed_at}, {one.to or 'undisturbed'}, statuses {one.statuses}, {one.seconds:.1f} s"
+                words += f", the second job {one.second}" if one.second else ""
                 print(words + "".join(f"\n  PROBLEM: {problem}" for problem in one.problems), file=sys.stderr, flush=True)
                 if one.problems and one.moment == "end":
                     return  # a run that cannot be finished cannot be compared
@@ -163,15 +191,20 @@ class Chaos:
             self.slots += sum(len(trace.seen["noise"]) for trace, _ in attempts)
             self.runs += 1
 
-    def attempt(self, run: Path, disturbed: bool) -> tuple[Round, Trace, int]:
-        """Start or continue the run, disturb it at a random moment, and look at what is left."""
+    def attempt(self, run: Path, phase: int, disturbed: bool) -> tuple[Round, list[tuple[Trace, int]]]:
+        """Start or continue the run, disturb it at a random moment, and look at what is left. Returns what each job that trained wrote
+        down, and how many ranks share a replica."""
         ranks, peers, layout = self.layout()
-        first = latest_step(run) or 0
+        first, self.attempts = latest_step(run) or 0, self.attempts + 1
         one = Round(self.runs, ranks, ", ".join(key.removeprefix("parallel.") for key in layout), first)
         watch = Watch(run, self.validation_due, self.tuner_due)
-        job = Job(ranks, self.command(run, layout), self.folder / f"attempt-{len(self.rounds)}")
+        folder = self.folder / f"attempt-{self.attempts}"
+        second = None
+        if disturbed and self.options.second and self.random.random() < 0.5:
+            second = Second(self.command(run, phase), folder / "second", self.random.uniform(0, 3))
+        job = Job(ranks, self.command(run, phase, layout), folder / "first")
         try:
-            meets = disturbed and self.wait_for_moment(job, watch, first)
+            meets = disturbed and self.wait_for_moment(job, watch, first, self.phases[phase][0])
             if meets:
                 one.moment, one.step = watch.now()
                 victim = None
@@ -184,10 +217,25 @@ class Chaos:
         finally:
             job.end()
         trace = Trace.read(job.traces, self.batch)
-        self.judge(one, run, job, trace)
-        return one, trace, peers
+        traces = [(trace, peers)]
+        if second is not None:
+            self.judge_second(one, job, second)
+            if second.job is not None:
+                traces.append((Trace.read(second.job.traces, self.batch), 1))
+        self.judge(one, run, job, trace, self.phases[phase][0])
+        return one, traces
 
-    def wait_for_moment(self, job: Job, watch: Watch, first: int) -> bool:
+    def judge_second(self, one: Round, job: Job, second: Second) -> None:
+        """Of two jobs in one folder one trains at a time, and none is refused by one that does not live."""
+        outcome, status = second.outcome()
+        first_refused = REFUSED in job.log.read_text(errors="replace")
+        one.second = {"refused": "refused", "trained": "came first" if first_refused else "took over"}.get(outcome, "")
+        if status != {"refused": 2, "trained": 0}.get(outcome, 0) or (first_refused and outcome != "trained"):
+            assert second.job is not None
+            text = second.job.log.read_text(errors="replace")[-1000:]
+            one.problems.append(f"the second job was {outcome} with status {status}, the first refused: {first_refused}; {text}")
+
+    def wait_for_moment(self, job: Job, watch: Watch, first: int, steps: int) -> bool:
         """Sleep until the moment that was met the least often, at a random step; False where the job ended before.
 
         Every other step beyond the end is that: otherwise a run that is near its end would be disturbed there until no round is left.
@@ -197,9 +245,9 @@ class Chaos:
         kind = self.random.choice([kind for kind in self.kinds if self.met[kind] == fewest])
         reach = max(2 * self.recipe.checkpoint.every, self.steps // 8)
         target = first + self.random.randint(1, reach)
-        if target > self.steps and choice() < 0.5:
+        if target > steps and choice() < 0.5:
             return False
-        target = min(self.steps, target)
+        target = min(steps, target)
         start = time.monotonic()
         while not all(trace.exists() for trace in job.traces):  # until the product's own code runs in all ranks
             if job.ended or time.monotonic() - start > RUN_LIMIT:
@@ -214,7 +262,7 @@ class Chaos:
             if moment != "start-up" and not began:
                 began = True
                 self.start_up.append(time.monotonic() - start)
-            if began and step >= target and (moment == kind or step >= min(self.steps, target + reach)):
+            if began and step >= target and (moment == kind or step >= min(steps, target + reach)):
                 time.sleep(choice() * self.lasts.get(kind, 0.0) * 0.8)
                 return not job.ended
             time.sleep(0.001)
@@ -224,7 +272,7 @@ class Chaos:
     def kinds(self) -> list[str]:
         return [kind for kind in MOMENTS if kind != "tuning" or self.tuner_due]
 
-    def judge(self, one: Round, run: Path, job: Job, trace: Trace) -> None:
+    def judge(self, one: Round, run: Path, job: Job, trace: Trace, steps: int) -> None:
         """Whether the ranks left as they must and what they left is whole."""
         output = job.log.read_text(errors="replace")
         try:
@@ -237,7 +285,10 @@ class Chaos:
         if trace.first is not None and trace.first != one.resumed_at:
             one.problems.append(f"continued with step {trace.first} from the checkpoint of step {one.resumed_at}")
         statuses = set(one.statuses)
-        if one.moment == "end" and (statuses != {0} or one.checkpoint != self.steps):
+        if one.second in ("took over", "came first"):
+            if one.checkpoint != steps:
+                one.problems.append(f"the second job {one.second} and left a checkpoint of step {one.checkpoint}")
+        elif one.moment == "end" and (statuses != {0} or one.checkpoint != steps):
             one.problems.append(f"ended by itself with {one.statuses} and a checkpoint of step {one.checkpoint}")
         elif one.to == "SIGKILL to all ranks" and statuses != {-signal.SIGKILL}:
             one.problems.append(f"statuses {one.statuses}")
@@ -286,6 +337,8 @@ def report(chaos: Chaos, arguments: Sequence[str]) -> dict[str, Any]:
         "problems": problems,
         "as_they_must": f"{sum(not one.problems for one in sent)} of {chaos.options.rounds}",
         "moments": dict(chaos.met),
+        "second_jobs": dict(Counter(one.second for one in chaos.rounds if one.second)),
+        "amended": [phase[1] for phase in chaos.phases[1:]],
         "runs_compared": chaos.runs,
         "seconds_until_all_had_left": {"median": statistics.median(one.seconds for one in sent), "most": max(one.seconds for one in sent)},
         "slots_compared": chaos.slots,
@@ -299,14 +352,17 @@ def write(result: dict[str, Any], stem: Path) -> None:
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [f"# {stem.name}", "", f"Commit {result['commit']}; `{result['command']}`", "", f"Verdict: **{result['verdict']}**.", ""]
     lines += [f"- {problem}" for problem in result["problems"]] + ["", "| what | value |", "|---|---|"]
-    for key in ("as_they_must", "moments", "runs_compared", "seconds_until_all_had_left", "slots_compared", "worst_relative_difference"):
+    told = ("as_they_must", "moments", "second_jobs", "amended", "runs_compared", "seconds_until_all_had_left", "slots_compared")
+    for key in (*told, "worst_relative_difference"):
         value = result[key]
         text = "; ".join(f"{k}: {v:.3g}" for k, v in value.items()) if isinstance(value, dict) else value
         lines.append(f"| {key.replace('_', ' ')} | {text} |")
-    lines += ["", "| run | resumed at | ranks | layout | moment | step | signal | statuses | s | `latest` |", "|" + "---|" * 10]
+    names = ("run", "resumed at", "ranks", "layout", "moment", "step", "signal", "statuses", "s", "second job", "`latest`")
+    lines += ["", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for one in result["rounds"]:
-        cells = [one["run"], one["resumed_at"], one["ranks"], one["layout"], one["moment"], one["step"] or "", one["to"]]
-        lines.append("| " + " | ".join(map(str, [*cells, one["statuses"], f"{one['seconds']:.1f}", one["checkpoint"]])) + " |")
+        cells = [one["run"], one["resumed_at"], one["ranks"], one["layout"], one["moment"], one["step"] or "", one["to"], one["statuses"]]
+        cells += [f"{one['seconds']:.1f}", one["second"], one["checkpoint"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
@@ -319,6 +375,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--second", action="store_true", help="submit second jobs into the same folder")
+    parser.add_argument("--amend", action="store_true", help="change some keys at half of the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--work", type=Path, default=Path("runs/chaos"), help="the reference is kept and used again there")

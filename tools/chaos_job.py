@@ -13,11 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+REFUSED = "which lives; wait for its end"
+"""Words of a job in whose folder another one lives."""
 MOMENTS = ("start-up", "step", "save", "validation", "tuning")
 
 
@@ -76,6 +79,27 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+class Second:
+    """A job submitted into the folder of another after some seconds, from a thread."""
+
+    def __init__(self, command: list[str], folder: Path, delay: float) -> None:
+        self.job: Job | None = None
+        self._timer = threading.Timer(delay, self._submit, (command, folder))
+        self._timer.start()
+
+    def _submit(self, command: list[str], folder: Path) -> None:
+        self.job = Job(1, command, folder)
+
+    def outcome(self) -> tuple[str, int | None]:
+        """refused | trained | "" where it had not been submitted yet; and its status. Waits for its end."""
+        self._timer.cancel()
+        self._timer.join()
+        if self.job is None:
+            return "", 0
+        ((status,), _) = self.job.wait(900.0)
+        return "refused" if REFUSED in self.job.log.read_text(errors="replace") else "trained", status
 
 
 class Watch:

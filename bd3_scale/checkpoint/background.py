@@ -114,9 +114,11 @@ class Saver:
         *,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[int, str], None] = lambda step, text: None,
+        may_write: Callable[[], None] = lambda: None,
         channel: Communicator | None = None,
     ) -> None:
-        """`channel`: what the background threads talk over, for tests; else a gloo group where there are several ranks."""
+        """`may_write`: see `store.save`. `channel`: what the background threads talk over, for tests; else a gloo group where there are
+        several ranks."""
         self.folder, self.config = Path(folder), config
         self.communicator = communicator or Solo()
         self.step: int | None = None
@@ -125,7 +127,7 @@ class Saver:
         """The newest checkpoint that this run has finished, as of the last `wait`."""
         self.failures = 0
         """Failed saves in a row, as of the last `wait`."""
-        self._say, self._warn = say, warn
+        self._say, self._warn, self._may_write = say, warn, may_write
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -215,7 +217,7 @@ class Saver:
         try:
             self._host.ready()
             try:
-                outcome.path = store.save(self.folder, step, fragments, communicator=channel, **details)
+                outcome.path = store.save(self.folder, step, fragments, communicator=channel, may_write=self._may_write, **details)
             except CheckpointError as error:
                 outcome.failure = error
                 # Only the ranks that failed have a cause, and all must judge alike.

@@ -15,6 +15,8 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are deleted. 0 keeps all."""
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are kept for ever. 0: none are."""
+    fallback: bool = False
+    """Where the newest checkpoint is damaged, continue from the newest older whole one and say so, instead of ending with an error."""
     asynchronous: bool = True
     """Training waits only for a copy of the state to host memory (which must have room for it); files are written meanwhile."""
     patience: int = 3

@@ -101,7 +101,10 @@ class Checkpoint:
         older = newest_whole(self.path.parent, below=int(named[1]))
         if older is None:
             return CheckpointError(f"{text}; no older whole checkpoint stands beside it")
-        return CheckpointError(f"{text}; the newest older whole one is {older.name}: write that name into {self.path.parent / 'latest'}")
+        return CheckpointError(
+            f"{text}; the newest older whole one is {older.name}: write that name into {self.path.parent / 'latest'}, or train on with "
+            "checkpoint.fallback=true"
+        )
 
     @property
     def step(self) -> int:

@@ -32,7 +32,7 @@ from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, buil
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
 from bd3_scale.checkpoint.shards import check_size, read_text, sync_directory, write_shard, write_text
 from bd3_scale.checkpoint.state import Fragment, Region
-from bd3_scale.errors import CheckpointError
+from bd3_scale.errors import CheckpointError, UserError
 
 __all__ = ["Checkpoint", "Communicator", "Solo", "find_latest", "locate", "retain", "save", "step_name"]
 
@@ -60,11 +60,13 @@ def save(
     run: Mapping[str, Any],
     recipe: str,
     communicator: Communicator | None = None,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Path:
     """Save what this rank owns of the state after `step`; collective. Returns the new checkpoint folder in `folder`.
 
     The fragments of all ranks together must hold every element of every tensor exactly once (replicas use `state.share`).
     `run` is free-form JSON, `recipe` the resolved recipe as YAML text; both count as the leader (rank 0) gives them.
+    `may_write` raises where the folder is another job's by now; the leader asks before it deletes or renames anything.
     An existing checkpoint of the same step is replaced, atomically. On any failure on any rank every rank raises the same
     CheckpointError, nothing half-written remains, and the previous checkpoint and `latest` are as they were.
     """
@@ -82,6 +84,7 @@ def save(
     def prepare() -> tuple[Path | None, bool]:
         if leader:
             normalise_run(run)
+            may_write()
             return _make_temporary(folder, step), bool(owned)
         return None, bool(owned)
 
@@ -99,6 +102,7 @@ def save(
             files = {name: record for records, _ in written for name, record in records.items()}
             parts = [part for _, some in written for part in some]
             _finish(temporary, files, parts, step, samples_consumed, run, recipe)
+            may_write()
             replaced = _move_in(temporary, target)
             try:
                 _point_latest(folder, target.name)
@@ -233,6 +237,8 @@ def _explain(error: BaseException, communicator: Communicator) -> str:
     where = f"rank {communicator.rank}: " if communicator.world_size > 1 else ""
     if isinstance(error, FileNotFoundError) and communicator.rank > 0:
         return f"{where}the folder that rank 0 made is not there; set run.dir to a file system that all nodes share"
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError):
         return f"{where}{error.strerror or error}; {CURES.get(error.errno or 0, 'mend that or set another run.dir')}"
     return f"{where}{type(error).__name__}: {error}"
@@ -309,6 +315,15 @@ def find_latest(folder: str | Path) -> Path | None:
         for path in step_folders(folder):
             Checkpoint(path)  # raises: says what is wrong with the newest
     return whole
+
+
+def step_of_latest(folder: Path) -> int | None:
+    """The step that `latest` names, whether that checkpoint is whole or not; None where it cannot be read."""
+    try:
+        name = _read_latest(folder)
+    except CheckpointError:
+        return None
+    return None if name is None else int(name.removeprefix("step_"))
 
 
 def _is_whole(path: Path) -> bool:

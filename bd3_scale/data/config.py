@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 
 @dataclass
@@ -48,6 +49,9 @@ class DataConfig:
     """Shards that are shuffled together: larger mixes better, smaller streams better."""
     document_mask: bool = False
     """Documents that are packed into one row do not see each other; in a block where one ends, from the next block on."""
+    skip: list[Any] = field(default_factory=list)
+    """Ranges of samples, [[from, to], ...], that are left out: sample n is row n % training.global_batch of step n // training.global_batch
+    of the run without a skip, `to` is not left out."""
     prefetch: int = 2
     """Global batches read, noised and laid out ahead of need; 0: when they are needed, by the main thread."""
 

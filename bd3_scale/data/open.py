@@ -20,7 +20,7 @@ from bd3_scale.data.documentation import documentation
 from bd3_scale.data.loader import Loader, MicroBatch, Order, Rows, TrainingRows
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.mixture import MixedHeldOut, MixedOrder, MixedRows, Mixture
-from bd3_scale.data.order import GlobalOrder
+from bd3_scale.data.order import GlobalOrder, SkippingOrder
 from bd3_scale.data.prepare import Packing, prepare
 from bd3_scale.data.shards import ShardReader
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -75,11 +75,12 @@ class Data:
         return hashlib.sha256(json.dumps(shares).encode()).hexdigest()
 
     def order(self, seed: int) -> Order:
-        """The global order of the training rows, a function of (seed, data.window, the data)."""
+        """The global order of the training rows, a function of (seed, data.window, data.skip, the data)."""
         orders = [GlobalOrder(source.train.shard_rows, seed, self.config.window) for source in self.sources]
-        if self.mixture is None:
-            return orders[0]
-        return MixedOrder(self.mixture, orders, [len(source.train.shard_rows) for source in self.sources])
+        order: Order = orders[0]
+        if self.mixture is not None:
+            order = MixedOrder(self.mixture, orders, [len(source.train.shard_rows) for source in self.sources])
+        return SkippingOrder(order, self.config.skip) if self.config.skip else order
 
     def loader(
         self,

@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from bd3_scale.diffusion.noise import generator
 from bd3_scale.errors import DataError
+
+if TYPE_CHECKING:
+    from bd3_scale.data.loader import Order
 
 _Kept = TypeVar("_Kept")
 
@@ -98,6 +101,45 @@ class GlobalOrder:
         shards = self._epoch(epoch).shards[window * self._window : (window + 1) * self._window]
         ids = np.concatenate([np.arange(self._first_row[shard], self._first_row[shard + 1]) for shard in shards])
         return _keep_two(self._windows, (epoch, window), ids[_permutation(self._seed, "row order", len(ids), epoch, window)])
+
+
+class SkippingOrder:
+    """`order` without some ranges of its places: sample n of the run stands at `place_of(n, ranges)`."""
+
+    def __init__(self, order: Order, ranges: Sequence[Sequence[int]]) -> None:
+        """`ranges`: [from, to), ascending and apart."""
+        self._order, self._ranges = order, ranges
+
+    def sample_ids(self, position: int, count: int) -> np.ndarray:
+        """As GlobalOrder.sample_ids."""
+        pieces = [self._order.sample_ids(place, length) for place, length in self._pieces(position, count)]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def shards(self, position: int, count: int, ahead: int) -> tuple[list[int], list[int]]:
+        """As GlobalOrder.shards."""
+        found = [self._order.shards(place, length, ahead) for place, length in self._pieces(position, count)]
+        needed = list(dict.fromkeys(shard for some, _ in found for shard in some))
+        return needed, [shard for shard in found[-1][1] if shard not in needed] if found else []
+
+    def _pieces(self, position: int, count: int) -> list[tuple[int, int]]:
+        """The samples as runs of places that follow each other: (first, length)."""
+        pieces = []
+        while count > 0:
+            place = place_of(position, self._ranges)
+            border = min((first for first, _ in self._ranges if first > place), default=place + count)
+            length = min(count, border - place)
+            pieces.append((place, length))
+            position, count = position + length, count - length
+        return pieces
+
+
+def place_of(sample: int, ranges: Sequence[Sequence[int]]) -> int:
+    """The place of a sample in the order that has the ranges [from, to), ascending, still in it."""
+    for first, stop in ranges:
+        if sample < first:
+            break
+        sample += stop - first
+    return sample
 
 
 def _permutation(seed: int, purpose: str, count: int, *indices: int) -> np.ndarray:

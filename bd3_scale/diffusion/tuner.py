@@ -209,8 +209,8 @@ def interval_statistics(parts: Sequence[RowStatistics]) -> IntervalStatistics:
     bad = ~np.isfinite(m2).all(1)
     if bad.any():
         raise TrainingError(
-            f"the tuner met a loss that is not a finite number in held-out row {rows[order][bad][0]}; lower training.learning_rate or "
-            "resume from an earlier checkpoint"
+            f"the tuner met a loss that is not a finite number in held-out row {rows[order][bad][0]}; continue from an earlier "
+            "checkpoint (its name in checkpoints/latest), with a lower training.learning_rate and run.amend=[training.learning_rate]"
         )
     joined = combine(Moments(*row) for row in zip(count, mean, m2, strict=True))
     return IntervalStatistics(parts[0].intervals, joined, squares.sum(0))

@@ -4,6 +4,8 @@ The norm is known on the device only, so the decision is made there: torch's fus
 nothing, neither weights nor moments nor its clock. Nobody waits for the host. As in OLMo-core a norm is a spike when it
 exceeds the mean of the last norms by `spike_deviations` standard deviations; norms of steps left out are not remembered.
 
+Where the loss itself becomes another one (`forget`), what is remembered of the old one does not count.
+
 Invariants: every rank decides alike, because the norm is the global one; all that decides is in `state`, which the
 checkpoint has, so that a continued run leaves out the steps that the uninterrupted one does.
 """
@@ -28,32 +30,45 @@ class StepRule:
         self.norms = torch.zeros(REMEMBERED, device=device)
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         """Steps taken, left out, and left out in a row."""
+        self.known = torch.zeros((), dtype=torch.int64, device=device)
+        """Norms remembered since the last `forget`."""
 
     def leave_out(self, norm: Tensor) -> Tensor:
         """1.0 where a step of this global gradient norm is to be left out, else 0.0: fp32 scalar on the device. Call once per step."""
         norm = norm.to(self.norms.device, torch.float32)
-        taken = self.counts[0]
+        known = self.known
         bad = ~torch.isfinite(norm)
         if self.spike_deviations:
-            known = torch.arange(REMEMBERED, device=norm.device) < taken
-            count = known.sum().clamp(min=2)
-            mean = (self.norms * known).sum() / count
-            deviation = (((self.norms - mean) * known).square().sum() / (count - 1)).sqrt()
-            bad |= (taken >= REMEMBERED // 2) & (norm > mean + self.spike_deviations * deviation)
-        place = torch.remainder(taken, REMEMBERED)
+            held = torch.arange(REMEMBERED, device=norm.device) < known
+            count = held.sum().clamp(min=2)
+            mean = (self.norms * held).sum() / count
+            deviation = (((self.norms - mean) * held).square().sum() / (count - 1)).sqrt()
+            bad |= (known >= REMEMBERED // 2) & (norm > mean + self.spike_deviations * deviation)
+        place = torch.remainder(known, REMEMBERED)
         here = torch.arange(REMEMBERED, device=norm.device) == place
         self.norms = torch.where(here & ~bad, norm, self.norms)
+        self.known = known + ~bad
         one = torch.ones((), dtype=torch.int64, device=norm.device)
-        self.counts = torch.stack([taken + ~bad, self.counts[1] + bad, torch.where(bad, self.counts[2] + one, 0 * one)])
+        self.counts = torch.stack([self.counts[0] + ~bad, self.counts[1] + bad, torch.where(bad, self.counts[2] + one, 0 * one)])
         return bad.float()
+
+    def forget(self) -> None:
+        """The loss is another one from here on (block size, interval): norms of the old one say nothing of it."""
+        self.known = torch.zeros_like(self.known)
+
+    @property
+    def left_out_so_far(self) -> int:
+        """Steps left out since the run began; waits for the device."""
+        return int(self.counts[1])
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint; waits for the device."""
-        return {"norms": self.norms.tolist(), "counts": self.counts.tolist()}
+        return {"norms": self.norms.tolist(), "counts": self.counts.tolist(), "known": self.known.item()}
 
     def load(self, state: dict[str, Any]) -> None:
         self.norms.copy_(torch.tensor(state["norms"]))
         self.counts.copy_(torch.tensor(state["counts"]))
+        self.known.fill_(state.get("known", state["counts"][0]))  # earlier versions forgot nothing
 
 
 class SkippingAdamW(torch.optim.AdamW):

@@ -145,12 +145,12 @@ class Engine(ABC):
             for place in self.places
         ]
 
-    def resume(self, step: int) -> None:
-        """After the fragments were filled from a checkpoint of `step`: set Adam's clock, publish the weights, and make sure
-        that no hyper-parameter was lost on the way."""
+    def resume(self, updates: int) -> None:
+        """After the fragments were filled from a checkpoint: set Adam's clock to the `updates` that were made (steps left out are none),
+        publish the weights, and make sure that no hyper-parameter was lost on the way."""
         self.moments()
         for master in self.masters:
-            self.adam.state[master]["step"].fill_(step)
+            self.adam.state[master]["step"].fill_(updates)
         self.publish()
         decays = {group["weight_decay"] for group in self.adam.param_groups if group["params"]}
         assert decays <= {self.settings.weight_decay, 0.0}, f"the optimizer lost the weight decay of its groups: {decays}"

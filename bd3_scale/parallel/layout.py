@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,11 +53,7 @@ class Layout:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.world_size == 1 else all_gather(value)
 
     def broadcast(self, value: Any) -> Any:
         """The leader's value, on every rank."""
@@ -83,8 +80,15 @@ class Layout:
         return value
 
 
-def start(config: ParallelConfig, device: str) -> Layout:
-    """Join the world that torchrun started (or a world of one) and make the groups of the layout."""
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank of the world that has been joined."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def start(config: ParallelConfig, device: str, joined: Callable[[], object] = lambda: None) -> Layout:
+    """Join the world that torchrun started (or a world of one) and make the groups of the layout. `joined`: called between the two."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     world = ""
@@ -108,6 +112,7 @@ def start(config: ParallelConfig, device: str) -> Layout:
         whom = f"all {world_size} ranks are here, but rank {rank} has no connection to each of them; see GLOO_SOCKET_IFNAME, and NCCL's"
         with waiting_for(lambda: whom, speaks=rank == 0):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    joined()
     if device == "cpu":
         megatron_cpu.install()
     replicas = world_size // (config.tensor * config.pipeline * config.context)

@@ -108,17 +108,17 @@ def names(missing: Collection[int], hosts: Mapping[int, str], per_node: int | No
     """
     per_node = per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if per_node == 1:
-        return f"{_ranks(sorted(missing)[:SHOWN])}{', ...' if len(missing) > SHOWN else ''}"
+        return f"{ranks_text(sorted(missing)[:SHOWN])}{', ...' if len(missing) > SHOWN else ''}"
     found = []
     for node, group in groupby(sorted(missing), key=lambda rank: rank // per_node):
         ranks = list(group)
         host = next((hosts[rank] for rank in range(node * per_node, (node + 1) * per_node) if rank in hosts), None)
         at = f"host {host}" if host is not None else f"all of node {node}" if len(ranks) == per_node else f"node {node}"
-        found.append(f"{_ranks(ranks[:SHOWN])}{', ...' if len(ranks) > SHOWN else ''} ({at})")
+        found.append(f"{ranks_text(ranks[:SHOWN])}{', ...' if len(ranks) > SHOWN else ''} ({at})")
     return f"{', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_text(ranks: list[int]) -> str:
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"ranks {ranks[0]}-{ranks[-1]}"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -16,6 +16,9 @@ class RunConfig:
     """auto (continue the newest checkpoint) | never (refuse if there is one) | fresh (needs an empty directory)."""
     time_limit: float | None = None
     """Seconds of wall clock, counted from the start of the process, after which the run saves its state and leaves with status 0."""
+    amend: list[str] = field(default_factory=list)
+    """Keys of the recipe, such as [training.learning_rate, data.skip], that may change where a run is continued. Without its name here a
+    change is refused. From that step on the new value is the run's: written into checkpoints and metrics, and refused to change back."""
     device: str = "auto"
     """auto (cuda where there is one) | cpu | cuda."""
     threads: int | None = None
@@ -40,8 +43,12 @@ class TrainingConfig:
     warmup: int = 2500
     """Steps of linear warm-up."""
     schedule: str = "constant"
-    """constant | cosine (to learning_rate * final_fraction at the last step)."""
+    """constant | cosine | wsd (warm-up, stable, decay), the last two to learning_rate * final_fraction at the last step."""
     final_fraction: float = 0.1
+    decay: int = 0
+    """wsd: the last so many steps decay, as 1 - sqrt. A decay starts from any checkpoint with training.steps = its step + decay."""
+    rewarmup: int = 0
+    """Steps of linear warm-up after every change of objective.block_size."""
     clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     spike_deviations: float = 0.0

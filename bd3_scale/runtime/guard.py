@@ -99,7 +99,7 @@ class Guard:
         self._local = ranks_of_this_host(rank) if local_ranks is None else local_ranks
         self._connect = connect or connect_to_rendezvous
         self._end = end or end_process
-        self._beat = Beat(rank, socket.gethostname(), os.getpid(), _kernel(), step=0)
+        self._beat = Beat(rank, socket.gethostname(), os.getpid(), kernel(), step=0)
         self._last: dict[int, Beat] = {}
         watched = range(world_size) if rank == 0 else sorted({0, *self._local})
         self._silent = {other: 0.0 for other in watched if other != rank}
@@ -205,7 +205,7 @@ class Guard:
     def _killed(self) -> list[int]:
         """Watched ranks on this host whose process does not exist any more."""
         known, kernel = self._last, self._beat.kernel
-        return [r for r in self._silent if r in known and kernel and known[r].kernel == kernel and _process_is_gone(known[r].pid)]
+        return [r for r in self._silent if r in known and kernel and known[r].kernel == kernel and process_is_gone(known[r].pid)]
 
     def _now(self, done: bool = False) -> Beat:
         self._beat = replace(self._beat, step=self.progress(), counter=self._beat.counter + 1, done=done)
@@ -277,7 +277,7 @@ def _place() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def _kernel() -> str:
+def kernel() -> str:
     """This boot of this host and the namespace of process ids; containers of one host differ in the latter."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
@@ -285,7 +285,7 @@ def _kernel() -> str:
         return ""
 
 
-def _process_is_gone(pid: int) -> bool:
+def process_is_gone(pid: int) -> bool:
     """Also for a zombie: its parent has only not asked yet. A reused process id is left to the heartbeat."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"

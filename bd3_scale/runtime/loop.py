@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bd3_scale import config as recipes
 from bd3_scale.checkpoint.background import Saver
 from bd3_scale.config import Recipe
 from bd3_scale.data.open import Data
+from bd3_scale.data.order import place_of
 from bd3_scale.data.unigram import unigram_perplexity
 from bd3_scale.diffusion import tuner
 from bd3_scale.diffusion.objectives import Objective
@@ -26,11 +28,13 @@ from bd3_scale.errors import TrainingError
 from bd3_scale.parallel.build import build_engine
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.probe import probe_recipe
+from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime import resume
 from bd3_scale.runtime.ema import ExponentialAverage
 from bd3_scale.runtime.feed import Feed
 from bd3_scale.runtime.garbage import collect, collected_on_demand
-from bd3_scale.runtime.learning_rate import learning_rate
+from bd3_scale.runtime.learning_rate import rate_of
+from bd3_scale.runtime.owner import own
 from bd3_scale.runtime.pulse import Pulse
 from bd3_scale.runtime.report import Reporter, flops_per_token
 from bd3_scale.runtime.signals import StopRequest, seconds_left
@@ -48,21 +52,29 @@ class Trainer:
         self.folder = Path(recipe.run.dir)
         self.step, self.samples = 0, 0
         self.total_steps = recipe.total_steps
-        checkpoint = resume.find(recipe, self.folder, data, layout)
+        self.owner = own(self.folder, layout)
+        found = resume.find(recipe, self.folder, data, layout)
+        checkpoint = None if found is None else found.checkpoint
         vocabulary, mask_id = data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id
         probed = probe_recipe(recipe, layout.device)
         self.engine = build_engine(recipe, layout, vocabulary, mask_id)
         decay = recipe.training.ema
         self.ema = ExponentialAverage(self.engine.masters, decay, self.engine.publish, self.engine.settle) if decay else None
         self.run_state: dict[str, Any] = resume.new_run_state(recipe, data)
-        if checkpoint is not None:
+        if found is not None and checkpoint is not None:
             checkpoint.load_into(self.engine.fragments(self._averages), layout)
-            self.engine.resume(checkpoint.step)
             self.step, self.samples, self.run_state = checkpoint.step, checkpoint.samples_consumed, checkpoint.run
+            rule = self.engine.adam.rule
             if "step_rule" in self.run_state:
-                self.engine.adam.rule.load(self.run_state["step_rule"])
+                rule.load(self.run_state["step_rule"])
+            self.engine.resume(checkpoint.step - rule.left_out_so_far)
+            self.run_state["amendments"] = found.amendments
         self.tuning = tuner.TunerState.from_dict(self.run_state["tuner"])
         self._advance(self.step)
+        if found is not None and found.amended("objective.interval"):
+            self._draw_from(recipe.objective.interval)
+        if found is not None and found.amended("objective.resample"):
+            rule.forget()
         self.feed = Feed(recipe, layout, data, self.objective_at, step=self.step, samples=self.samples)
         self.validator = Validator(
             data.validation,
@@ -75,14 +87,20 @@ class Trainer:
         )
         self.stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
-        self.report = Reporter(recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=self.flops_per_token())
+        may_write = self.owner.check
+        flops = self.flops_per_token()
+        self.report = Reporter(
+            recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=flops, may_write=may_write
+        )
         self.report.probed(probed)
+        if found is not None:
+            self.report.continued(self.step, found.amendments, found.remarks)
         if (remark := recipe.shares(layout.data).remark) is not None:
             self.report.say(remark)
-        self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size)  # the reporter made the folder
+        self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size, may_write=may_write)
         self.validated: Validated | None = None
         checkpoints = self.folder / "checkpoints"
-        self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning)
+        self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning, may_write=may_write)
         if checkpoint is not None:
             self.saver.step, self.saver.published = checkpoint.step, checkpoint.path
 
@@ -134,14 +152,21 @@ class Trainer:
 
     def _advance(self, step: int) -> None:
         """The run is at `step`, and what was tuned with it: another block size begins its search anew."""
-        self.step, self.tuning = step, self._tuning_at(step)
+        before, self.step, self.tuning = self.tuning.block_size, step, self._tuning_at(step)
+        if self.tuning.block_size != before:
+            self.engine.adam.rule.forget()  # norms of another loss
+
+    def _draw_from(self, interval: tuple[float, float]) -> None:
+        if interval != self.tuning.interval:
+            self.tuning = replace(self.tuning, interval=interval)
+            self.engine.adam.rule.forget()
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
         recipe = self.recipe
         taken = self.feed.take(self.step, self.samples)
         loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
-        norm = self.engine.step(learning_rate(recipe.training, self.step, self.total_steps))
+        norm = self.engine.step(rate_of(recipe, self.step))
         self._advance(self.step + 1)
         self.samples += recipe.training.global_batch
         if self.ema is not None:
@@ -155,17 +180,27 @@ class Trainer:
         self.report.meter.flops_per_token = self.flops_per_token()  # block size and interval change during a run
         line = self.report.train(
             step=self.step,
-            learning_rate=learning_rate(self.recipe.training, self.step - 1, self.total_steps),
+            learning_rate=rate_of(self.recipe, self.step - 1),
             interval=list(self.tuning.interval),
             reduce=self.layout.sum_of_replicas,
             skipped=self.engine.adam.rule.counts,
         )
         in_a_row = line["skipped_in_a_row"]
         if in_a_row > self.recipe.training.skipped_in_a_row:
-            raise TrainingError(
-                f"the last {in_a_row} steps up to step {self.step} were left out, because their gradient norm was not a number or far "
-                f"above those before (train loss {line['loss']:.4g}); lower training.learning_rate and continue from the last checkpoint"
-            )
+            raise TrainingError(self._diverged(in_a_row, line["loss"]))
+
+    def _diverged(self, in_a_row: int, loss: float) -> str:
+        """What was left out, and both ways on."""
+        ranges, batch = self.recipe.data.skip, self.recipe.training.global_batch
+        first, last = (place_of(sample, ranges) for sample in (self.samples - in_a_row * batch, self.samples - 1))
+        kept = [one for one in ranges if one[0] < first]  # another may lie among these samples
+        skip, rate = as_yaml([*kept, [first, last + 1]]), self.recipe.training.learning_rate / 2
+        return (
+            f"the last {in_a_row} steps up to step {self.step} were left out, because their gradient norm was not a number or far above "
+            f"those before (train loss {loss:.4g}); continue from the last checkpoint before them with a lower rate "
+            f"(training.learning_rate={rate:.3g} run.amend=[training.learning_rate]), or without their rows (data.skip={skip} "
+            "run.amend=[data.skip])"
+        )
 
     def validate(self) -> None:
         """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
@@ -193,6 +228,7 @@ class Trainer:
         choice = tuner.choose(intervals, variances, statistics.blocks, self.tuning.interval, self.recipe.tuner.margin)
         choice = self.layout.broadcast(choice)
         tuner.agreed(self.layout.all_gather(choice.interval))
+        self._draw_from(choice.interval)
         self.tuning = self.tuning.after(self.step, choice)
         self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
 
@@ -219,6 +255,8 @@ class Trainer:
         self.report.close()
         self.engine.close()
         self.pulse.beat(self.step, "stopped" if stopped else "finished")
+        if self.layout.leader:
+            self.owner.release()
         self.stop.close()  # last: a signal that came too late for the loop may end the process here
 
     def _stop_in_validation(self) -> bool:

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from bd3_scale.errors import TrainingError
 
+AT_START = ("amendment", "probe")
+"""Kinds of lines that a start writes before its first step."""
+
 
 class Meter:
     """Collects the steps since the last reading."""
@@ -82,11 +85,13 @@ def memory_bytes(device: torch.device) -> int:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, in order of steps. One process writes it."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Lines of steps after `first_step` are of a future that the continued run will live again: they go."""
-        self.path = path
+    def __init__(self, path: Path, first_step: int, may_write: Callable[[], None] = lambda: None) -> None:
+        """Lines of steps after `first_step` are of a future that the continued run will live again, and those of its start are said again:
+        they go. `may_write` raises where the file belongs to another job by now (runtime/owner.py)."""
+        self.path, self._may_write = path, may_write
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() else []
+        lines = read_metrics(path) if path.exists() else []
+        kept = [line for line in lines if line["step"] < first_step + (line.get("kind") not in AT_START)]
         if path.exists():
             rest = path.with_suffix(".rest")
             rest.write_text("".join(_encode(line) for line in kept))
@@ -99,6 +104,7 @@ class MetricsFile:
 
         Raises TrainingError where the file system takes no more, ValueError for what is no number, text, list or mapping.
         """
+        self._may_write()
         written = {**line, "seconds": round(self._before + time.perf_counter() - self._start, 3)}
         data = _encode(written).encode()
         try:

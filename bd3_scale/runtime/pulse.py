@@ -22,14 +22,21 @@ EVERY = 5.0
 class Pulse:
     """`beat()` is called by the main thread whenever it has done a piece of work (a step, some rows of a validation)."""
 
-    def __init__(self, folder: Path | None, total_steps: int, world_size: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        """`folder`: where the file goes; None: this rank writes none."""
+    def __init__(
+        self,
+        folder: Path | None,
+        total_steps: int,
+        world_size: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`folder`: where the file goes; None: this rank writes none. `may_write` raises where it is another job's (runtime/owner.py)."""
         self.count = 0
         """Beats so far; nothing is expected of the main thread before the first."""
         self.step, self.doing = 0, "start"
         self.total_steps, self.world_size = total_steps, world_size
         self._path = None if folder is None else folder / HEARTBEAT
-        self._clock, self._written = clock, float("-inf")
+        self._clock, self._written, self._may_write = clock, float("-inf"), may_write
 
     def beat(self, step: int, doing: str) -> None:
         """`doing`: train | validate | save | finished | stopped | wait (for nodes)."""
@@ -37,6 +44,7 @@ class Pulse:
         self.count, self.step, self.doing = self.count + 1, step, doing
         if self._path is not None and (turned or now - self._written >= EVERY):
             self._written = now
+            self._may_write()
             self._write(self._path)
 
     def _write(self, path: Path) -> None:

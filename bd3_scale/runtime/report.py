@@ -27,6 +27,7 @@ from bd3_scale.model.flops import peak_flops, training_flops_per_token
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.parallel.probe import Probed, as_line, as_text
 from bd3_scale.parallel.stages import selected_share
+from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.runtime.plots import draw
 from bd3_scale.runtime.tracking import Tracker
@@ -40,15 +41,24 @@ class Reporter:
     """Opens the run directory's files; `first_step` is 0 or the step that is continued."""
 
     def __init__(
-        self, recipe: Recipe, layout: Layout, folder: Path, run_state: dict[str, Any], *, first_step: int, flops_per_token: float
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        folder: Path,
+        run_state: dict[str, Any],
+        *,
+        first_step: int,
+        flops_per_token: float,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
+        """`may_write`: see MetricsFile."""
         self.recipe, self.layout, self.folder, self.first_step = recipe, layout, folder, first_step
         self.file: MetricsFile | None = None
         self.plots_wait_until = 0.0
         if layout.leader:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(to_yaml(recipe))
-            self.file = MetricsFile(folder / "metrics.jsonl", first_step)
+            self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
             self.tracker = Tracker(recipe, folder, run_state)
             self.bar = _bar(recipe, first_step)
             if (ends := texts_end_at(recipe.data.row_special, recipe.model.context)) is not None:
@@ -63,6 +73,15 @@ class Reporter:
             self.say(as_text(one))
             if self.file is not None:
                 self._write({**as_line(one), "step": self.first_step})
+
+    def continued(self, step: int, amendments: Sequence[dict[str, Any]], remarks: Sequence[str]) -> None:
+        """Say and write down what is other from `step` on."""
+        for remark in remarks:
+            self.warning(step, remark)
+        for one in (one for one in amendments if one["step"] == step):
+            self.say(f"run.amend: {one['key']} is {as_yaml(one['now'])} from step {step} on, {as_yaml(one['before'])} before")
+            if self.file is not None:
+                self._write({"kind": "amendment", **one})
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """A step was made; see `Meter.add`."""

@@ -15,10 +15,10 @@ import time
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
+import bd3_scale
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.runtime import leaving
 
@@ -31,7 +31,7 @@ GRACE = 1.0
 
 def seconds_left(limit: float | None) -> float | None:
     """Of a wall-clock limit that counts from the start of this process."""
-    return None if limit is None else limit - (time.time() - psutil.Process().create_time())
+    return None if limit is None else limit - (time.monotonic() - bd3_scale.STARTED)
 
 
 class StopRequest:

@@ -42,7 +42,7 @@ class Tracker:
                 id=run_id,
                 resume="allow",
                 dir=str(folder),
-                config=_without_credentials(as_dictionary(recipe)),
+                config=without_credentials(as_dictionary(recipe)),
                 # Our own files have what is printed, and a progress bar is no log.
                 settings=wandb.Settings(console="off"),
             )
@@ -92,12 +92,12 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _without_credentials(value: Any) -> Any:
+def without_credentials(value: Any) -> Any:
     """A copy without user:password@ and ?signature in URLs."""
     if isinstance(value, dict):
-        return {key: _without_credentials(item) for key, item in value.items()}
+        return {key: without_credentials(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_credentials(item) for item in value]
+        return [without_credentials(item) for item in value]
     if isinstance(value, str) and "://" in value:
         return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]*@", "://***@", value))
     return value

@@ -21,13 +21,13 @@ RUN = [
 
 
 @pytest.fixture(scope="module")
-def chaos(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
-    """(signal, rounds) -> the report; all share one reference."""
+def chaos(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """(signal, rounds, *options) -> the report; all share one reference where the options let them."""
     folder = tmp_path_factory.mktemp("chaos")
 
-    def go(name: str, rounds: int) -> dict[str, Any]:
+    def go(name: str, rounds: int, *options: str) -> dict[str, Any]:
         command = [sys.executable, "tools/chaos.py", str(recipe), "--signal", name, "--rounds", str(rounds), "--ranks", "1", "2"]
-        command += ["--work", str(folder / "work"), "--out", str(folder / "out"), *RUN]
+        command += ["--work", str(folder / "work"), "--out", str(folder / "out"), *options, *RUN]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         (report,) = (folder / "out").glob(f"*-chaos-{name.lower()}.json")
         result = json.loads(report.read_text())
@@ -38,9 +38,9 @@ def chaos(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return go
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("KILL", 2), ("TERM", 2)])
-def test_disturbed_run_is_the_undisturbed_one(chaos: Callable[[str, int], dict[str, Any]], name: str, rounds: int) -> None:
-    result = chaos(name, rounds)
+@pytest.mark.parametrize(("name", "rounds", "options"), [("KILL", 2, []), ("TERM", 2, ["--second", "--amend", "--seed", "5"])])
+def test_disturbed_run_is_the_undisturbed_one(chaos: Callable[..., dict[str, Any]], name: str, rounds: int, options: list[str]) -> None:
+    result = chaos(name, rounds, *options)
     sent = [one for one in result["rounds"] if one["moment"] != "end"]
     assert len(sent) == rounds == sum(result["moments"].values())  # which moments they are is a matter of time
     assert {one["moment"] for one in sent} == result["moments"].keys() <= {"start-up", "step", "save", "validation", "tuning"}

@@ -39,6 +39,7 @@ def test_killed_run_is_continued_by_the_same_command(recipe: Path, tmp_path: Pat
     job.kill()
     finished = launch(1, command, tmp_path / "continued.log")
     assert finished.status == 0, finished.output[-4000:]
+    assert "sign of life" not in finished.output, "the directory of a dead process is taken over without a wait"
     whole = train_all(1, recipe, {tmp_path / "whole": []}, tmp_path)
     assert np.abs(curve(metrics(run)) / curve(whole[tmp_path / "whole"]) - 1).max() < 1e-5
 

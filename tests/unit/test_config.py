@@ -110,9 +110,28 @@ def test_missing_recipe_and_folder(tmp_path: Path) -> None:
 def test_continuing_another_run_names_the_key(base: Path) -> None:
     saved = recipes.load(base)
     recipes.compare(saved, recipes.load(base, ["training.steps=40", "parallel.zero=3", "tracking.every=1", "run.dir=x"]), 10)
-    for override in ("model.hidden=64", "run.seed=1", "training.global_batch=16", "data.tokenizer=bytes", "training.learning_rate=1"):
+    for override in ("model.hidden=64", "run.seed=1", "training.global_batch=16", "data.row_special=none", "training.learning_rate=1"):
         with pytest.raises(RecipeError, match=override.split("=")[0]):
             recipes.compare(saved, recipes.load(base, [override]), 10)
+
+
+def test_a_named_key_may_be_amended_and_no_other(base: Path) -> None:
+    saved = recipes.load(base)
+    changed = ["training.learning_rate=1", "training.clip=3", "run.amend=[training.learning_rate]"]
+    with pytest.raises(RecipeError, match=r"^training.clip is 3.0 .* or run.amend=\[training.clip\] to change it from step 10 on$"):
+        recipes.compare(saved, recipes.load(base, changed), 10)
+    changed[-1] = "run.amend=[training.learning_rate,training.clip,run.seed]"
+    before = saved.training
+    assert recipes.compare(saved, recipes.load(base, changed), 10) == {
+        "training.learning_rate": (before.learning_rate, 1.0),
+        "training.clip": (before.clip, 3.0),
+    }
+    with pytest.raises(RecipeError, match=r"but the run being continued has 1.0 since step 10, and it defines the run; set"):
+        recipes.compare(recipes.load(base, changed), saved, 20, {"training.learning_rate": 10})
+    with pytest.raises(RecipeError) as refusal:
+        recipes.compare(saved, recipes.load(base, ["model.hidden=64"]), 10)
+    assert "amend" not in str(refusal.value)
+    assert refused(base, ["run.amend=[model.hidden]"]).startswith("run.amend has 'model.hidden', which no continued run can change")
 
 
 def test_block_sizes_of_the_future_may_change_those_of_the_past_not(base: Path) -> None:
@@ -135,7 +154,7 @@ def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.
 @pytest.mark.parametrize(("key", "allowed"), recipes.CHOICES.items(), ids=recipes.CHOICES)
 def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed: tuple[Any, ...]) -> None:
     for value in allowed:
-        needed = ["parallel.zero=2"] if value == "fsdp" else []
+        needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"]}.get(str(value), [])
         recipes.validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed]))
     message = refused(base, [f"{key}={7 if isinstance(allowed[0], int) else 'other'}"])
     assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)
@@ -245,7 +264,7 @@ def test_every_key_either_may_change_or_is_named(base: Path) -> None:
     assert may <= free and {key for key in recipes.flatten(saved) if key.split(".")[0] in ("parallel", "checkpoint", "tracking")} <= free
     may_not = ("objective", "tuner", "model")
     assert {key for key in free if key.split(".")[0] in may_not} == {"model.attention", "model.head_loss"}, "kernels change no result"
-    assert not free & {"run.seed", "training.global_batch", "data.tokenizer", "data.row_special", "data.window", "validation.rows"}
+    assert not free & {"run.seed", "training.global_batch", "data.skip", "data.row_special", "data.window", "validation.rows"}
     assert "data.mixture" not in free
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_scale.data.order import GlobalOrder
+from bd3_scale.data.order import GlobalOrder, SkippingOrder
 from bd3_scale.errors import DataError
 
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
@@ -94,6 +94,22 @@ def test_the_shards_that_are_said_to_be_needed_are(shard_rows: list[int], window
     come = [int(np.argmax(shards == shard)) for shard in everything if shard_rows[shard]]
     for nearer, farther in zip(come, come[window:], strict=False):
         assert nearer < farther, "more than a window apart, the earlier one is read first"
+
+
+CUTS = st.lists(st.integers(0, 120), min_size=0, max_size=6, unique=True).map(sorted)
+
+
+@given(shard_rows=SHARDS, cuts=CUTS, position=st.integers(0, 100), count=st.integers(0, 40))
+def test_samples_left_out_are_those_of_the_ranges(shard_rows: list[int], cuts: list[int], position: int, count: int) -> None:
+    ranges = [list(pair) for pair in zip(cuts[::2], cuts[1::2], strict=False)]
+    order = GlobalOrder(shard_rows, 5, 2)
+    skipping = SkippingOrder(order, ranges)
+    left = [place for place in range(400) if not any(first <= place < stop for first, stop in ranges)]
+    expected = [order.sample_ids(place, 1)[0] for place in left[position : position + count]]
+    assert skipping.sample_ids(position, count).tolist() == expected
+    read = np.searchsorted(np.cumsum([0, *shard_rows]), expected, side="right") - 1
+    needed, following = skipping.shards(position, count, 2)
+    assert set(read.tolist()) <= set(needed) and not set(needed) & set(following)
 
 
 def test_no_rows_is_an_error_for_people() -> None:

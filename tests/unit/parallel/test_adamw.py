@@ -85,3 +85,20 @@ def test_a_continued_rule_decides_alike() -> None:
     then.load(first.state())
     assert found + decisions(then, norms[171:]) == expected and 0 < sum(expected) < 100
     assert then.state() == whole.state()
+
+
+def test_a_loss_on_another_level_is_not_a_spike_where_the_rule_is_told() -> None:
+    usual = [1.0 + 0.1 * math.sin(7 * k) for k in range(200)]
+    twice = [2 * norm for norm in usual]
+    told, deaf = StepRule(6.0, CPU), StepRule(6.0, CPU)
+    assert not any(decisions(told, usual)) and not any(decisions(deaf, usual))
+    told.forget()
+    then = StepRule(6.0, CPU)
+    then.load(told.state())
+    assert not any(decisions(told, twice)) and not any(decisions(then, twice))
+    assert all(decisions(deaf, twice)), "what forgets nothing refuses for ever"
+    assert decisions(told, [9.0]) == [1] and told.counts.tolist() == [400, 1, 1]
+    earlier = told.state()
+    del earlier["known"]
+    then.load(earlier)
+    assert then.known == 400

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
+from bd3_scale.config import load
 from bd3_scale.runtime.config import TrainingConfig
 from bd3_scale.runtime.ema import ExponentialAverage
-from bd3_scale.runtime.learning_rate import learning_rate
+from bd3_scale.runtime.learning_rate import learning_rate, rate_of
 
 
 def test_average_follows_the_ramped_recursion() -> None:
@@ -40,3 +42,22 @@ def test_learning_rate_warms_up_then_stays_or_falls_as_a_cosine() -> None:
     rates = [learning_rate(cosine, step, 110) for step in range(10, 111)]
     assert rates[0] == 1.0 and abs(rates[50] - 0.55) < 1e-9 and abs(rates[-1] - 0.1) < 1e-9
     assert all(later < earlier for earlier, later in pairwise(rates))
+
+
+def test_a_decay_starts_from_any_checkpoint_of_wsd() -> None:
+    wsd = TrainingConfig(learning_rate=1.0, warmup=10, schedule="wsd", decay=25, final_fraction=0.2)
+    for total in (60, 100):
+        rates = [learning_rate(wsd, step, total) for step in range(total + 1)]
+        assert rates[:10] == [(step + 1) / 10 for step in range(10)] and set(rates[10 : total - 24]) == {1.0}
+        assert abs(rates[total - 9] - (0.2 + 0.8 * (1 - 0.8))) < 1e-9 and abs(rates[total] - 0.2) < 1e-9
+        assert all(later < earlier for earlier, later in pairwise(rates[total - 25 :]))
+
+
+def test_the_rate_warms_up_again_where_the_block_size_changes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    training = "training: {steps: 100, learning_rate: 1.0, warmup: 10, rewarmup: 4}"
+    path.write_text(f"{training}\nobjective: {{block_size: [[0, 32], [40, 8], [70, 4]]}}")
+    recipe = load(path)
+    rates = [rate_of(recipe, step) for step in range(100)]
+    assert rates[40:44] == rates[70:74] == [0.25, 0.5, 0.75, 1.0] and rates[:10] == [(step + 1) / 10 for step in range(10)]
+    assert {rate for step, rate in enumerate(rates) if 10 <= step < 40 or 44 <= step < 70 or step >= 74} == {1.0}

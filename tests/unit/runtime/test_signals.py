@@ -135,6 +135,14 @@ def test_agreement_is_for_ever_and_the_wall_clock_is_a_signal(clock: Clock) -> N
     stop.close()
 
 
+def test_the_limit_counts_from_the_start_of_the_process_whatever_boot_times_say() -> None:
+    code = "import psutil, time; real = psutil.Process.create_time; psutil.Process.create_time = lambda self: real(self) + 86400\n"
+    code += "import bd3_scale.runtime.signals as s; time.time = lambda: 0.0; print(s.seconds_left(100), s.seconds_left(None))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    left, none = ended.stdout.split()
+    assert 0 < float(left) < 100 and none == "None"
+
+
 WAITING_FOR_PEERS = """
 import datetime, sys, torch.distributed as dist
 from bd3_scale.runtime.leaving import leaving_at_once
