@@ -9,8 +9,11 @@ no network.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 import os
+import resource
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +29,8 @@ from bd3_scale.runtime.waiting import waiting_for
 
 ORDER = "tp-cp-ep-dp-pp"
 """megatron-core's words, fastest first (ep, experts, is always 1)."""
+MOST_FILES = 1 << 20
+"""Open files that a process asks for where the system knows no limit."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,15 @@ def start(config: ParallelConfig, device: str) -> Layout:
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(place)
+    timeout = datetime.timedelta(seconds=config.timeout)
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed and torch make, who ask nobody
+        setattr(dist.distributed_c10d, default, timeout)
+    raise_file_limit()
+    # A group of gloo would connect each rank to every other, 8 groups of all ranks a thousand sockets at 128 ranks: this way as needed.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         # On CUDA, objects and barriers of the host still go through gloo.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=config.timeout)
         if world_size == 1 and "RANK" not in os.environ:
             store: dist.Store = dist.HashStore()
             rank = 0
@@ -105,6 +115,7 @@ def start(config: ParallelConfig, device: str) -> Layout:
         whom = f"all {world_size} ranks are here, but rank {rank} has no connection to each of them; see GLOO_SOCKET_IFNAME, and NCCL's"
         with waiting_for(lambda: whom, speaks=rank == 0):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            dist.barrier()  # a network over which ranks cannot meet is found here
     if device == "cpu":
         megatron_cpu.install()
     replicas = world_size // (config.tensor * config.pipeline * config.context)
@@ -117,8 +128,26 @@ def start(config: ParallelConfig, device: str) -> Layout:
         # Copies of what ZeRO divides: megatron-core makes the groups inside of one and across them.
         num_distributed_optimizer_instances=replicas // config.shard if config.shard else 1,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.timeout / 60,
     )
     return replace(current(config, place), world=world)
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files and sockets as the system lets it raise by itself (the hard limit); returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return most if soft == resource.RLIM_INFINITY else soft
+
+
+def files_needed(ranks: int) -> int:
+    """Descriptors that a process of a world of `ranks` may need: the store, which the launcher holds, has two connections of every rank
+    (its own and its guard's); groups of gloo talk to about 2 log2(ranks) others each; shards of data and checkpoints are open beside."""
+    return 512 + 2 * ranks + 32 * math.ceil(math.log2(max(ranks, 2)))
 
 
 def current(config: ParallelConfig, device: torch.device) -> Layout:
