@@ -61,9 +61,12 @@ def run(recipe: recipes.Recipe, device: str) -> None:
     from bd3_scale.parallel import layout
     from bd3_scale.runtime.guard import Guard
     from bd3_scale.runtime.threads import set_threads
+    from bd3_scale.runtime.watchdog import record_collectives
 
     if device == "cpu":
         set_threads(recipe.run.threads)
+    else:
+        record_collectives(Path(recipe.run.dir) / "stacks")
     here = layout.start(recipe.parallel, device)
     with Guard(here.rank, here.world_size, recipe.parallel.heartbeat, world=here.world) as guard:
         train(recipe, here, guard)

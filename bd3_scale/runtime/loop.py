@@ -142,7 +142,10 @@ class Trainer:
         taken = self.feed.take(self.step, self.samples)
         loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(learning_rate(recipe.training, self.step, self.total_steps))
+        before = self.tuning
         self._advance(self.step + 1)
+        if self.tuning is not before:
+            self.pulse.forget()
         self.samples += recipe.training.global_batch
         if self.ema is not None:
             self.ema.update(self.step)
@@ -170,6 +173,7 @@ class Trainer:
     def validate(self) -> None:
         """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
         start, config = time.perf_counter(), self.recipe.tuner
+        self.pulse.beat(self.step, "validate")
         statistics = None
         with self.ema.swapped() if self.ema is not None else nullcontext():
             if tuner.due(config, self.step):
@@ -194,6 +198,7 @@ class Trainer:
         choice = self.layout.broadcast(choice)
         tuner.agreed(self.layout.all_gather(choice.interval))
         self.tuning = self.tuning.after(self.step, choice)
+        self.pulse.forget()
         self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
 
     def save(self) -> None:
