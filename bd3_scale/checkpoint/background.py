@@ -138,8 +138,18 @@ class Saver:
         leads = self.communicator.rank == 0 and config.remote is not None
         self._uploader = Uploader(str(config.remote), self._notes.append) if leads else None
 
-    def save(self, step: int, fragments: Sequence[Fragment], *, samples_consumed: int, run: Mapping[str, Any], recipe: str) -> float:
-        """Begin to save the state after `step` (see `store.save`); returns the seconds that training waited.
+    def save(
+        self,
+        step: int,
+        fragments: Sequence[Fragment],
+        *,
+        samples_consumed: int,
+        run: Mapping[str, Any],
+        recipe: str,
+        replica: tuple[Any, torch.Tensor] | None = None,
+    ) -> float:
+        """Begin to save the state after `step` (see `store.save`; the sum of `replica` is on the device); returns the seconds that
+        training waited.
 
         Waits first for a save that is still being written. Raises CheckpointError where that one ended the patience, or at
         once, on any rank, for entries of `run` that are not JSON.
@@ -152,8 +162,11 @@ class Saver:
             self._say(f"step {step}: waited {time.perf_counter() - began:.1f} s for the checkpoint of step {before} to be written")
         self.wait()
         self.step = step
-        details = {"samples_consumed": samples_consumed, "run": run, "recipe": recipe}
+        details = {"samples_consumed": samples_consumed, "run": run, "recipe": recipe, "replica": replica}
         if self.config.asynchronous:
+            if replica is not None:
+                total = torch.empty((), dtype=torch.int64, pin_memory=replica[1].is_cuda)
+                details["replica"] = replica[0], total.copy_(replica[1], non_blocking=True)  # there when the copies are
             copies = self._host.take(fragments)
             self._thread = threading.Thread(target=self._write, args=(step, copies, details), name=f"checkpoint {step}", daemon=True)
             self._thread.start()
@@ -215,6 +228,8 @@ class Saver:
         try:
             self._host.ready()
             try:
+                if (replica := details.pop("replica")) is not None:
+                    details["replica"] = replica[0], int(replica[1])
                 outcome.path = store.save(self.folder, step, fragments, communicator=channel, **details)
             except CheckpointError as error:
                 outcome.failure = error

@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Checkpoints of steps that are multiples of this are kept for ever. 0: none are."""
     asynchronous: bool = True
     """Training waits only for a copy of the state to host memory (which must have room for it); files are written meanwhile."""
+    compare_replicas: bool = True
+    """Each save compares a sum of the bits of the weights over the replicas, and is an error where a rank's differ: its memory, device or
+    network corrupts data in silence."""
     patience: int = 3
     """Failed saves in a row (a full disk, no permission) that only warn; one more ends the run. The last save must succeed."""
     remote: str | None = None

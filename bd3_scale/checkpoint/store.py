@@ -21,6 +21,8 @@ import platform
 import re
 import secrets
 import shutil
+import socket
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -60,11 +62,13 @@ def save(
     run: Mapping[str, Any],
     recipe: str,
     communicator: Communicator | None = None,
+    replica: tuple[Any, int] | None = None,
 ) -> Path:
     """Save what this rank owns of the state after `step`; collective. Returns the new checkpoint folder in `folder`.
 
     The fragments of all ranks together must hold every element of every tensor exactly once (replicas use `state.share`).
     `run` is free-form JSON, `recipe` the resolved recipe as YAML text; both count as the leader (rank 0) gives them.
+    `replica`: (what this rank's weights are a copy of, the sum of their bits); equal copies must have equal sums.
     An existing checkpoint of the same step is replaced, atomically. On any failure on any rank every rank raises the same
     CheckpointError, nothing half-written remains, and the previous checkpoint and `latest` are as they were.
     """
@@ -79,11 +83,12 @@ def save(
     def explain(error: BaseException) -> str:
         return _explain(error, communicator)
 
-    def prepare() -> tuple[Path | None, bool]:
+    def prepare() -> tuple[Path | None, bool, tuple[Any, int, str] | None]:
+        copied = None if replica is None else (*replica, socket.gethostname())
         if leader:
             normalise_run(run)
-            return _make_temporary(folder, step), bool(owned)
-        return None, bool(owned)
+            return _make_temporary(folder, step), bool(owned), copied
+        return None, bool(owned), copied
 
     def write() -> tuple[dict[str, FileRecord], _Parts]:
         assert temporary is not None, "the leader has named the folder"
@@ -110,7 +115,8 @@ def save(
     try:
         answers = together(communicator, prepare, explain)
         temporary = answers[0][0]
-        writers = [rank for rank, (_, writes) in enumerate(answers) if writes]
+        writers = [rank for rank, (_, writes, _) in enumerate(answers) if writes]
+        require_equal_copies([copied for _, _, copied in answers])
         written = together(communicator, write, explain)
         together(communicator, publish, explain)
     except CheckpointError as error:
@@ -119,6 +125,27 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {target} could not be saved: {error} (the previous checkpoint stands)") from error.__cause__
     return target
+
+
+def require_equal_copies(ranks: Sequence[tuple[Any, int, str] | None]) -> None:
+    """Raise CheckpointError where ranks (what its weights are a copy of, the sum of their bits, host) differ from most of their like."""
+    groups: dict[Any, list[int]] = {}
+    for rank, known in enumerate(ranks):
+        if known is not None:
+            groups.setdefault(known[0], []).append(rank)
+    odd: list[int] = []
+    for members in groups.values():
+        sums = Counter(ranks[rank][1] for rank in members)  # type: ignore[index]
+        (usual, times), *others = sums.most_common()
+        sole = not others or times > others[0][1]  # of two that differ nobody knows which is right
+        odd += [rank for rank in members if ranks[rank][1] != usual or not sole]  # type: ignore[index]
+    if odd:
+        named = ", ".join(f"rank {rank} (host {ranks[rank][2]})" for rank in sorted(odd)[:8])  # type: ignore[index]
+        raise CheckpointError(
+            f"the weights of {named}{', ...' if odd[8:] else ''} differ from those of the other replicas, but must be the same to the bit: "
+            "memory, a device or a network there corrupts data in silence; leave that host out and continue from the last checkpoint "
+            "(checkpoint.compare_replicas=false saves without looking)"
+        )
 
 
 def receive(folder: str | Path, step: int, fill: Callable[[Path], None]) -> Path:

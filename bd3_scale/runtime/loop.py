@@ -31,6 +31,7 @@ from bd3_scale.runtime.ema import ExponentialAverage
 from bd3_scale.runtime.feed import Feed
 from bd3_scale.runtime.garbage import collect, collected_on_demand
 from bd3_scale.runtime.learning_rate import learning_rate
+from bd3_scale.runtime.pace import Pace
 from bd3_scale.runtime.pulse import Pulse
 from bd3_scale.runtime.report import Reporter, flops_per_token
 from bd3_scale.runtime.signals import StopRequest, seconds_left
@@ -80,6 +81,8 @@ class Trainer:
         if (remark := recipe.shares(layout.data).remark) is not None:
             self.report.say(remark)
         self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size)  # the reporter made the folder
+        compiled = recipe.training.compile != "none"
+        self.pace = Pace(layout, [part for net in self.engine.networks for part in ([net] if compiled else net.blocks.values())])
         self.validated: Validated | None = None
         checkpoints = self.folder / "checkpoints"
         self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning)
@@ -139,7 +142,9 @@ class Trainer:
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
         recipe = self.recipe
+        start = time.perf_counter()
         taken = self.feed.take(self.step, self.samples)
+        self.pace.data_seconds = time.perf_counter() - start
         loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(learning_rate(recipe.training, self.step, self.total_steps))
         before = self.tuning
@@ -149,6 +154,7 @@ class Trainer:
         self.samples += recipe.training.global_batch
         if self.ema is not None:
             self.ema.update(self.step)
+        self.pace.measuring = False
         return loss, norm
 
     def log(self) -> None:
@@ -162,7 +168,9 @@ class Trainer:
             interval=list(self.tuning.interval),
             reduce=self.layout.sum_of_replicas,
             skipped=self.engine.adam.rule.counts,
+            pace=self.pace.read,
         )
+        self.pace.measuring = True
         in_a_row = line["skipped_in_a_row"]
         if in_a_row > self.recipe.training.skipped_in_a_row:
             raise TrainingError(
@@ -204,12 +212,14 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
         self.pulse.beat(self.step, "save")
+        copy_of = self.engine.copy_of if self.recipe.checkpoint.compare_replicas and self.layout.data > 1 else None
         seconds = self.saver.save(
             self.step,
             self.engine.owned_fragments(self._averages),
             samples_consumed=self.samples,
             run={**self.run_state, "tuner": self.tuning.to_dict(), "step_rule": self.engine.adam.rule.state()},
             recipe=recipes.to_yaml(self.recipe),
+            replica=(copy_of, self.engine.weight_sum()) if copy_of is not None else None,
         )
         self.report.skip(seconds)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,8 @@ def recorded() -> bytes:
     """What the flight recorder has, as its own reader wants it."""
     import torch._C._distributed_c10d as c10d
 
-    return getattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace)()
+    found: bytes = getattr(c10d, "_dump_nccl_trace" if hasattr(c10d, "_dump_nccl_trace") else "_dump_fr_trace")()
+    return found
 
 
 def collectives() -> dict[str, int]:
@@ -128,5 +129,6 @@ def collectives() -> dict[str, int]:
     for group, name in list(dist.distributed_c10d._world.pg_names.items()):
         if group.size() > 1:
             for device in group._device_types:
-                found[f"{name}{device.type[0]}"] = group._get_backend(device)._get_sequence_number_for_group()
+                backend: Any = group._get_backend(device)
+                found[f"{name}{device.type[0]}"] = backend._get_sequence_number_for_group()
     return found
