@@ -257,7 +257,7 @@ def open_files(recipe: Recipe, ranks: int = 8) -> Finding:
     """A rank raises its own limit as far as it may; the launcher, which holds the store that all ranks are connected to, does not."""
     import resource
 
-    from bd3_scale.parallel.layout import files_needed
+    from bd3_scale.runtime.open_files import files_needed
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed, forever = files_needed(ranks), resource.RLIM_INFINITY

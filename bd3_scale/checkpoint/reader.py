@@ -20,13 +20,14 @@ from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, Index, Tensor, c
 from bd3_scale.checkpoint.shards import ShardReader, check_content, check_size, read_text
 from bd3_scale.checkpoint.state import KINDS, Fragment, Region, intersect
 from bd3_scale.errors import CheckpointError
+from bd3_scale.runtime.open_files import raise_file_limit
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 """A checkpoint folder; nothing else is ever taken for one."""
 LARGEST_INDEX = 1 << 30
 """Bytes; some million parts."""
-OPEN_FILES = 32
-"""Files kept open while many tensors are read."""
+OPEN_FILES = 1024
+"""Files kept open at most while many tensors are read: each of them may have a part of every tensor."""
 HASHING_THREADS = 4
 
 
@@ -73,11 +74,6 @@ class Checkpoint:
             self._index = self._open()
         except CheckpointError as error:
             raise self._damaged(error) from None
-        self._expected: dict[str, dict[str, int]] = {}
-        for kind, names in self._index.tensors.items():
-            for name, tensor in names.items():
-                for part in tensor.parts:
-                    self._expected.setdefault(part.file, {})[part_key(kind, name, part.region)] = part.region.numel
 
     def _open(self) -> Index:
         if not self.path.is_dir():
@@ -219,7 +215,8 @@ class Checkpoint:
             union.update(shapes)
         self._compare(union)
         kinds = {kind for kind, _ in union}
-        needed = {part.file for kind in kinds for tensor in self._index.tensors[kind].values() for part in tensor.parts}
+        tables = {id(tensor.parts): tensor.parts for kind in kinds for tensor in self._index.tensors[kind].values()}
+        needed = {file for parts in tables.values() for file in parts.files}
         self.verify_files(needed, communicator)
 
         def load() -> None:
@@ -247,6 +244,15 @@ class Checkpoint:
                         "set the model's recipe as saved in its recipe.yaml"
                     )
 
+    def _expected(self, file: str) -> dict[str, int]:
+        """Part key -> elements, of all that a file must hold."""
+        return {
+            part_key(kind, name, region): region.numel
+            for kind, names in self._index.tensors.items()
+            for name, tensor in names.items()
+            for region in tensor.parts.in_file(file)
+        }
+
     def _tensor(self, kind: str, name: str) -> Tensor:
         tensor = self._index.tensors.get(kind, {}).get(name)
         if tensor is None:
@@ -255,11 +261,12 @@ class Checkpoint:
 
 
 class _OpenShards:
-    """The files of a checkpoint while they are read: verified before the first read, at most OPEN_FILES open, all closed at the end."""
+    """The files of a checkpoint while they are read: verified before the first read, OPEN_FILES open at most, all closed at the end."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._open: dict[str, ShardReader] = {}
+        self._at_once = min(OPEN_FILES, raise_file_limit() // 4)
 
     def __enter__(self) -> _OpenShards:
         return self
@@ -274,9 +281,9 @@ class _OpenShards:
             self._checkpoint.verify_files([file])
         reader = self._open.pop(file, None)
         if reader is None:
-            if len(self._open) >= OPEN_FILES:
+            if len(self._open) >= self._at_once:
                 self._open.pop(next(iter(self._open))).close()  # the one not used for the longest time
-            reader = ShardReader(self._checkpoint.path / file, self._checkpoint._expected[file])
+            reader = ShardReader(self._checkpoint.path / file, self._checkpoint._expected(file))
         self._open[file] = reader
         return reader
 
@@ -295,7 +302,7 @@ class _OpenShards:
             value.copy_(self.gather(fragment.kind, fragment.name, fragment.region))
 
     def _read(self, kind: str, name: str, region: Region, target: torch.Tensor) -> None:
-        for part in self._checkpoint._tensor(kind, name).parts:
+        for part in self._checkpoint._tensor(kind, name).parts.meeting(region):
             pieces = intersect(part.region, region)
             if len(pieces.length):
                 self._reader(part.file).read(part_key(kind, name, part.region), pieces, target)

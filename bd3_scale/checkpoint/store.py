@@ -30,10 +30,11 @@ from typing import Any
 
 import bd3_scale
 from bd3_scale.checkpoint.communicator import Communicator, Solo, together
-from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render, state_name
+from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render
+from bd3_scale.checkpoint.parts import pack, state_name
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
 from bd3_scale.checkpoint.shards import check_size, read_text, sync_directory, write_shard, write_text
-from bd3_scale.checkpoint.state import Fragment, Region
+from bd3_scale.checkpoint.state import Fragment
 from bd3_scale.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Communicator", "Solo", "find_latest", "locate", "retain", "save", "step_name"]
@@ -49,8 +50,6 @@ CURES = {
     errno.EROFS: "make the folder writable or set another run.dir",
 }
 """What a person can do about an error of the file system."""
-
-_Parts = list[tuple[str, str, str, Region]]
 
 
 def save(
@@ -90,20 +89,18 @@ def save(
             return _make_temporary(folder, step), bool(owned), copied
         return None, bool(owned), copied
 
-    def write() -> tuple[dict[str, FileRecord], _Parts]:
+    def write() -> tuple[FileRecord, tuple[bytes, bytes]] | None:
         assert temporary is not None, "the leader has named the folder"
         if not owned:
-            return {}, []
-        file = state_name(writers.index(communicator.rank), len(writers))
-        record = write_shard(temporary / file, owned)
-        return {file: record}, [(file, fragment.kind, fragment.name, fragment.region) for fragment in owned]
+            return None
+        return write_shard(temporary / state_name(writers.index(communicator.rank), len(writers)), owned), pack(owned)
 
     def publish() -> None:
         if leader:
             assert temporary is not None, "the leader has named the folder"
-            files = {name: record for records, _ in written for name, record in records.items()}
-            parts = [part for _, some in written for part in some]
-            _finish(temporary, files, parts, step, samples_consumed, run, recipe)
+            wrote = [one for one in written if one is not None]
+            files = {state_name(writer, len(writers)): record for writer, (record, _) in enumerate(wrote)}
+            _finish(temporary, files, dict(enumerate(packed for _, packed in wrote)), step, samples_consumed, run, recipe)
             replaced = _move_in(temporary, target)
             try:
                 _point_latest(folder, target.name)
@@ -195,7 +192,13 @@ def sweep(folder: Path) -> None:
 
 
 def _finish(
-    temporary: Path, files: dict[str, FileRecord], parts: _Parts, step: int, samples_consumed: int, run: Mapping[str, Any], recipe: str
+    temporary: Path,
+    files: dict[str, FileRecord],
+    packed: Mapping[int, tuple[bytes, bytes]],
+    step: int,
+    samples_consumed: int,
+    run: Mapping[str, Any],
+    recipe: str,
 ) -> None:
     """Write recipe and, last, the index beside the ranks' files; all on the disk when this returns."""
     for name, record in files.items():
@@ -206,7 +209,7 @@ def _finish(
                 f"rank 0 does not find what another rank wrote ({error}); set run.dir to a file system that all nodes share"
             ) from None
     files = {**files, RECIPE_NAME: write_text(temporary / RECIPE_NAME, recipe.encode("utf-8"))}
-    index = build(step, samples_consumed, normalise_run(run), _versions(), files, parts)
+    index = build(step, samples_consumed, normalise_run(run), _versions(), files, packed)
     write_text(temporary / INDEX_NAME, render(index))
     sync_directory(temporary)
 

@@ -9,11 +9,8 @@ no network.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import math
 import os
-import resource
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,12 +22,11 @@ from megatron.core import parallel_state
 from bd3_scale.parallel import megatron_cpu
 from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.parallel.rendezvous import meet, reach
+from bd3_scale.runtime.open_files import raise_file_limit
 from bd3_scale.runtime.waiting import waiting_for
 
 ORDER = "tp-cp-ep-dp-pp"
 """megatron-core's words, fastest first (ep, experts, is always 1)."""
-MOST_FILES = 1 << 20
-"""Open files that a process asks for where the system knows no limit."""
 
 
 @dataclass(frozen=True)
@@ -131,23 +127,6 @@ def start(config: ParallelConfig, device: str) -> Layout:
         distributed_timeout_minutes=config.timeout / 60,
     )
     return replace(current(config, place), world=world)
-
-
-def raise_file_limit() -> int:
-    """Let this process open as many files and sockets as the system lets it raise by itself (the hard limit); returns how many."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else hard
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-    return most if soft == resource.RLIM_INFINITY else soft
-
-
-def files_needed(ranks: int) -> int:
-    """Descriptors that a process of a world of `ranks` may need: the store, which the launcher holds, has two connections of every rank
-    (its own and its guard's); groups of gloo talk to about 2 log2(ranks) others each; shards of data and checkpoints are open beside."""
-    return 512 + 2 * ranks + 32 * math.ceil(math.log2(max(ranks, 2)))
 
 
 def current(config: ParallelConfig, device: torch.device) -> Layout:

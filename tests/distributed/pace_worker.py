@@ -20,5 +20,5 @@ def slow(self, *arguments, **named):
     return forward(self, *arguments, **named)
 
 
-Block.forward = slow
+Block.forward = slow  # type: ignore[method-assign]
 sys.exit(train.main(sys.argv[1:]))

@@ -165,7 +165,7 @@ def test_the_size_of_the_world_decides_how_many_files_are_enough(monkeypatch: py
 def test_a_process_raises_its_own_limit() -> None:
     import resource
 
-    from bd3_scale.parallel.layout import raise_file_limit
+    from bd3_scale.runtime.open_files import raise_file_limit
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
