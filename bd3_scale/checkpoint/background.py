@@ -135,8 +135,10 @@ class Saver:
             check_url(config.remote)
         self._own = Channel(self.communicator) if channel is None and config.asynchronous and self.communicator.world_size > 1 else None
         self._channel = channel or self._own or self.communicator
-        leads = self.communicator.rank == 0 and config.remote is not None
-        self._uploader = Uploader(str(config.remote), self._notes.append) if leads else None
+        self._uploader: Uploader | None = None
+        if config.remote is not None:
+            leads, keep = self.communicator.rank == 0, (config.remote_keep, config.keep_every)
+            self._uploader = Uploader(config.remote, self._notes.append, leads=leads, keep=keep[0], keep_every=keep[1])
 
     def save(
         self,
@@ -223,14 +225,14 @@ class Saver:
 
     def _write(self, step: int, fragments: Sequence[Fragment], details: dict[str, Any]) -> None:
         """All of a save but the copy. Never raises: the outcome is left for `wait`."""
-        outcome = Outcome(step)
+        outcome, mine = Outcome(step), list[str]()
         channel = self._channel
         try:
             self._host.ready()
             try:
                 if (replica := details.pop("replica")) is not None:
                     details["replica"] = replica[0], int(replica[1])
-                outcome.path = store.save(self.folder, step, fragments, communicator=channel, **details)
+                outcome.path = store.save(self.folder, step, fragments, communicator=channel, wrote=mine.append, **details)
             except CheckpointError as error:
                 outcome.failure = error
                 # Only the ranks that failed have a cause, and all must judge alike.
@@ -238,16 +240,17 @@ class Saver:
                     cause for cause in channel.all_gather(None if error.__cause__ is None else _is_storage(error)) if cause is not None
                 ]
                 outcome.tolerable = bool(causes) and all(causes)
-            if outcome.path is not None and channel.rank == 0:
-                self._published(outcome.path)
+            if outcome.path is not None:
+                if self._uploader is not None and (mine or channel.rank == 0):
+                    self._uploader.offer(outcome.path, mine)
+                if channel.rank == 0:
+                    self._published()
         except Exception as error:  # a defect or a lost rank: raised again by the main thread
             outcome.failure, outcome.tolerable = error, False
         self._outcome = outcome
 
-    def _published(self, path: Path) -> None:
-        """On the leader: offer the checkpoint to the remote folder, and delete what is too old."""
-        if self._uploader is not None:
-            self._uploader.offer(path)
+    def _published(self) -> None:
+        """On the leader: delete what is too old."""
         busy = self._uploader.busy if self._uploader is not None else set()
         try:
             store.retain(self.folder, self.config.keep, keep_every=self.config.keep_every, spare=busy)

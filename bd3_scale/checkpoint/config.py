@@ -23,5 +23,7 @@ class CheckpointConfig:
     patience: int = 3
     """Failed saves in a row (a full disk, no permission) that only warn; one more ends the run. The last save must succeed."""
     remote: str | None = None
-    """A folder as fsspec names it (s3://bucket/run, gs://...) that every finished checkpoint is copied to; nothing is deleted there. A run
-    without local checkpoints continues from the newest one there (`run.resume=auto`)."""
+    """A folder as fsspec names it (s3://bucket/run, gs://...) that every finished checkpoint is copied to, by every rank its own file. A
+    run without local checkpoints continues from the newest one there (`run.resume=auto`), which all ranks fetch together."""
+    remote_keep: int = 0
+    """Newest checkpoints kept there; older ones are deleted, but for those of `keep_every`. 0: nothing is ever deleted there."""

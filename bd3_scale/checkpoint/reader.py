@@ -7,8 +7,9 @@ after everything it will read was verified; whatever is wrong is a CheckpointErr
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bd3_scale.checkpoint.communicator import Communicator, Solo, one_line, together
-from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, Index, Tensor, check_tiling, parse, part_key
+from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, Index, Tensor, check_tiling, parse, part_key
 from bd3_scale.checkpoint.shards import ShardReader, check_content, check_size, read_text
 from bd3_scale.checkpoint.state import KINDS, Fragment, Region, intersect
 from bd3_scale.errors import CheckpointError
@@ -57,6 +58,16 @@ def newest_whole(folder: Path, below: int | None = None) -> Path | None:
                 continue
             return path
     return None
+
+
+def shares_of_files(files: Mapping[str, FileRecord], ranks: int) -> list[list[str]]:
+    """The names for each rank, about the same number of bytes for all: largest first onto the rank with the least."""
+    load, shares = [(0, rank) for rank in range(ranks)], list[list[str]]([] for _ in range(ranks))
+    for name in sorted(files, key=lambda name: (-files[name].bytes, name)):
+        held, rank = heapq.heappop(load)
+        shares[rank].append(name)
+        heapq.heappush(load, (held + files[name].bytes, rank))
+    return shares
 
 
 class Checkpoint:
@@ -156,15 +167,9 @@ class Checkpoint:
         unknown = [name for name in names if name not in self._index.files]
         if unknown:
             raise CheckpointError(f"checkpoint {self.path} has no file {unknown[0]!r}; it has {', '.join(sorted(self._index.files))}")
-        # Largest first onto the rank with the least: every rank gets about the same number of bytes. What is to do must not
-        # depend on what one rank has verified before, or the ranks would divide different lists.
-        load = [0] * communicator.world_size
-        mine = []
-        for name in sorted(names, key=lambda name: (-self._index.files[name].bytes, name)):
-            rank = load.index(min(load))
-            load[rank] += self._index.files[name].bytes
-            if rank == communicator.rank and name not in self._verified:
-                mine.append(name)
+        # What is to do must not depend on what one rank has verified before, or the ranks would divide different lists.
+        shares = shares_of_files({name: self._index.files[name] for name in names}, communicator.world_size)
+        mine = [name for name in shares[communicator.rank] if name not in self._verified]
 
         def verify() -> None:
             with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading release the interpreter

@@ -62,12 +62,14 @@ def save(
     recipe: str,
     communicator: Communicator | None = None,
     replica: tuple[Any, int] | None = None,
+    wrote: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Save what this rank owns of the state after `step`; collective. Returns the new checkpoint folder in `folder`.
 
     The fragments of all ranks together must hold every element of every tensor exactly once (replicas use `state.share`).
     `run` is free-form JSON, `recipe` the resolved recipe as YAML text; both count as the leader (rank 0) gives them.
-    `replica`: (what this rank's weights are a copy of, the sum of their bits); equal copies must have equal sums.
+    `replica`: (what this rank's weights are a copy of, the sum of their bits); equal copies must have equal sums. `wrote`: told the name of
+    this rank's file.
     An existing checkpoint of the same step is replaced, atomically. On any failure on any rank every rank raises the same
     CheckpointError, nothing half-written remains, and the previous checkpoint and `latest` are as they were.
     """
@@ -93,7 +95,9 @@ def save(
         assert temporary is not None, "the leader has named the folder"
         if not owned:
             return None
-        return write_shard(temporary / state_name(writers.index(communicator.rank), len(writers)), owned), pack(owned)
+        file = state_name(writers.index(communicator.rank), len(writers))
+        wrote(file)
+        return write_shard(temporary / file, owned), pack(owned)
 
     def publish() -> None:
         if leader:
@@ -101,12 +105,7 @@ def save(
             wrote = [one for one in written if one is not None]
             files = {state_name(writer, len(writers)): record for writer, (record, _) in enumerate(wrote)}
             _finish(temporary, files, dict(enumerate(packed for _, packed in wrote)), step, samples_consumed, run, recipe)
-            replaced = _move_in(temporary, target)
-            try:
-                _point_latest(folder, target.name)
-            finally:
-                if replaced is not None:
-                    shutil.rmtree(replaced)
+            take_in(temporary, target)
 
     temporary = None
     try:
@@ -145,26 +144,14 @@ def require_equal_copies(ranks: Sequence[tuple[Any, int, str] | None]) -> None:
         )
 
 
-def receive(folder: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """Take in a checkpoint from elsewhere: `fill` writes its files into a temporary folder. It gets its name, and `latest` names it,
-    only when every file is what its index says. Call on one rank. Raises CheckpointError, and leaves nothing behind."""
-    folder = Path(folder)
-    target = folder / step_name(step)
-    temporary = None
+def take_in(temporary: Path, target: Path) -> None:
+    """Give a checkpoint from elsewhere, whole and verified in a temporary folder, its name, and let `latest` name it. On one rank."""
+    replaced = _move_in(temporary, target)
     try:
-        temporary = _make_temporary(folder, step)
-        fill(temporary)
-        Checkpoint(temporary, offer=False).verify_files()
-        _move_in(temporary, target)
-        _point_latest(folder, target.name)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}); {CURES.get(error.errno or 0, 'mend that')}"
-        ) from error
+        _point_latest(target.parent, target.name)
     finally:
-        if temporary is not None and temporary.exists():
-            _delete(temporary)
-    return target
+        if replaced is not None:
+            shutil.rmtree(replaced)
 
 
 def _make_temporary(folder: Path, step: int) -> Path:
@@ -178,11 +165,11 @@ def _make_temporary(folder: Path, step: int) -> Path:
     return temporary
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, spare: Path | None = None) -> None:
     """Delete what interrupted saves and deletions left in `folder`; put a checkpoint back that was on its way to be replaced."""
     for path in sorted(folder.iterdir()):
         match = LEFT_OVER.fullmatch(path.name)
-        if match is None:
+        if match is None or path == spare:
             continue
         if match["state"] == "old" and not (folder / match["name"]).exists():
             os.replace(path, folder / match["name"])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale import config as recipes
+from bd3_scale.checkpoint.fetch import fetch_latest
 from bd3_scale.checkpoint.network import read_recipe
 from bd3_scale.checkpoint.reader import Checkpoint
-from bd3_scale.checkpoint.remote import download_latest
 from bd3_scale.checkpoint.store import find_latest
 from bd3_scale.config import Recipe
 from bd3_scale.data.open import Data
@@ -20,6 +20,8 @@ from bd3_scale.diffusion.config import block_sizes
 from bd3_scale.diffusion.tuner import TunerState
 from bd3_scale.errors import CheckpointError, RecipeError, UserError
 from bd3_scale.parallel.layout import Layout
+from bd3_scale.runtime.pulse import Pulse
+from bd3_scale.runtime.waiting import Waiting
 
 
 def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Checkpoint | None:
@@ -34,6 +36,8 @@ def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Checkpoint
     name, failure = layout.broadcast(answer)
     if failure is not None:
         raise failure
+    if name is None and recipe.run.resume == "auto" and recipe.checkpoint.remote is not None:
+        name = _fetched(recipe, folder, layout)
     if name is None:
         return None
     checkpoint = Checkpoint(name)
@@ -62,9 +66,20 @@ def _decide(recipe: Recipe, folder: Path) -> Path | None:
         )
     if recipe.run.resume == "fresh" and folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"run.resume is fresh, but {folder} is not empty; set run.dir to a new folder or empty it yourself")
-    if latest is None and recipe.run.resume == "auto" and recipe.checkpoint.remote is not None:
-        latest = download_latest(recipe.checkpoint.remote, folder / "checkpoints")  # a new machine goes on with what the old one uploaded
     return latest
+
+
+def _fetched(recipe: Recipe, folder: Path, layout: Layout) -> str | None:
+    """A new cluster goes on with what the old one uploaded; a watcher sees that the run lives meanwhile."""
+    pulse, waiting = Pulse(folder if layout.leader else None, recipe.total_steps, layout.world_size), Waiting(speaks=layout.leader)
+
+    def beat(done: int, total: int) -> None:
+        pulse.beat(0, "fetch")
+        waiting.look(lambda: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of the checkpoint are here, from {recipe.checkpoint.remote}")
+
+    assert recipe.checkpoint.remote is not None
+    path = fetch_latest(recipe.checkpoint.remote, folder / "checkpoints", layout, beat)
+    return None if path is None else str(path)
 
 
 def _check_data(run: dict[str, Any], data: Data) -> None:

@@ -30,7 +30,7 @@ def test_what_meets_a_region_is_found(dim: int, tensor: int, start: int, length:
     """Slices of a dimension, each cut into flat pieces, against the definition; a part may be looked at in vain, none is missed."""
     shape = (2, 5, 2, 4)
     bounds = [shape[dim] * i // min(tensor, shape[dim]) for i in range(min(tensor, shape[dim]) + 1)]
-    rows = []
+    rows: list[list[int]] = []
     for offset, end in itertools.pairwise(bounds):
         whole = Region.divided(shape, dim, offset, end - offset).numel
         cut = (whole + 1) // 2
