@@ -3,7 +3,8 @@
 Invariants:
 - a manifest, index or shard that is missing, cut or changed in one bit is a DataError of one line, at the latest when its first row is
   asked for; there is no other outcome, and nothing is skipped;
-- size and xxh64 hash of a shard are checked whenever this process opens it, and each row must be what it was then (checked_rows.py);
+- size and xxh64 hash of a shard are checked whenever it is opened, by one process of a node for all (checked_once.py), and each row must
+  be what it was then (checked_rows.py);
 - at most `open_shards` files are open; a shard in use costs the checksums of its rows, not its content;
 - rows are those of the expected context, tokenizer and vocabulary, and no id is outside the vocabulary (so MASK never comes from data);
 - with a `cache`, missing and bad files are fetched into the folder (cache.py); without one nothing is written, it may be read-only.
@@ -11,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -22,6 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from bd3_scale.data.cache import Cache
+from bd3_scale.data.checked_once import Checked, checked_once
 from bd3_scale.data.checked_rows import ChangedError
 from bd3_scale.data.manifest import MANIFEST, PREPARE_AGAIN, FileEntry, Manifest, Split
 from bd3_scale.data.mds_shards import MDSIndex, MDSRows, xxh64
@@ -47,7 +50,8 @@ class OpenShard(Protocol):
 class Index(Protocol):
     """The index of a split, checked against its manifest; opens shards over file descriptors."""
 
-    def open(self, shard: int, descriptor: int, content: bytes) -> OpenShard: ...
+    def check(self, shard: int, content: bytes) -> Checked: ...
+    def open(self, shard: int, descriptor: int, checked: Checked) -> OpenShard: ...
 
 
 WRITERS: dict[str, Callable[[Path, int, str, int], RowWriter]] = {"mds": MDSRows, "webdataset": TarRows}
@@ -171,23 +175,56 @@ class ShardReader:
             return self._shard(shard).rows(numbers)
         except ChangedError:
             self.keep_open(self._open.keys() - {shard})
-            return self._shard(shard).rows(numbers)  # says what is wrong with the file, or fetches it
+            return self._shard(shard, afresh=True).rows(numbers)  # says what is wrong with the file, or fetches it
 
-    def _shard(self, shard: int) -> OpenShard:
-        """Shard number `shard`, open, the most recently used of those that are."""
+    def _shard(self, shard: int, afresh: bool = False) -> OpenShard:
+        """Shard number `shard`, open, the most recently used of those that are. `afresh`: believe nothing that was found before."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard][1]
         while len(self._open) >= self._open_limit:
             os.close(self._open.popitem(last=False)[1][0])
-        descriptor, content = self._checked_file(self._split.shards[shard])
+        self._open[shard] = self._opened(shard, afresh)
+        return self._open[shard][1]
+
+    def open_ahead(self, shard: int, keep: Collection[int]) -> None:
+        """Open and check a shard before it is needed, unless one of those numbered `keep` would be closed for it. What is wrong with it is
+        an error when it is needed, and not before. A bounded cache may want to let it go until then: there it is not opened."""
+        if self._cache is not None and (self._cache.limit is not None or not (self._folder / self._split.shards[shard].file).exists()):
+            return
+        with self._lock:
+            if shard in self._open or (len(self._open) >= self._open_limit and self._open.keys() <= set(keep)):
+                return
         try:
-            opened = self._index.open(shard, descriptor, content)
+            opened = self._opened(shard)
+        except DataError:
+            return
+        with self._lock:
+            idle = [other for other in self._open if other not in keep]
+            if len(self._open) >= self._open_limit and idle:
+                os.close(self._open.pop(idle[0])[0])
+            if shard in self._open or len(self._open) >= self._open_limit:
+                os.close(opened[0])
+            else:
+                self._open[shard] = opened
+
+    def _opened(self, shard: int, afresh: bool = False) -> tuple[int, OpenShard]:
+        """A descriptor of a shard that has passed its check, and what reads it; fetched first where that is needed and possible."""
+        entry = self._split.shards[shard]
+        descriptor = -1 if afresh else _open_whole(self._folder / entry.file, entry, self._cache)
+        try:
+            if descriptor >= 0:
+                with contextlib.suppress(DataError):  # of which more is said below
+                    checked = checked_once(descriptor, entry, lambda: self._index.check(shard, _content(descriptor, entry)))
+                    return descriptor, self._index.open(shard, descriptor, checked)
+                os.close(descriptor)
+                descriptor = -1
+            descriptor, content = self._checked_file(entry)
+            return descriptor, self._index.open(shard, descriptor, self._index.check(shard, content))
         except BaseException:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             raise
-        self._open[shard] = (descriptor, opened)
-        return opened
 
     def _checked_file(self, entry: FileEntry) -> tuple[int, bytes]:
         """An open descriptor of a file of the split and its content, both checked; fetched first where that is needed and possible."""
@@ -215,6 +252,33 @@ class ShardReader:
         if missing:
             share = f"{len(missing)} of {len(names)} shards are"
             raise DataError(f"{self._folder / missing[0]}: is missing ({share}); restore it, set data.remote or prepare the folder again")
+
+
+def _open_whole(path: Path, entry: FileEntry, cache: Cache | None) -> int:
+    """A descriptor of a file that has its size; -1 where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    if cache is not None:
+        cache.note_use(descriptor)
+    if os.fstat(descriptor).st_size == entry.bytes:
+        return descriptor
+    os.close(descriptor)
+    return -1
+
+
+def _content(descriptor: int, entry: FileEntry) -> bytes:
+    """All of an open file. Raises DataError where it is not what it should be."""
+    try:
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            file.seek(0)
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"{entry.file}: cannot be read ({error.strerror})") from None
+    if xxh64(content) != entry.xxh64:
+        raise DataError(f"{entry.file}: is damaged")
+    return content
 
 
 def _problem(path: Path, entry: FileEntry) -> str | None:
