@@ -77,7 +77,7 @@ class HostCopy:
             copies.append(Fragment(fragment.kind, fragment.name, fragment.region, value))
             start = stop
         self._event = None
-        if cuda:
+        if torch.cuda.is_initialized():  # also where this rank owns nothing: a sum of its weights is on its way
             self._event = torch.cuda.Event()
             self._event.record()
         return copies

@@ -125,33 +125,9 @@ class Parts(Sequence[Part]):
     def files(self) -> set[str]:
         return set(self._of_file)
 
-    @property
-    def numel(self) -> int:
-        return int((self.table[:, 5] - self.table[:, 4]).sum())
-
     def fault(self) -> str | None:
         """None where the parts cover every element exactly once; otherwise what is wrong, in words."""
-        return None if self._tiles_slices() else tiling_fault(self.shape, [part.region for part in self])
-
-    def _tiles_slices(self) -> bool:
-        """Whether the parts tile slices, and these the tensor: how every division but an odd one is made."""
-        slices = self.table[:, 1:4]
-        bounds = np.flatnonzero((slices[1:] != slices[:-1]).any(1)) + 1
-        firsts, lasts = np.append(0, bounds), np.append(bounds, len(slices)) - 1
-        start, stop = self.table[:, 4], self.table[:, 5]
-        dim, offset, size = slices[firsts].T
-        outer, inner = (np.array([math.prod(side) for side in sides], np.int64)[dim] for sides in _sides(self.shape or (1,)))
-        follows = np.ones(len(slices), bool)
-        follows[1:] = start[1:] == stop[:-1]
-        follows[firsts] = start[firsts] == 0
-        end = np.append(offset[1:], (self.shape or (1,))[dim[0]])
-        return bool(
-            follows.all()
-            and (stop[lasts] == outer * size * inner).all()
-            and (dim == dim[0]).all()
-            and offset[0] == 0
-            and (offset + size == end).all()
-        )
+        return tiling_fault(self.shape, [part.region for part in self])
 
 
 def _sides(shape: Sequence[int]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:

@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,24 +37,35 @@ class Checked(NamedTuple):
     """uint32 [rows]: CRC-32."""
 
 
-def checked_once(descriptor: int, entry: FileEntry, check: Callable[[], Checked]) -> Checked:
-    """What `check` gives for this open file, or gave another process of this node. Raises what it raises."""
-    folder = _folder()
-    if folder is None:
-        return check()
-    status = os.fstat(descriptor)
-    path = folder / f"{entry.xxh64}-{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}.npz"
-    if (found := _read(path)) is not None:
-        return found
+@contextlib.contextmanager
+def finding(path: Path, entry: FileEntry) -> Iterator[Checked | None]:
+    """Hold what is known of the file at `path`, if anything is, and keep the other processes of this node from checking it meanwhile."""
+    place = _place(path, entry)
+    if place is None:
+        yield None
+        return
     with contextlib.ExitStack() as held:
         with contextlib.suppress(DataError):  # no lock to be had: each for itself
-            held.enter_context(exclusive(path.with_suffix(".lock")))
-        if (found := _read(path)) is not None:
-            return found
-        checked = check()
+            held.enter_context(exclusive(place.with_suffix(".lock")))
+        yield _read(place)
+
+
+def keep(path: Path, entry: FileEntry, checked: Checked) -> None:
+    """Leave for the others what was found in the file at `path`."""
+    if (place := _place(path, entry)) is not None:
         with contextlib.suppress(OSError):
-            _write(path, checked)
-        return checked
+            _write(place, checked)
+
+
+def _place(path: Path, entry: FileEntry) -> Path | None:
+    """Where the finding of a file lies; None where there is no file, or no folder."""
+    folder = _folder()
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    name = f"{entry.xxh64}-{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}.npz"
+    return None if folder is None or status.st_size != entry.bytes else folder / name
 
 
 def _folder() -> Path | None:

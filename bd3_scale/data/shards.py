@@ -12,7 +12,6 @@ Invariants:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -24,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from bd3_scale.data.cache import Cache
-from bd3_scale.data.checked_once import Checked, checked_once
+from bd3_scale.data.checked_once import Checked, finding, keep
 from bd3_scale.data.checked_rows import ChangedError
 from bd3_scale.data.manifest import MANIFEST, PREPARE_AGAIN, FileEntry, Manifest, Split
 from bd3_scale.data.mds_shards import MDSIndex, MDSRows, xxh64
@@ -187,20 +186,20 @@ class ShardReader:
         self._open[shard] = self._opened(shard, afresh)
         return self._open[shard][1]
 
-    def open_ahead(self, shard: int, keep: Collection[int]) -> None:
-        """Open and check a shard before it is needed, unless one of those numbered `keep` would be closed for it. What is wrong with it is
-        an error when it is needed, and not before. A bounded cache may want to let it go until then: there it is not opened."""
+    def open_ahead(self, shard: int, needed: Collection[int]) -> None:
+        """Open and check a shard before it is needed, unless one of those numbered `needed` would be closed for it. What is wrong with it
+        is an error when it is needed, and not before. A bounded cache may want to let it go until then: there it is not opened."""
         if self._cache is not None and (self._cache.limit is not None or not (self._folder / self._split.shards[shard].file).exists()):
             return
         with self._lock:
-            if shard in self._open or (len(self._open) >= self._open_limit and self._open.keys() <= set(keep)):
+            if shard in self._open or (len(self._open) >= self._open_limit and self._open.keys() <= set(needed)):
                 return
         try:
             opened = self._opened(shard)
         except DataError:
             return
         with self._lock:
-            idle = [other for other in self._open if other not in keep]
+            idle = [other for other in self._open if other not in needed]
             if len(self._open) >= self._open_limit and idle:
                 os.close(self._open.pop(idle[0])[0])
             if shard in self._open or len(self._open) >= self._open_limit:
@@ -211,20 +210,22 @@ class ShardReader:
     def _opened(self, shard: int, afresh: bool = False) -> tuple[int, OpenShard]:
         """A descriptor of a shard that has passed its check, and what reads it; fetched first where that is needed and possible."""
         entry = self._split.shards[shard]
-        descriptor = -1 if afresh else _open_whole(self._folder / entry.file, entry, self._cache)
-        try:
-            if descriptor >= 0:
-                with contextlib.suppress(DataError):  # of which more is said below
-                    checked = checked_once(descriptor, entry, lambda: self._index.check(shard, _content(descriptor, entry)))
-                    return descriptor, self._index.open(shard, descriptor, checked)
+        path = self._folder / entry.file
+        with finding(path, entry) as checked:
+            if checked is None or afresh:
+                descriptor, content = self._checked_file(entry)
+            else:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if checked is None or afresh:
+                    checked = self._index.check(shard, content)
+                    keep(path, entry, checked)
+                elif self._cache is not None:
+                    self._cache.note_use(descriptor)
+                return descriptor, self._index.open(shard, descriptor, checked)
+            except BaseException:
                 os.close(descriptor)
-                descriptor = -1
-            descriptor, content = self._checked_file(entry)
-            return descriptor, self._index.open(shard, descriptor, self._index.check(shard, content))
-        except BaseException:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise
+                raise
 
     def _checked_file(self, entry: FileEntry) -> tuple[int, bytes]:
         """An open descriptor of a file of the split and its content, both checked; fetched first where that is needed and possible."""
@@ -252,33 +253,6 @@ class ShardReader:
         if missing:
             share = f"{len(missing)} of {len(names)} shards are"
             raise DataError(f"{self._folder / missing[0]}: is missing ({share}); restore it, set data.remote or prepare the folder again")
-
-
-def _open_whole(path: Path, entry: FileEntry, cache: Cache | None) -> int:
-    """A descriptor of a file that has its size; -1 where there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
-    if cache is not None:
-        cache.note_use(descriptor)
-    if os.fstat(descriptor).st_size == entry.bytes:
-        return descriptor
-    os.close(descriptor)
-    return -1
-
-
-def _content(descriptor: int, entry: FileEntry) -> bytes:
-    """All of an open file. Raises DataError where it is not what it should be."""
-    try:
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            file.seek(0)
-            content = file.read()
-    except OSError as error:
-        raise DataError(f"{entry.file}: cannot be read ({error.strerror})") from None
-    if xxh64(content) != entry.xxh64:
-        raise DataError(f"{entry.file}: is damaged")
-    return content
 
 
 def _problem(path: Path, entry: FileEntry) -> str | None:

@@ -9,6 +9,7 @@ stopped does not count; it fires before collectives time out by themselves (whic
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -61,7 +62,8 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if torch.cuda.is_initialized() and dist.is_initialized():
-            (self.stacks / f"nccl-rank-{self.rank}").write_bytes(recorded())
+            with contextlib.suppress(Exception):  # last words: nothing must keep this process from ending
+                (self.stacks / f"nccl-rank-{self.rank}").write_bytes(recorded())
 
     def limit(self) -> float:
         """Seconds for which the work under way may take."""
@@ -130,5 +132,6 @@ def collectives() -> dict[str, int]:
         if group.size() > 1:
             for device in group._device_types:
                 backend: Any = group._get_backend(device)
-                found[f"{name}{device.type[0]}"] = backend._get_sequence_number_for_group()
+                with contextlib.suppress(AttributeError, RuntimeError):  # of a backend that does not count
+                    found[f"{name}{device.type[0]}"] = backend._get_sequence_number_for_group()
     return found
