@@ -143,7 +143,8 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "run.seed", "training.weight_decay", "training.warmup", "training.clip", "training.spike_deviations", "training.skipped_in_a_row",
     "training.ema", "training.decay", "training.rewarmup", "validation.every", "checkpoint.every", "checkpoint.keep",
-    "checkpoint.keep_every", "checkpoint.patience", "data.prefetch", "data.download_ahead", "model.dropout", "tracking.sample_tokens",
+    "checkpoint.keep_every", "checkpoint.patience", "checkpoint.remote_keep", "parallel.hang",
+    "data.prefetch", "data.download_ahead", "model.dropout", "tracking.sample_tokens",
 )  # fmt: skip
 
 FREE_TO_CHANGE = {

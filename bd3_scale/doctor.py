@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bd3_scale.doctor", description="Check whether this machine is fit to train.")
     parser.add_argument("recipe", nargs="?", help="a YAML file; without one the defaults are checked")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example run.dir=/scratch/run")
+    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="processes of the whole job (default: 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     for check in CHECKS:
         if check is data and not options.recipe:
             continue
-        finding = examine(check, recipe)
+        finding = examine(check, recipe, *([options.ranks] if check is open_files else []))
         findings.append(finding)
         if not options.json:
             print(finding, flush=True)
@@ -77,10 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def examine(check: Callable[[Recipe], Finding], recipe: Recipe) -> Finding:
+def examine(check: Callable[..., Finding], recipe: Recipe, *rest: int) -> Finding:
     """The check's answer; a check that raises has found something, too."""
     try:
-        return check(recipe)
+        return check(recipe, *rest)
     except Exception as error:  # whatever is wrong with a machine must not hide what else is
         text = " ".join(str(error).split())[:300]
         name = check.__name__.replace("_", " ")
@@ -257,13 +258,21 @@ def clock(recipe: Recipe, now: Callable[[], float] = time.time) -> Finding:
     return Finding("clock", "ok", f"within {max(skew, 0.1):.1f} s of {folder}")
 
 
-def open_files(recipe: Recipe) -> Finding:
+def open_files(recipe: Recipe, ranks: int = 8) -> Finding:
+    """A rank raises its own limit as far as it may; the launcher, which holds the store that all ranks are connected to, does not."""
     import resource
 
+    from bd3_scale.runtime.open_files import files_needed
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < 4096:
-        return Finding("open files", "warn", f"a process may open {soft} (at most {hard})", "ulimit -n 65536 before the start")
-    return Finding("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,}")
+    needed, forever = files_needed(ranks), resource.RLIM_INFINITY
+    if hard != forever and hard < needed:
+        cure = f"let the administrator raise the hard limit (limits.conf, LimitNOFILE, --ulimit nofile) to {needed} or more"
+        return Finding("open files", "fail", f"a process may open {hard} at most, {ranks} ranks need {needed}", cure)
+    if soft != forever and soft < needed:
+        text = f"a process may open {soft} (at most {hard}), the launcher of {ranks} ranks needs {needed}"
+        return Finding("open files", "warn", text, f"ulimit -n {needed} before the start")
+    return Finding("open files", "ok", f"{'no limit' if soft == forever else f'{soft:,}'}, {ranks} ranks need {needed:,} (--ranks N)")
 
 
 def data(recipe: Recipe) -> Finding:

@@ -66,9 +66,12 @@ def run(recipe: recipes.Recipe, device: str) -> None:
     from bd3_scale.runtime.agreement import agree, recipe_and_versions
     from bd3_scale.runtime.guard import Guard
     from bd3_scale.runtime.threads import set_threads
+    from bd3_scale.runtime.watchdog import record_collectives
 
     if device == "cpu":
         set_threads(recipe.run.threads)
+    else:
+        record_collectives(Path(recipe.run.dir) / "stacks")
     here = layout.start(recipe.parallel, device, joined=lambda: agree(recipe_and_versions(recipe, device), layout.all_gather))
     with Guard(here.rank, here.world_size, recipe.parallel.heartbeat, world=here.world) as guard:
         train(recipe, here, guard)

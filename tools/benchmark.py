@@ -8,6 +8,7 @@
     python tools/benchmark.py limits --hidden 2048 --heads 16 --micro-batch 8
     python tools/benchmark.py sampling runs/quickstart
     python tools/benchmark.py tuner runs/quickstart
+    python tools/benchmark.py world --ranks 64 256 1024 4096
 
 `step`: the training step of block diffusion against (a) its naive form (dense 2L x 2L mask, every layer on both halves,
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, the peak of
@@ -16,6 +17,7 @@ memory above weights, gradients and optimizer, and where the time goes. `one-blo
 GPU, with each backend of FlexAttention and each way to compile. `limits`: what the device reaches of them, as `plan` takes it (numbers of
 planning/devices.py). `sampling`: decoding with the cache against without, same seed,
 same tokens. `tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
+`world`: start-up, memory, descriptors and the index of a checkpoint of one rank of a large world, simulated (benchmark_world.py).
 Each writes benchmarks/DATE-NAME.{json,md} with commit, machine, command and numbers.
 """
 
@@ -33,6 +35,7 @@ from benchmark_limits import benchmark_limits
 from benchmark_measure import machine, write_report
 from benchmark_network import benchmark_device, benchmark_features, benchmark_memory, benchmark_one_block, benchmark_step
 from benchmark_runs import benchmark_sampling, benchmark_tuner
+from benchmark_world import benchmark_world
 
 from bd3_scale.config import CHOICES
 
@@ -45,6 +48,7 @@ COMMANDS = {
     "limits": benchmark_limits,
     "sampling": benchmark_sampling,
     "tuner": benchmark_tuner,
+    "world": benchmark_world,
 }
 
 
@@ -87,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     tuning.add_argument("checkpoint", type=Path)
     tuning.add_argument("--rows", type=int, default=512)
     tuning.add_argument("--micro-batch", type=int, default=16)
+    world = commands.add_parser("world", help="what a rank of a large world keeps account of, simulated")
+    world.add_argument("--recipe", type=Path, default=Path("recipes/owt_1b.yaml"))
+    world.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 4096], help="(default %(default)s)")
+    world.add_argument("--shards", type=int, default=20000, help="of the data set (default %(default)s)")
     options = parser.parse_args(arguments)
     result = COMMANDS[options.name](options)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

@@ -77,7 +77,7 @@ class HostCopy:
             copies.append(Fragment(fragment.kind, fragment.name, fragment.region, value))
             start = stop
         self._event = None
-        if cuda:
+        if torch.cuda.is_initialized():  # also where this rank owns nothing: a sum of its weights is on its way
             self._event = torch.cuda.Event()
             self._event.record()
         return copies
@@ -137,11 +137,23 @@ class Saver:
             check_url(config.remote)
         self._own = Channel(self.communicator) if channel is None and config.asynchronous and self.communicator.world_size > 1 else None
         self._channel = channel or self._own or self.communicator
-        leads = self.communicator.rank == 0 and config.remote is not None
-        self._uploader = Uploader(str(config.remote), self._notes.append) if leads else None
+        self._uploader: Uploader | None = None
+        if config.remote is not None:
+            leads, keep = self.communicator.rank == 0, (config.remote_keep, config.keep_every)
+            self._uploader = Uploader(config.remote, self._notes.append, leads=leads, keep=keep[0], keep_every=keep[1])
 
-    def save(self, step: int, fragments: Sequence[Fragment], *, samples_consumed: int, run: Mapping[str, Any], recipe: str) -> float:
-        """Begin to save the state after `step` (see `store.save`); returns the seconds that training waited.
+    def save(
+        self,
+        step: int,
+        fragments: Sequence[Fragment],
+        *,
+        samples_consumed: int,
+        run: Mapping[str, Any],
+        recipe: str,
+        replica: tuple[Any, torch.Tensor] | None = None,
+    ) -> float:
+        """Begin to save the state after `step` (see `store.save`; the sum of `replica` is on the device); returns the seconds that
+        training waited.
 
         Waits first for a save that is still being written. Raises CheckpointError where that one ended the patience, or at
         once, on any rank, for entries of `run` that are not JSON.
@@ -154,8 +166,11 @@ class Saver:
             self._say(f"step {step}: waited {time.perf_counter() - began:.1f} s for the checkpoint of step {before} to be written")
         self.wait()
         self.step = step
-        details = {"samples_consumed": samples_consumed, "run": run, "recipe": recipe}
+        details = {"samples_consumed": samples_consumed, "run": run, "recipe": recipe, "replica": replica}
         if self.config.asynchronous:
+            if replica is not None:
+                total = torch.empty((), dtype=torch.int64, pin_memory=replica[1].is_cuda)
+                details["replica"] = replica[0], total.copy_(replica[1], non_blocking=True)  # there when the copies are
             copies = self._host.take(fragments)
             self._thread = threading.Thread(target=self._write, args=(step, copies, details), name=f"checkpoint {step}", daemon=True)
             self._thread.start()
@@ -212,12 +227,16 @@ class Saver:
 
     def _write(self, step: int, fragments: Sequence[Fragment], details: dict[str, Any]) -> None:
         """All of a save but the copy. Never raises: the outcome is left for `wait`."""
-        outcome = Outcome(step)
+        outcome, mine = Outcome(step), list[str]()
         channel = self._channel
         try:
             self._host.ready()
             try:
-                outcome.path = store.save(self.folder, step, fragments, communicator=channel, may_write=self._may_write, **details)
+                if (replica := details.pop("replica")) is not None:
+                    details["replica"] = replica[0], int(replica[1])
+                outcome.path = store.save(
+                    self.folder, step, fragments, communicator=channel, may_write=self._may_write, wrote=mine.append, **details
+                )
             except CheckpointError as error:
                 outcome.failure = error
                 # Only the ranks that failed have a cause, and all must judge alike.
@@ -225,16 +244,17 @@ class Saver:
                     cause for cause in channel.all_gather(None if error.__cause__ is None else _is_storage(error)) if cause is not None
                 ]
                 outcome.tolerable = bool(causes) and all(causes)
-            if outcome.path is not None and channel.rank == 0:
-                self._published(outcome.path)
+            if outcome.path is not None:
+                if self._uploader is not None and (mine or channel.rank == 0):
+                    self._uploader.offer(outcome.path, mine)
+                if channel.rank == 0:
+                    self._published()
         except Exception as error:  # a defect or a lost rank: raised again by the main thread
             outcome.failure, outcome.tolerable = error, False
         self._outcome = outcome
 
-    def _published(self, path: Path) -> None:
-        """On the leader: offer the checkpoint to the remote folder, and delete what is too old."""
-        if self._uploader is not None:
-            self._uploader.offer(path)
+    def _published(self) -> None:
+        """On the leader: delete what is too old."""
         busy = self._uploader.busy if self._uploader is not None else set()
         try:
             store.retain(self.folder, self.config.keep, keep_every=self.config.keep_every, spare=busy)

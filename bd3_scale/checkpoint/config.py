@@ -19,8 +19,13 @@ class CheckpointConfig:
     """Where the newest checkpoint is damaged, continue from the newest older whole one and say so, instead of ending with an error."""
     asynchronous: bool = True
     """Training waits only for a copy of the state to host memory (which must have room for it); files are written meanwhile."""
+    compare_replicas: bool = True
+    """Each save compares a sum of the bits of the weights over the replicas, and is an error where a rank's differ: its memory, device or
+    network corrupts data in silence."""
     patience: int = 3
     """Failed saves in a row (a full disk, no permission) that only warn; one more ends the run. The last save must succeed."""
     remote: str | None = None
-    """A folder as fsspec names it (s3://bucket/run, gs://...) that every finished checkpoint is copied to; nothing is deleted there. A run
-    without local checkpoints continues from the newest one there (`run.resume=auto`)."""
+    """A folder as fsspec names it (s3://bucket/run, gs://...) that every finished checkpoint is copied to, by every rank its own file. A
+    run without local checkpoints continues from the newest one there (`run.resume=auto`), which all ranks fetch together."""
+    remote_keep: int = 0
+    """Newest checkpoints kept there; older ones are deleted, but for those of `keep_every`. 0: nothing is ever deleted there."""

@@ -1,15 +1,17 @@
-"""The index of a checkpoint: what it holds, in which file, and how to tell that nothing of it has changed. JSON, format 1.
+"""The index of a checkpoint: what it holds, in which file, and how to tell that nothing of it has changed. JSON, format 2.
 
-    {"format": "bd3_scale checkpoint", "format_version": 1, "step": 100, "samples_consumed": 51200,
+    {"format": "bd3_scale checkpoint", "format_version": 2, "step": 100, "samples_consumed": 51200,
      "run": {...free-form: tuned interval, wandb id ...}, "versions": {"torch": "2.13.0", ...},
      "files": {"state-00000-of-00002.safetensors": {"bytes": 4096, "sha256": "..."}, ..., "recipe.yaml": {...}},
-     "tensors": {"weight": {"layers.0.norm.weight": {"shape": [64], "parts": [
-         {"file": "state-00000-of-00002.safetensors", "key": "weight/layers.0.norm.weight@0,0,64,0,64",
-          "region": {"dim": 0, "offset": 0, "size": 64, "start": 0, "stop": 64}}]}}},
+     "divisions": [[[[0, 1, 2]], [[0, 0, 2]], [[0, 0, 2]], [[64, 0, 2]], [[0, 32, 2]], [[32, 32, 2]]], ...],
+     "tensors": {"weight": {"layers.0.norm.weight": {"shape": [64], "parts": 0}}},
      "checksum": "sha256 of the canonical JSON of all other fields"}
 
-Invariants: the same state of the same layout gives the same bytes (sorted keys, no time, no host); only "files" and "parts"
-depend on the layout; the parts of a tensor tile it exactly once; file names are those this module makes, so no index,
+`parts` is the number of a division, which says of a tensor's parts in columns (file, dim, offset, size, start, stop; see parts.py) in
+which file and region they lie; there each is called by `part_key`. Format 1, which is still read, had an entry for every part.
+
+Invariants: the same state of the same layout gives the same bytes (sorted keys, no time, no host); only "files", "divisions" and
+"parts" depend on the layout; the parts of a tensor tile it exactly once; file names are those this package makes, so no index,
 however it was made, leads out of its folder. Reading trusts nothing: whatever is not as described is a CheckpointError.
 """
 
@@ -19,18 +21,23 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from bd3_scale.checkpoint.state import KINDS, Region, tiling_fault
+import numpy as np
+
+from bd3_scale.checkpoint.parts import Parts, encode, sort, state_name, unpack
+from bd3_scale.checkpoint.state import KINDS, Region
 from bd3_scale.errors import CheckpointError
 
 FORMAT = "bd3_scale checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 RECIPE_NAME = "recipe.yaml"
 REGION_FIELDS = ("dim", "offset", "size", "start", "stop")
+HEADER_ENTRY = 48
+"""Bytes that a part takes in the header of its file, at least."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +49,11 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A region of a tensor and the file that holds its elements, as a 1-D fp32 tensor named by `part_key`."""
-
-    file: str
-    region: Region
-
-
-@dataclass(frozen=True)
 class Tensor:
-    """One tensor of one kind: the shape of the unsharded tensor, and the parts that tile it, in the order of their elements."""
+    """One tensor of one kind: the shape of the unsharded tensor, and the parts that tile it."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class Index:
     """kind -> canonical name -> tensor."""
 
 
-def state_name(writer: int, writers: int) -> str:
-    """File name of the `writer`-th of `writers` ranks that write."""
-    return f"state-{writer:05d}-of-{writers:05d}.safetensors"
-
-
 def part_key(kind: str, name: str, region: Region) -> str:
     """The name of a part inside its file: it says by itself what the elements are."""
     return f"{kind}/{name}@" + ",".join(str(getattr(region, field)) for field in REGION_FIELDS)
@@ -86,23 +80,22 @@ def build(
     run: Mapping[str, Any],
     versions: Mapping[str, str],
     files: Mapping[str, FileRecord],
-    parts: Sequence[tuple[str, str, str, Region]],
+    packed: Mapping[int, tuple[bytes, bytes]],
 ) -> Index:
-    """The index of (file, kind, name, region) parts from all ranks. Raises CheckpointError where they do not tile every tensor."""
-    if not parts:
+    """The index of what each writer has packed (`parts.pack`). Raises CheckpointError where it does not tile every tensor."""
+    if not packed:
         raise CheckpointError("no rank has a tensor to save")
-    grouped: dict[str, dict[str, list[Part]]] = {}
-    for file, kind, name, region in parts:
-        grouped.setdefault(kind, {}).setdefault(name, []).append(Part(file, region))
     tensors: dict[str, dict[str, Tensor]] = {}
-    for kind, names in grouped.items():
-        tensors[kind] = {}
-        for name, members in names.items():
-            members.sort(key=lambda part: (part.region.span, part.file, part.region.dim, part.region.offset, part.region.start))
-            shapes = sorted({part.region.shape for part in members})
-            if len(shapes) > 1:
-                raise CheckpointError(f"{kind} of {name} has shape {list(shapes[0])} on one rank and {list(shapes[1])} on another")
-            tensors[kind][name] = Tensor(shapes[0], tuple(members))
+    alike: dict[tuple[tuple[int, ...], int], Parts] = {}
+    tables = unpack(packed)
+    for (kind, name), shapes in sorted(tables.items()):
+        (shape, table), *others = sorted(shapes.items())
+        if others:
+            raise CheckpointError(f"{kind} of {name} has shape {list(shape)} on one rank and {list(others[0][0])} on another")
+        key = shape, id(table)
+        if key not in alike:
+            alike[key] = Parts(shape, len(packed), encode(table))
+        tensors.setdefault(kind, {})[name] = Tensor(shape, alike[key])
     index = Index(step, samples_consumed, dict(run), dict(versions), dict(files), tensors)
     check_tiling(index)
     return index
@@ -110,11 +103,18 @@ def build(
 
 def check_tiling(index: Index) -> None:
     """Raise CheckpointError unless the parts of every tensor cover each of its elements exactly once."""
+    whole: set[int] = set()
     for kind, names in index.tensors.items():
         for name, tensor in names.items():
-            fault = tiling_fault(tensor.shape, [part.region for part in tensor.parts])
+            if id(tensor.parts) in whole:
+                continue
+            try:
+                fault = tensor.parts.fault()
+            except CheckpointError as error:
+                fault = str(error)
             if fault is not None:
                 raise CheckpointError(f"the parts of {kind} of {name} {list(tensor.shape)} do not make it up: {fault}")
+            whole.add(id(tensor.parts))
 
 
 def canonical_json(document: Any) -> str:
@@ -134,6 +134,15 @@ def normalise_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def render(index: Index) -> bytes:
     """The text of index.json."""
+    numbers: dict[str, int] = {}
+
+    def division(parts: Parts) -> int:
+        return numbers.setdefault(json.dumps(parts.runs), len(numbers))
+
+    tensors = {
+        kind: {name: {"shape": list(tensor.shape), "parts": division(tensor.parts)} for name, tensor in sorted(names.items())}
+        for kind, names in sorted(index.tensors.items())
+    }
     document: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -142,23 +151,8 @@ def render(index: Index) -> bytes:
         "run": index.run,
         "versions": index.versions,
         "files": {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in index.files.items()},
-        "tensors": {
-            kind: {
-                name: {
-                    "shape": list(tensor.shape),
-                    "parts": [
-                        {
-                            "file": part.file,
-                            "key": part_key(kind, name, part.region),
-                            "region": {field: getattr(part.region, field) for field in REGION_FIELDS},
-                        }
-                        for part in tensor.parts
-                    ],
-                }
-                for name, tensor in names.items()
-            }
-            for kind, names in index.tensors.items()
-        },
+        "divisions": [json.loads(runs) for runs in numbers],
+        "tensors": tensors,
     }
     document["checksum"] = checksum(document)
     return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
@@ -179,15 +173,16 @@ def parse(text: bytes) -> Index:
     _need(isinstance(document, dict) and document.get("format") == FORMAT, f"{INDEX_NAME} is not the index of a {FORMAT}")
     version = document.get("format_version")
     _need(
-        version == FORMAT_VERSION and type(version) is int,
-        f"{INDEX_NAME} has format version {version!r}, this program reads {FORMAT_VERSION}; use the bd3_scale version that wrote it",
+        type(version) is int and version in (1, FORMAT_VERSION),
+        f"{INDEX_NAME} has format version {version!r}, this program reads 1 to {FORMAT_VERSION}; use the bd3_scale version that wrote it",
     )
     try:
         expected = checksum(document)
     except (ValueError, RecursionError):
         expected = None
     _need(document.get("checksum") == expected, f"{INDEX_NAME} was changed after it was written (its checksum does not match)")
-    _fields(document, "index", "format", "format_version", "step", "samples_consumed", "run", "versions", "files", "tensors", "checksum")
+    fields = ("format", "format_version", "step", "samples_consumed", "run", "versions", "files", "tensors", "checksum")
+    _fields(document, "index", *fields, *(["divisions"] if version > 1 else []))
     run, versions = document["run"], _mapping(document["versions"], "versions")
     _need(isinstance(run, dict), f"{INDEX_NAME}: run is not a mapping")
     _need(all(isinstance(value, str) for value in versions.values()), f"{INDEX_NAME}: versions are not all text")
@@ -197,15 +192,23 @@ def parse(text: bytes) -> Index:
     expected_names = {RECIPE_NAME, *(state_name(writer, writers) for writer in range(writers))}
     odd = _first(set(files) ^ expected_names)
     _need(set(files) == expected_names, f"{INDEX_NAME}: {odd!r} is not a file of this checkpoint, or is missing from the list")
+    divisions = document.get("divisions", [])
+    _need(isinstance(divisions, list), f"{INDEX_NAME}: divisions is not a list")
+    alike: dict[tuple[int, tuple[int, ...]], Parts] = {}
+
+    def tensor_of(kind: str, name: str, entry: Any) -> Tensor:
+        return _tensor_1(kind, name, entry, writers) if version == 1 else _tensor(kind, name, entry, divisions, alike, writers)
+
     tensors: dict[str, dict[str, Tensor]] = {}
     for kind, names in _mapping(document["tensors"], "tensors").items():
         _need(kind in KINDS, f"{INDEX_NAME}: kind {kind!r} is not one of {', '.join(KINDS)}")
-        tensors[kind] = {name: _tensor(kind, name, entry, files) for name, entry in _mapping(names, kind).items()}
+        tensors[kind] = {name: tensor_of(kind, name, entry) for name, entry in _mapping(names, kind).items()}
     _need(any(tensors.values()), f"{INDEX_NAME}: it lists no tensor")
     held = sum(math.prod(tensor.shape) for names in tensors.values() for tensor in names.values())
+    parts = sum(len(tensor.parts) for names in tensors.values() for tensor in names.values())
     _need(
-        4 * held <= sum(record.bytes for record in files.values()),
-        f"{INDEX_NAME}: the tensors have {held} elements, more than the files have room for",
+        4 * held + HEADER_ENTRY * parts <= sum(record.bytes for record in files.values()),
+        f"{INDEX_NAME}: the tensors have {held} elements in {parts} parts, more than the files have room for",
     )
     return Index(
         step=_count(document["step"], "step"),
@@ -217,11 +220,29 @@ def parse(text: bytes) -> Index:
     )
 
 
-def _tensor(kind: str, name: str, entry: Any, files: Mapping[str, FileRecord]) -> Tensor:
+def _tensor(
+    kind: str, name: str, entry: Any, divisions: list[Any], alike: dict[tuple[int, tuple[int, ...]], Parts], writers: int
+) -> Tensor:
+    where = f"{kind} of {name!r}"
+    _fields(entry, where, "shape", "parts")
+    number, shape = entry["parts"], entry["shape"]
+    _need(type(number) is int and 0 <= number < len(divisions), f"{INDEX_NAME}: {where} has no division {number!r}")
+    _need(isinstance(shape, list) and all(type(extent) is int for extent in shape), f"{INDEX_NAME}: the shape of {where} is none")
+    key = number, tuple(shape)
+    if key not in alike:
+        try:
+            alike[key] = Parts(shape, writers, divisions[number])
+        except CheckpointError as error:
+            raise CheckpointError(f"{INDEX_NAME}: {where}: {error}") from None
+    return Tensor(key[1], alike[key])
+
+
+def _tensor_1(kind: str, name: str, entry: Any, writers: int) -> Tensor:
+    """Of format 1, which has a mapping for each part."""
     where = f"{kind} of {name!r}"
     _fields(entry, where, "shape", "parts")
     _need(isinstance(entry["shape"], list) and isinstance(entry["parts"], list), f"{INDEX_NAME}: shape or parts of {where} is not a list")
-    parts = []
+    numbers, rows = {state_name(writer, writers): writer for writer in range(writers)}, []
     for part in entry["parts"]:
         _fields(part, f"a part of {where}", "file", "key", "region")
         _fields(part["region"], f"a region of {where}", *REGION_FIELDS)
@@ -230,17 +251,14 @@ def _tensor(kind: str, name: str, entry: Any, files: Mapping[str, FileRecord]) -
         except ValueError as error:
             raise CheckpointError(f"{INDEX_NAME}: a part of {where} is impossible: {error}") from None
         _need(region.numel > 0, f"{INDEX_NAME}: a part of {where} is empty")
-        _need(isinstance(part["file"], str) and part["file"] in files, f"{INDEX_NAME}: {where} lies in the unknown file {part['file']!r}")
-        _need(part["file"] != RECIPE_NAME, f"{INDEX_NAME}: {where} cannot lie in {RECIPE_NAME}")
+        _need(isinstance(part["file"], str) and part["file"] in numbers, f"{INDEX_NAME}: {where} lies in no state file {part['file']!r}")
         _need(part["key"] == part_key(kind, name, region), f"{INDEX_NAME}: the key {part['key']!r} is not that of its part of {where}")
-        parts.append(Part(part["file"], region))
-    _need(len(parts) > 0, f"{INDEX_NAME}: {where} has no parts")
-    shape = parts[0].region.shape
-    _need(
-        sum(part.region.numel for part in parts) == math.prod(shape),
-        f"{INDEX_NAME}: the parts of {where} {list(shape)} do not make it up",
-    )
-    return Tensor(shape, tuple(parts))
+        rows.append([numbers[part["file"]], *(getattr(region, field) for field in REGION_FIELDS)])
+    _need(len(rows) > 0, f"{INDEX_NAME}: {where} has no parts")
+    try:
+        return Tensor(region.shape, Parts(region.shape, writers, encode(sort(np.array(rows, np.int64)))))
+    except OverflowError:
+        raise CheckpointError(f"{INDEX_NAME}: a part of {where} is impossible") from None
 
 
 def _file_record(name: str, record: Any) -> FileRecord:

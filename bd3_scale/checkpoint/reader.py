@@ -7,8 +7,9 @@ after everything it will read was verified; whatever is wrong is a CheckpointErr
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,18 @@ from typing import Any
 import torch
 
 from bd3_scale.checkpoint.communicator import Communicator, Solo, one_line, together
-from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, Index, Tensor, check_tiling, parse, part_key
+from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, Index, Tensor, check_tiling, parse, part_key
 from bd3_scale.checkpoint.shards import ShardReader, check_content, check_size, read_text
 from bd3_scale.checkpoint.state import KINDS, Fragment, Region, intersect
 from bd3_scale.errors import CheckpointError
+from bd3_scale.runtime.open_files import raise_file_limit
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 """A checkpoint folder; nothing else is ever taken for one."""
 LARGEST_INDEX = 1 << 30
 """Bytes; some million parts."""
-OPEN_FILES = 32
-"""Files kept open while many tensors are read."""
+OPEN_FILES = 1024
+"""Files kept open at most while many tensors are read: each of them may have a part of every tensor."""
 HASHING_THREADS = 4
 
 
@@ -58,6 +60,16 @@ def newest_whole(folder: Path, below: int | None = None) -> Path | None:
     return None
 
 
+def shares_of_files(files: Mapping[str, FileRecord], ranks: int) -> list[list[str]]:
+    """The names for each rank, about the same number of bytes for all: largest first onto the rank with the least."""
+    load, shares = [(0, rank) for rank in range(ranks)], list[list[str]]([] for _ in range(ranks))
+    for name in sorted(files, key=lambda name: (-files[name].bytes, name)):
+        held, rank = heapq.heappop(load)
+        shares[rank].append(name)
+        heapq.heappush(load, (held + files[name].bytes, rank))
+    return shares
+
+
 class Checkpoint:
     """A checkpoint folder, opened and checked but for the content of its data files (see `verify_files`).
 
@@ -73,11 +85,6 @@ class Checkpoint:
             self._index = self._open()
         except CheckpointError as error:
             raise self._damaged(error) from None
-        self._expected: dict[str, dict[str, int]] = {}
-        for kind, names in self._index.tensors.items():
-            for name, tensor in names.items():
-                for part in tensor.parts:
-                    self._expected.setdefault(part.file, {})[part_key(kind, name, part.region)] = part.region.numel
 
     def _open(self) -> Index:
         if not self.path.is_dir():
@@ -163,15 +170,9 @@ class Checkpoint:
         unknown = [name for name in names if name not in self._index.files]
         if unknown:
             raise CheckpointError(f"checkpoint {self.path} has no file {unknown[0]!r}; it has {', '.join(sorted(self._index.files))}")
-        # Largest first onto the rank with the least: every rank gets about the same number of bytes. What is to do must not
-        # depend on what one rank has verified before, or the ranks would divide different lists.
-        load = [0] * communicator.world_size
-        mine = []
-        for name in sorted(names, key=lambda name: (-self._index.files[name].bytes, name)):
-            rank = load.index(min(load))
-            load[rank] += self._index.files[name].bytes
-            if rank == communicator.rank and name not in self._verified:
-                mine.append(name)
+        # What is to do must not depend on what one rank has verified before, or the ranks would divide different lists.
+        shares = shares_of_files({name: self._index.files[name] for name in names}, communicator.world_size)
+        mine = [name for name in shares[communicator.rank] if name not in self._verified]
 
         def verify() -> None:
             with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading release the interpreter
@@ -222,7 +223,8 @@ class Checkpoint:
             union.update(shapes)
         self._compare(union)
         kinds = {kind for kind, _ in union}
-        needed = {part.file for kind in kinds for tensor in self._index.tensors[kind].values() for part in tensor.parts}
+        tables = {id(tensor.parts): tensor.parts for kind in kinds for tensor in self._index.tensors[kind].values()}
+        needed = {file for parts in tables.values() for file in parts.files}
         self.verify_files(needed, communicator)
 
         def load() -> None:
@@ -250,6 +252,15 @@ class Checkpoint:
                         "set the model's recipe as saved in its recipe.yaml"
                     )
 
+    def _expected(self, file: str) -> dict[str, int]:
+        """Part key -> elements, of all that a file must hold."""
+        return {
+            part_key(kind, name, region): region.numel
+            for kind, names in self._index.tensors.items()
+            for name, tensor in names.items()
+            for region in tensor.parts.in_file(file)
+        }
+
     def _tensor(self, kind: str, name: str) -> Tensor:
         tensor = self._index.tensors.get(kind, {}).get(name)
         if tensor is None:
@@ -258,11 +269,12 @@ class Checkpoint:
 
 
 class _OpenShards:
-    """The files of a checkpoint while they are read: verified before the first read, at most OPEN_FILES open, all closed at the end."""
+    """The files of a checkpoint while they are read: verified before the first read, OPEN_FILES open at most, all closed at the end."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._open: dict[str, ShardReader] = {}
+        self._at_once = min(OPEN_FILES, raise_file_limit() // 4)
 
     def __enter__(self) -> _OpenShards:
         return self
@@ -277,9 +289,9 @@ class _OpenShards:
             self._checkpoint.verify_files([file])
         reader = self._open.pop(file, None)
         if reader is None:
-            if len(self._open) >= OPEN_FILES:
+            if len(self._open) >= self._at_once:
                 self._open.pop(next(iter(self._open))).close()  # the one not used for the longest time
-            reader = ShardReader(self._checkpoint.path / file, self._checkpoint._expected[file])
+            reader = ShardReader(self._checkpoint.path / file, self._checkpoint._expected(file))
         self._open[file] = reader
         return reader
 
@@ -298,7 +310,7 @@ class _OpenShards:
             value.copy_(self.gather(fragment.kind, fragment.name, fragment.region))
 
     def _read(self, kind: str, name: str, region: Region, target: torch.Tensor) -> None:
-        for part in self._checkpoint._tensor(kind, name).parts:
+        for part in self._checkpoint._tensor(kind, name).parts.meeting(region):
             pieces = intersect(part.region, region)
             if len(pieces.length):
                 self._reader(part.file).read(part_key(kind, name, part.region), pieces, target)

@@ -21,6 +21,8 @@ import platform
 import re
 import secrets
 import shutil
+import socket
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,10 +30,11 @@ from typing import Any
 
 import bd3_scale
 from bd3_scale.checkpoint.communicator import Communicator, Solo, together
-from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render, state_name
+from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render
+from bd3_scale.checkpoint.parts import pack, state_name
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
 from bd3_scale.checkpoint.shards import check_size, read_text, sync_directory, write_shard, write_text
-from bd3_scale.checkpoint.state import Fragment, Region
+from bd3_scale.checkpoint.state import Fragment
 from bd3_scale.errors import CheckpointError, UserError
 
 __all__ = ["Checkpoint", "Communicator", "Solo", "find_latest", "locate", "retain", "save", "step_name"]
@@ -48,8 +51,6 @@ CURES = {
 }
 """What a person can do about an error of the file system."""
 
-_Parts = list[tuple[str, str, str, Region]]
-
 
 def save(
     folder: str | Path,
@@ -61,12 +62,16 @@ def save(
     recipe: str,
     communicator: Communicator | None = None,
     may_write: Callable[[], None] = lambda: None,
+    replica: tuple[Any, int] | None = None,
+    wrote: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Save what this rank owns of the state after `step`; collective. Returns the new checkpoint folder in `folder`.
 
     The fragments of all ranks together must hold every element of every tensor exactly once (replicas use `state.share`).
     `run` is free-form JSON, `recipe` the resolved recipe as YAML text; both count as the leader (rank 0) gives them.
     `may_write` raises where the folder is another job's by now; the leader asks before it deletes or renames anything.
+    `replica`: (what this rank's weights are a copy of, the sum of their bits); equal copies must have equal sums. `wrote`: told the name of
+    this rank's file.
     An existing checkpoint of the same step is replaced, atomically. On any failure on any rank every rank raises the same
     CheckpointError, nothing half-written remains, and the previous checkpoint and `latest` are as they were.
     """
@@ -81,40 +86,37 @@ def save(
     def explain(error: BaseException) -> str:
         return _explain(error, communicator)
 
-    def prepare() -> tuple[Path | None, bool]:
+    def prepare() -> tuple[Path | None, bool, tuple[Any, int, str] | None]:
+        copied = None if replica is None else (*replica, socket.gethostname())
         if leader:
             normalise_run(run)
             may_write()
-            return _make_temporary(folder, step), bool(owned)
-        return None, bool(owned)
+            return _make_temporary(folder, step), bool(owned), copied
+        return None, bool(owned), copied
 
-    def write() -> tuple[dict[str, FileRecord], _Parts]:
+    def write() -> tuple[FileRecord, tuple[bytes, bytes]] | None:
         assert temporary is not None, "the leader has named the folder"
         if not owned:
-            return {}, []
+            return None
         file = state_name(writers.index(communicator.rank), len(writers))
-        record = write_shard(temporary / file, owned)
-        return {file: record}, [(file, fragment.kind, fragment.name, fragment.region) for fragment in owned]
+        wrote(file)
+        return write_shard(temporary / file, owned), pack(owned)
 
     def publish() -> None:
         if leader:
             assert temporary is not None, "the leader has named the folder"
-            files = {name: record for records, _ in written for name, record in records.items()}
-            parts = [part for _, some in written for part in some]
-            _finish(temporary, files, parts, step, samples_consumed, run, recipe)
+            wrote = [one for one in written if one is not None]
+            files = {state_name(writer, len(writers)): record for writer, (record, _) in enumerate(wrote)}
+            _finish(temporary, files, dict(enumerate(packed for _, packed in wrote)), step, samples_consumed, run, recipe)
             may_write()
-            replaced = _move_in(temporary, target)
-            try:
-                _point_latest(folder, target.name)
-            finally:
-                if replaced is not None:
-                    shutil.rmtree(replaced)
+            take_in(temporary, target)
 
     temporary = None
     try:
         answers = together(communicator, prepare, explain)
         temporary = answers[0][0]
-        writers = [rank for rank, (_, writes) in enumerate(answers) if writes]
+        writers = [rank for rank, (_, writes, _) in enumerate(answers) if writes]
+        require_equal_copies([copied for _, _, copied in answers])
         written = together(communicator, write, explain)
         together(communicator, publish, explain)
     except CheckpointError as error:
@@ -125,26 +127,35 @@ def save(
     return target
 
 
-def receive(folder: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """Take in a checkpoint from elsewhere: `fill` writes its files into a temporary folder. It gets its name, and `latest` names it,
-    only when every file is what its index says. Call on one rank. Raises CheckpointError, and leaves nothing behind."""
-    folder = Path(folder)
-    target = folder / step_name(step)
-    temporary = None
-    try:
-        temporary = _make_temporary(folder, step)
-        fill(temporary)
-        Checkpoint(temporary, offer=False).verify_files()
-        _move_in(temporary, target)
-        _point_latest(folder, target.name)
-    except OSError as error:
+def require_equal_copies(ranks: Sequence[tuple[Any, int, str] | None]) -> None:
+    """Raise CheckpointError where ranks (what its weights are a copy of, the sum of their bits, host) differ from most of their like."""
+    groups: dict[Any, list[int]] = {}
+    for rank, known in enumerate(ranks):
+        if known is not None:
+            groups.setdefault(known[0], []).append(rank)
+    odd: list[int] = []
+    for members in groups.values():
+        sums = Counter(ranks[rank][1] for rank in members)  # type: ignore[index]
+        (usual, times), *others = sums.most_common()
+        sole = not others or times > others[0][1]  # of two that differ nobody knows which is right
+        odd += [rank for rank in members if ranks[rank][1] != usual or not sole]  # type: ignore[index]
+    if odd:
+        named = ", ".join(f"rank {rank} (host {ranks[rank][2]})" for rank in sorted(odd)[:8])  # type: ignore[index]
         raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}); {CURES.get(error.errno or 0, 'mend that')}"
-        ) from error
+            f"the weights of {named}{', ...' if odd[8:] else ''} differ from those of the other replicas, but must be the same to the bit: "
+            "memory, a device or a network there corrupts data in silence; leave that host out and continue from the last checkpoint "
+            "(checkpoint.compare_replicas=false saves without looking)"
+        )
+
+
+def take_in(temporary: Path, target: Path) -> None:
+    """Give a checkpoint from elsewhere, whole and verified in a temporary folder, its name, and let `latest` name it. On one rank."""
+    replaced = _move_in(temporary, target)
+    try:
+        _point_latest(target.parent, target.name)
     finally:
-        if temporary is not None and temporary.exists():
-            _delete(temporary)
-    return target
+        if replaced is not None:
+            shutil.rmtree(replaced)
 
 
 def _make_temporary(folder: Path, step: int) -> Path:
@@ -158,11 +169,11 @@ def _make_temporary(folder: Path, step: int) -> Path:
     return temporary
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, spare: Path | None = None) -> None:
     """Delete what interrupted saves and deletions left in `folder`; put a checkpoint back that was on its way to be replaced."""
     for path in sorted(folder.iterdir()):
         match = LEFT_OVER.fullmatch(path.name)
-        if match is None:
+        if match is None or path == spare:
             continue
         if match["state"] == "old" and not (folder / match["name"]).exists():
             os.replace(path, folder / match["name"])
@@ -172,7 +183,13 @@ def sweep(folder: Path) -> None:
 
 
 def _finish(
-    temporary: Path, files: dict[str, FileRecord], parts: _Parts, step: int, samples_consumed: int, run: Mapping[str, Any], recipe: str
+    temporary: Path,
+    files: dict[str, FileRecord],
+    packed: Mapping[int, tuple[bytes, bytes]],
+    step: int,
+    samples_consumed: int,
+    run: Mapping[str, Any],
+    recipe: str,
 ) -> None:
     """Write recipe and, last, the index beside the ranks' files; all on the disk when this returns."""
     for name, record in files.items():
@@ -183,7 +200,7 @@ def _finish(
                 f"rank 0 does not find what another rank wrote ({error}); set run.dir to a file system that all nodes share"
             ) from None
     files = {**files, RECIPE_NAME: write_text(temporary / RECIPE_NAME, recipe.encode("utf-8"))}
-    index = build(step, samples_consumed, normalise_run(run), _versions(), files, parts)
+    index = build(step, samples_consumed, normalise_run(run), _versions(), files, packed)
     write_text(temporary / INDEX_NAME, render(index))
     sync_directory(temporary)
 

@@ -113,14 +113,14 @@ class Cache:
         if self.limit is not None:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(OSError):  # a file of another user: it is evicted a little early, that is all
-                os.utime(descriptor)
+                os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
 
     def _make_room(self, size: int, keep: Collection[str]) -> bool:
         if self.limit is None:
             return True
         files = [(entry.stat(), Path(entry.path)) for folder in _folders(self.folder) for entry in os.scandir(folder) if entry.is_file()]
         excess = sum(status.st_size for status, _ in files) + size - self.limit
-        for status, path in sorted(files, key=lambda file: (file[0].st_mtime_ns, file[1])):
+        for status, path in sorted(files, key=lambda file: (max(file[0].st_atime_ns, file[0].st_mtime_ns), file[1])):
             if excess <= 0:
                 break
             evictable = path.parent != self.folder and path.suffix != ".json" and str(path.relative_to(self.folder)) not in keep

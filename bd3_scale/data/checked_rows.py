@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bd3_scale.data.checked_once import Checked
 from bd3_scale.errors import DataError
 
 
@@ -21,14 +22,19 @@ class ChangedError(DataError):
     """A file is not any more what was checked; who opens it again learns what is wrong with it."""
 
 
-class CheckedRows:
-    """Rows of `row_bytes` each, at the byte `offsets` of the open file `descriptor` called `path`; `content`: all of it, checked."""
+def checksums(content: bytes, offsets: Sequence[int] | np.ndarray, row_bytes: int) -> Checked:
+    """Where the rows of a file stand and what they are; `content`: all of it, which has passed its check."""
+    view = memoryview(content)
+    crc = np.fromiter((zlib.crc32(view[offset : offset + row_bytes]) for offset in offsets), np.uint32, len(offsets))
+    return Checked(np.asarray(offsets, np.int64), crc)
 
-    def __init__(self, path: Path, descriptor: int, content: bytes, offsets: Sequence[int] | np.ndarray, row_bytes: int) -> None:
+
+class CheckedRows:
+    """Rows of `row_bytes` each of the open file `descriptor` called `path`, which was checked."""
+
+    def __init__(self, path: Path, descriptor: int, checked: Checked, row_bytes: int) -> None:
         self._path, self._descriptor, self._row_bytes = path, descriptor, row_bytes
-        self._offsets = [int(offset) for offset in offsets]
-        view = memoryview(content)
-        self._checksums = np.fromiter((zlib.crc32(view[o : o + row_bytes]) for o in self._offsets), np.uint32, len(self._offsets))
+        self._offsets, self._checksums = checked.offsets.tolist(), checked.checksums
 
     def read(self, number: int) -> bytes:
         """The bytes of row `number`. Raises ChangedError."""

@@ -35,7 +35,7 @@ class DataConfig:
     cache_bytes: int | None = None
     """The most that each local folder of a remote may hold: shards not needed soon are deleted from it. null: everything stays."""
     download_ahead: int = 16
-    """Shards fetched from a remote ahead of need, after those of the current window."""
+    """Shards fetched from a remote, and opened and checked, ahead of need, after those of the current window."""
     source: str | None = None
     """What to prepare `path` from when it holds no manifest: documentation (docstrings of the installed Python packages), or nothing."""
     source_tokens: int = 4_000_000

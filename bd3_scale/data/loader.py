@@ -5,12 +5,13 @@ The thread that reads also makes of the rows what its user wants to have ready (
 Invariants: what is read is a function of (order, samples consumed, replica, replicas) alone - `samples_consumed` is the whole state;
 the replicas' shares are disjoint and together the global batch, each row with its slot (its place in the batch, which keys its noise;
 `Shares` says which are whose); where a share is short its last micro-batch is filled up with a row that it has; an error while
-reading or preparing ahead is raised where that batch is asked for; closing leaves no thread behind; where shards come from a remote,
-those of the next windows are fetched ahead and those of windows that are read are let go.
+reading or preparing ahead is raised where that batch is asked for; closing leaves no thread behind; shards of the next windows are
+opened ahead (from a remote, fetched first, and those of windows that are read are let go), by each process of a node in another order.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,7 @@ class TrainingRows(Rows, Protocol):
     @property
     def fetches(self) -> bool: ...
     def fetch(self, shard: int, keep: Collection[int]) -> bool: ...
+    def open_ahead(self, shard: int, needed: Collection[int]) -> None: ...
     def keep_open(self, shards: Collection[int]) -> None: ...
 
 
@@ -75,7 +77,7 @@ class Loader:
         download_ahead: int = 0,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> None:
-        """`micro_batch`: the most rows at a time. `download_ahead`: shards fetched after those of the batches that are read ahead.
+        """`micro_batch`: the most rows at a time. `download_ahead`: shards fetched and opened after those of the batches read ahead.
         `prepare`: (samples consumed, its micro-batches) -> what `take` gives with them, made where they are read.
 
         Raises RecipeError where there are fewer rows than replicas.
@@ -99,7 +101,7 @@ class Loader:
         self._ahead: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data-loader") if prefetch else None
         self._download_ahead, self._closing = download_ahead, threading.Event()
-        self._downloader = ThreadPoolExecutor(1, thread_name_prefix="data-download") if reader.fetches else None
+        self._downloader = ThreadPoolExecutor(1, thread_name_prefix="data-download") if reader.fetches or download_ahead else None
         self._downloading: Future[None] | None = None
 
     def micro_batches(self, samples_consumed: int) -> list[MicroBatch]:
@@ -149,12 +151,19 @@ class Loader:
         return [MicroBatch(self._slots[places], rows[places], real) for places, real in zip(self._places, self._real, strict=True)]
 
     def _download(self, position: int) -> None:
-        """Let go of the shards that were read and fetch those that come, nearest first, as far as there is room."""
+        """Let go of the shards that were read, fetch those that come, nearest first, as far as there is room, and open them."""
         needed, following = self._order.shards(position, self._global_batch * (self._prefetch + 1), self._download_ahead)
-        self._reader.keep_open(needed)
-        for shard in needed + following:
-            if self._closing.is_set() or not self._reader.fetch(shard, needed + following):
+        coming = needed + following
+        self._reader.keep_open(coming)
+        for shard in coming if self._reader.fetches else []:
+            if self._closing.is_set() or not self._reader.fetch(shard, coming):
+                break
+        # The processes of a node check different ones first, and then find those of the others checked.
+        first = len(coming) * int(os.environ.get("LOCAL_RANK", "0")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        for shard in coming[first:] + coming[:first]:
+            if self._closing.is_set():
                 return
+            self._reader.open_ahead(shard, coming)
 
 
 def validation_rows(reader: Rows, count: int, replica: int, replicas: int) -> tuple[np.ndarray, np.ndarray]:

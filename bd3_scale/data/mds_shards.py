@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bd3_scale.data.checked_rows import CheckedRows
+from bd3_scale.data.checked_once import Checked
+from bd3_scale.data.checked_rows import CheckedRows, checksums
 from bd3_scale.data.manifest import PREPARE_AGAIN, FileEntry, Manifest, Split, check_plain_name
 from bd3_scale.data.streaming_compat import import_streaming
 from bd3_scale.errors import DataError
@@ -90,9 +91,20 @@ class MDSIndex:
             raise DataError(f"{path}: {raw['basename']} has the columns {columns}, needed are {wanted}, uncompressed; {PREPARE_AGAIN}")
         return FileEntry(raw["basename"], raw["bytes"], shard["samples"], raw["hashes"]["xxh64"])
 
-    def open(self, shard: int, descriptor: int, content: bytes) -> OpenMDSShard:
-        """The shard over an open file, which stays the caller's, and its content, which has passed its check."""
-        return OpenMDSShard(self._shards[shard], self._folder, descriptor, content, self._context * self._dtype.itemsize)
+    def check(self, shard: int, content: bytes) -> Checked:
+        """The rows in the content of a shard, whose hash is right. Raises DataError."""
+        described, row_bytes = self._shards[shard], self._context * self._dtype.itemsize
+        rows = described["samples"]
+        header = np.frombuffer(content[: 4 * (rows + 2)], np.uint32)
+        fits = len(header) == rows + 2 and header[0] == rows and header[-1] == len(content)
+        if not fits or (np.diff(header[1:].astype(np.int64)) != row_bytes).any():
+            path = self._folder / described["raw_data"]["basename"]
+            raise DataError(f"{path}: its table of rows does not fit its index; delete the folder and prepare it again")
+        return checksums(content, header[1:-1], row_bytes)
+
+    def open(self, shard: int, descriptor: int, checked: Checked) -> OpenMDSShard:
+        """The shard over an open file, which stays the caller's, and what its check gave."""
+        return OpenMDSShard(self._shards[shard], self._folder, descriptor, checked, self._context * self._dtype.itemsize)
 
 
 class OpenMDSShard:
@@ -101,17 +113,12 @@ class OpenMDSShard:
     streaming's own `get_item` opens the file again for every row, which costs a metadata operation each on a network file system.
     """
 
-    def __init__(self, described: dict[str, Any], folder: Path, descriptor: int, content: bytes, row_bytes: int) -> None:
+    def __init__(self, described: dict[str, Any], folder: Path, descriptor: int, checked: Checked, row_bytes: int) -> None:
         try:
             self._reader = import_streaming("streaming.base.format.mds").MDSReader.from_json(str(folder), None, described)
         except (TypeError, ValueError, KeyError) as error:
             raise DataError(f"{folder / 'index.json'}: streaming cannot read its shards ({error}); prepare the folder again") from None
-        path, rows = folder / self._reader.raw_data.basename, len(self._reader)
-        header = np.frombuffer(content[: 4 * (rows + 2)], np.uint32)
-        fits = len(header) == rows + 2 and header[0] == rows and header[-1] == len(content)
-        if not fits or (np.diff(header[1:].astype(np.int64)) != row_bytes).any():
-            raise DataError(f"{path}: its table of rows does not fit its index; delete the folder and prepare it again")
-        self._rows = CheckedRows(path, descriptor, content, header[1:-1], row_bytes)
+        self._rows = CheckedRows(folder / self._reader.raw_data.basename, descriptor, checked, row_bytes)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The rows `numbers` (in this shard), [n, L] of the stored dtype. Raises ChangedError."""

@@ -129,6 +129,11 @@ class MixedRows:
         self._readers[source].fetch(shard - int(self._first_shard[source]), self._own(source, keep))
         return True
 
+    def open_ahead(self, shard: int, needed: Collection[int]) -> None:
+        """As ShardReader.open_ahead."""
+        source = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
+        self._readers[source].open_ahead(shard - int(self._first_shard[source]), self._own(source, needed))
+
     def keep_open(self, shards: Collection[int]) -> None:
         for source, reader in enumerate(self._readers):
             reader.keep_open(self._own(source, shards))

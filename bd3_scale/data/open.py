@@ -182,5 +182,5 @@ def _open(wanted: SourceConfig, config: DataConfig, context: int, tokenizer: Tok
     def reader(split: str, open_shards: int) -> ShardReader:
         return ShardReader(folder, split, context=context, tokenizer=tokenizer, cache=cache, manifest=manifest, open_shards=open_shards)
 
-    # Two windows meet in a batch. Held-out rows are read one shard after another, and what is open cannot leave a bounded cache.
-    return Source(folder, manifest, reader("train", min(max(2 * config.window + 2, 8), 256)), reader("validation", 1))
+    # Two windows meet in a batch, one is opened ahead. Held-out rows are read shard by shard: what is open cannot leave a bounded cache.
+    return Source(folder, manifest, reader("train", min(max(3 * config.window + 2, 8), 256)), reader("validation", 1))

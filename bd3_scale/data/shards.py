@@ -3,7 +3,8 @@
 Invariants:
 - a manifest, index or shard that is missing, cut or changed in one bit is a DataError of one line, at the latest when its first row is
   asked for; there is no other outcome, and nothing is skipped;
-- size and xxh64 hash of a shard are checked whenever this process opens it, and each row must be what it was then (checked_rows.py);
+- size and xxh64 hash of a shard are checked whenever it is opened, by one process of a node for all (checked_once.py), and each row must
+  be what it was then (checked_rows.py);
 - at most `open_shards` files are open; a shard in use costs the checksums of its rows, not its content;
 - rows are those of the expected context, tokenizer and vocabulary, and no id is outside the vocabulary (so MASK never comes from data);
 - with a `cache`, missing and bad files are fetched into the folder (cache.py); without one nothing is written, it may be read-only.
@@ -22,6 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from bd3_scale.data.cache import Cache
+from bd3_scale.data.checked_once import Checked, finding, keep
 from bd3_scale.data.checked_rows import ChangedError
 from bd3_scale.data.manifest import MANIFEST, PREPARE_AGAIN, FileEntry, Manifest, Split
 from bd3_scale.data.mds_shards import MDSIndex, MDSRows, xxh64
@@ -47,7 +49,8 @@ class OpenShard(Protocol):
 class Index(Protocol):
     """The index of a split, checked against its manifest; opens shards over file descriptors."""
 
-    def open(self, shard: int, descriptor: int, content: bytes) -> OpenShard: ...
+    def check(self, shard: int, content: bytes) -> Checked: ...
+    def open(self, shard: int, descriptor: int, checked: Checked) -> OpenShard: ...
 
 
 WRITERS: dict[str, Callable[[Path, int, str, int], RowWriter]] = {"mds": MDSRows, "webdataset": TarRows}
@@ -171,23 +174,58 @@ class ShardReader:
             return self._shard(shard).rows(numbers)
         except ChangedError:
             self.keep_open(self._open.keys() - {shard})
-            return self._shard(shard).rows(numbers)  # says what is wrong with the file, or fetches it
+            return self._shard(shard, afresh=True).rows(numbers)  # says what is wrong with the file, or fetches it
 
-    def _shard(self, shard: int) -> OpenShard:
-        """Shard number `shard`, open, the most recently used of those that are."""
+    def _shard(self, shard: int, afresh: bool = False) -> OpenShard:
+        """Shard number `shard`, open, the most recently used of those that are. `afresh`: believe nothing that was found before."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard][1]
         while len(self._open) >= self._open_limit:
             os.close(self._open.popitem(last=False)[1][0])
-        descriptor, content = self._checked_file(self._split.shards[shard])
+        self._open[shard] = self._opened(shard, afresh)
+        return self._open[shard][1]
+
+    def open_ahead(self, shard: int, needed: Collection[int]) -> None:
+        """Open and check a shard before it is needed, unless one of those numbered `needed` would be closed for it. What is wrong with it
+        is an error when it is needed, and not before. A bounded cache may want to let it go until then: there it is not opened."""
+        if self._cache is not None and (self._cache.limit is not None or not (self._folder / self._split.shards[shard].file).exists()):
+            return
+        with self._lock:
+            if shard in self._open or (len(self._open) >= self._open_limit and self._open.keys() <= set(needed)):
+                return
         try:
-            opened = self._index.open(shard, descriptor, content)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._open[shard] = (descriptor, opened)
-        return opened
+            opened = self._opened(shard)
+        except DataError:
+            return
+        with self._lock:
+            idle = [other for other in self._open if other not in needed]
+            if len(self._open) >= self._open_limit and idle:
+                os.close(self._open.pop(idle[0])[0])
+            if shard in self._open or len(self._open) >= self._open_limit:
+                os.close(opened[0])
+            else:
+                self._open[shard] = opened
+
+    def _opened(self, shard: int, afresh: bool = False) -> tuple[int, OpenShard]:
+        """A descriptor of a shard that has passed its check, and what reads it; fetched first where that is needed and possible."""
+        entry = self._split.shards[shard]
+        path = self._folder / entry.file
+        with finding(path, entry) as checked:
+            if checked is None or afresh:
+                descriptor, content = self._checked_file(entry)
+            else:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if checked is None or afresh:
+                    checked = self._index.check(shard, content)
+                    keep(path, entry, checked)
+                elif self._cache is not None:
+                    self._cache.note_use(descriptor)
+                return descriptor, self._index.open(shard, descriptor, checked)
+            except BaseException:
+                os.close(descriptor)
+                raise
 
     def _checked_file(self, entry: FileEntry) -> tuple[int, bytes]:
         """An open descriptor of a file of the split and its content, both checked; fetched first where that is needed and possible."""

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bd3_scale.data.checked_rows import CheckedRows
+from bd3_scale.data.checked_once import Checked
+from bd3_scale.data.checked_rows import CheckedRows, checksums
 from bd3_scale.data.manifest import PREPARE_AGAIN, FileEntry, Manifest, Split, check_plain_name
 from bd3_scale.data.mds_shards import ROWS_PER_MEMBER, rows_per_shard, xxh64
 from bd3_scale.errors import DataError
@@ -125,34 +126,32 @@ class TarIndex:
         if found != [(shard.file, shard.rows) for shard in split.shards]:
             raise DataError(f"{path}: does not describe the shards that the manifest names; delete the folder and prepare it again")
 
-    def open(self, shard: int, descriptor: int, content: bytes) -> OpenTarShard:
-        """The shard over an open file, which stays the caller's, and its content, which has passed its check."""
-        path = self._folder / self._files[shard]
-        return OpenTarShard(path, self._members[shard], descriptor, content, self._context, self._dtype)
-
-
-class OpenTarShard:
-    """Random access to the rows of one open tar shard.
-
-    Opening decodes it once with np.load, which checks every member; a row is then one checked read behind the header of its
-    member's array.
-    """
-
-    def __init__(self, path: Path, members: list[Members], descriptor: int, content: bytes, context: int, dtype: np.dtype[Any]) -> None:
-        self._dtype = dtype
-        row_bytes = context * dtype.itemsize
-        offsets: list[int] = []
-        for run, offset in [(one, offset) for one in members for offset in one.offsets()]:
+    def check(self, shard: int, content: bytes) -> Checked:
+        """The rows in the content of a shard, whose hash is right: np.load decodes it once, and checks every member. Raises DataError."""
+        path, row_bytes, offsets = self._folder / self._files[shard], self._context * self._dtype.itemsize, list[int]()
+        for run, offset in [(one, offset) for one in self._members[shard] for offset in one.offsets()]:
             try:
                 array = np.load(io.BytesIO(content[offset : offset + run.bytes]), allow_pickle=False)
             except (ValueError, EOFError, OSError):
                 raise DataError(f"{path}: holds no array at byte {offset}; delete the folder and prepare it again") from None
-            if array.shape != (run.rows, context) or array.dtype != dtype or not array.flags.c_contiguous:
-                found, needed = f"{array.dtype}{list(array.shape)}", f"{dtype}{[run.rows, context]}"
+            if array.shape != (run.rows, self._context) or array.dtype != self._dtype or not array.flags.c_contiguous:
+                found, needed = f"{array.dtype}{list(array.shape)}", f"{self._dtype}{[run.rows, self._context]}"
                 raise DataError(f"{path}: holds {found} at byte {offset}, needed is {needed}; {PREPARE_AGAIN}")
             start = offset + run.bytes - array.nbytes
             offsets += range(start, start + array.nbytes, row_bytes)
-        self._rows = CheckedRows(path, descriptor, content, offsets, row_bytes)
+        return checksums(content, offsets, row_bytes)
+
+    def open(self, shard: int, descriptor: int, checked: Checked) -> OpenTarShard:
+        """The shard over an open file, which stays the caller's, and what its check gave."""
+        path, row_bytes = self._folder / self._files[shard], self._context * self._dtype.itemsize
+        return OpenTarShard(CheckedRows(path, descriptor, checked, row_bytes), self._dtype)
+
+
+class OpenTarShard:
+    """Random access to the rows of one open tar shard: a row is one checked read behind the header of its member's array."""
+
+    def __init__(self, rows: CheckedRows, dtype: np.dtype[Any]) -> None:
+        self._rows, self._dtype = rows, dtype
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The rows `numbers` (in this shard), [n, L] of the stored dtype. Raises ChangedError."""

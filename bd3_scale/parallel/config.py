@@ -34,6 +34,9 @@ class ParallelConfig:
     equally many rows (data/shares.py). null: the whole share at once."""
     timeout: int = 1800
     """Seconds after which a collective that does not finish is an error."""
+    hang: int = 20
+    """Times the longest step, save or validation that the run has known, two minutes at least: a rank whose main thread does nothing
+    for so long is a hang, and ends the job (runtime/watchdog.py). 0: only `timeout` counts."""
     heartbeat: int = 30
     """Seconds of silence after which a rank counts as dead and the whole job ends with its name (runtime/guard.py). Independent of
     how long a step takes; a rank that is killed on a host where others live is noticed within a second or so."""

@@ -96,8 +96,30 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def networks(self) -> list[Any]:
+        """The chunks of the network (`Transformer`) that this rank computes."""
+
+    @property
+    @abstractmethod
     def replicas(self) -> tuple[int, int]:
         """(index, count) of this rank among the data-parallel ranks that hold the same state."""
+
+    @property
+    def copy_of(self) -> Any:
+        """What this rank's weights are a copy of: equal on the ranks whose weights must be the same to the bit. None: no copies."""
+        return self.layout.tensor_rank, self.layout.pipeline_rank
+
+    @torch.no_grad()
+    def weight_sum(self) -> Tensor:
+        """Sum of the bits of this rank's weights, read as integers: int64 scalar on the device, which any one changed bit changes."""
+        self.settle()
+        total = torch.zeros((), dtype=torch.int64, device=self.layout.device)
+        for network in self.networks:
+            for parameter in network.parameters():
+                local = getattr(parameter, "to_local", lambda same=parameter: same)().detach().reshape(-1)
+                for piece in local.view(torch.int32 if local.element_size() == 4 else torch.int16).split(1 << 24):
+                    total += piece.sum(dtype=torch.int64)
+        return total
 
     @abstractmethod
     def close(self) -> None:

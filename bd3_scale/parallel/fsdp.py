@@ -85,6 +85,10 @@ class FsdpEngine(ScheduledEngine):
         for _, outline in self.named:
             outline.sharded.grad = None
 
+    @property
+    def copy_of(self) -> Any:
+        return (*super().copy_of, self.layout.data_rank % self.shard) if self.shard < self.layout.data else None
+
     def finish_reduction(self) -> None:
         """Nothing to do: torch's own end of the last backward has the device wait for the reductions."""
 

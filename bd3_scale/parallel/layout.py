@@ -23,6 +23,7 @@ from megatron.core import parallel_state
 from bd3_scale.parallel import megatron_cpu
 from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.parallel.rendezvous import meet, reach
+from bd3_scale.runtime.open_files import raise_file_limit
 from bd3_scale.runtime.waiting import waiting_for
 
 ORDER = "tp-cp-ep-dp-pp"
@@ -98,10 +99,15 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
             # Kernels start in the order in which they are launched: megatron-core's collectives before the products that hide them.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(place)
+    timeout = datetime.timedelta(seconds=config.timeout)
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed and torch make, who ask nobody
+        setattr(dist.distributed_c10d, default, timeout)
+    raise_file_limit()
+    # A group of gloo would connect each rank to every other, 8 groups of all ranks a thousand sockets at 128 ranks: this way as needed.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         # On CUDA, objects and barriers of the host still go through gloo.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=config.timeout)
         if world_size == 1 and "RANK" not in os.environ:
             store: dist.Store = dist.HashStore()
             rank = 0
@@ -112,6 +118,7 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
         whom = f"all {world_size} ranks are here, but rank {rank} has no connection to each of them; see GLOO_SOCKET_IFNAME, and NCCL's"
         with waiting_for(lambda: whom, speaks=rank == 0):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            dist.barrier()  # a network over which ranks cannot meet is found here
     joined()
     if device == "cpu":
         megatron_cpu.install()
@@ -125,6 +132,7 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
         # Copies of what ZeRO divides: megatron-core makes the groups inside of one and across them.
         num_distributed_optimizer_instances=replicas // config.shard if config.shard else 1,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.timeout / 60,
     )
     return replace(current(config, place), world=world)
 

@@ -59,6 +59,10 @@ class ScheduledEngine(Engine):
     # -- a step --------------------------------------------------------------------------------------------------------
 
     @property
+    def networks(self) -> list[Any]:
+        return list(self.transformers)
+
+    @property
     def interleaved(self) -> bool:
         return len(self.transformers) > 1
 

@@ -105,8 +105,16 @@ class ZeroEngine(Engine):
     # -- the state -----------------------------------------------------------------------------------------------------
 
     @property
+    def networks(self) -> list[Any]:
+        return [self.engine.module]
+
+    @property
     def replicas(self) -> tuple[int, int]:
         return (self.layout.data_rank, self.layout.data) if self.zero == 0 else (0, 1)
+
+    @property
+    def copy_of(self) -> Any:
+        return super().copy_of if self.zero < 3 else None
 
     @torch.no_grad()
     def publish(self) -> None:

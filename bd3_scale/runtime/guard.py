@@ -25,8 +25,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -62,6 +62,8 @@ class Beat:
     step: int
     counter: int = 0
     done: bool = False
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Group -> collectives entered in it."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid}, last heard of at step {self.step})"
@@ -94,6 +96,9 @@ class Guard:
         self.progress: Callable[[], int] = lambda: 0
         self.complaint = ""
         """Set by another thread (the watchdog) to end the job: what is wrong with this rank, though it lives."""
+        self.collectives: Callable[[], dict[str, int]] = dict
+        """Group -> collectives that this rank has entered in it."""
+        self._held_back = 0.0
         self.last_words: Callable[[], None] = lambda: None
         """Called before this process is ended by a verdict (on whichever rank)."""
         self._local = ranks_of_this_host(rank) if local_ranks is None else local_ranks
@@ -183,7 +188,10 @@ class Guard:
     def _judge(self, gone: list[int], awake: float) -> str | None:
         """The verdict that follows from what is known now, if any. `awake`: seconds since the last look."""
         if self.complaint:
-            return f"{self.complaint}; {self.cure}"
+            # Only the leader has heard all, and hangs as well as anybody: it is left the time to say who is behind.
+            self._held_back += awake
+            if self.rank == 0 or self._held_back > 2 * self.interval:
+                return f"{self.complaint}{named_behind([self._beat, *self._last.values()])}; {self.cure}"
         for rank in gone:
             if not self._last[rank].done:
                 return f"{self._last[rank]} is gone (killed, or out of memory); {self.cure}"
@@ -208,7 +216,7 @@ class Guard:
         return [r for r in self._silent if r in known and kernel and known[r].kernel == kernel and process_is_gone(known[r].pid)]
 
     def _now(self, done: bool = False) -> Beat:
-        self._beat = replace(self._beat, step=self.progress(), counter=self._beat.counter + 1, done=done)
+        self._beat = replace(self._beat, step=self.progress(), counter=self._beat.counter + 1, done=done, collectives=self.collectives())
         return self._beat
 
     def _say(self, done: bool = False) -> None:
@@ -244,6 +252,25 @@ class Guard:
         except (OSError, RuntimeError):
             return False
         return True
+
+
+def named_behind(beats: Collection[Beat]) -> str:
+    """; and the ranks that the others wait for: they have entered fewer collectives of some group than a peer, and none has fewer than
+    they in any. Empty where nothing tells them apart."""
+    counts: dict[str, list[int]] = {}
+    for beat in beats:
+        for group, count in beat.collectives.items():
+            counts.setdefault(group, []).append(count)
+    waited_for = [
+        beat
+        for beat in beats
+        if any(count < max(counts[group]) for group, count in beat.collectives.items())
+        and all(count == min(counts[group]) for group, count in beat.collectives.items())
+    ]
+    if not waited_for:
+        return ""
+    shown = ", ".join(map(str, sorted(waited_for, key=lambda beat: beat.rank)[:8])) + (", ..." if waited_for[8:] else "")
+    return f"; the others wait for {shown}, behind them in the number of collectives entered"
 
 
 def is_lost_peer(error: BaseException) -> bool:

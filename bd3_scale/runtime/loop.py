@@ -35,6 +35,7 @@ from bd3_scale.runtime.feed import Feed
 from bd3_scale.runtime.garbage import collect, collected_on_demand
 from bd3_scale.runtime.learning_rate import rate_of
 from bd3_scale.runtime.owner import own
+from bd3_scale.runtime.pace import Pace
 from bd3_scale.runtime.pulse import Pulse
 from bd3_scale.runtime.report import Reporter, flops_per_token
 from bd3_scale.runtime.signals import StopRequest, seconds_left
@@ -98,6 +99,8 @@ class Trainer:
         if (remark := recipe.shares(layout.data).remark) is not None:
             self.report.say(remark)
         self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size, may_write=may_write)
+        compiled = recipe.training.compile != "none"
+        self.pace = Pace(layout, [part for net in self.engine.networks for part in ([net] if compiled else net.blocks.values())])
         self.validated: Validated | None = None
         checkpoints = self.folder / "checkpoints"
         self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning, may_write=may_write)
@@ -164,13 +167,19 @@ class Trainer:
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
         recipe = self.recipe
+        start = time.perf_counter()
         taken = self.feed.take(self.step, self.samples)
+        self.pace.data_seconds = time.perf_counter() - start
         loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(rate_of(recipe, self.step))
+        before = self.tuning
         self._advance(self.step + 1)
+        if self.tuning is not before:
+            self.pulse.forget()
         self.samples += recipe.training.global_batch
         if self.ema is not None:
             self.ema.update(self.step)
+        self.pace.measuring = False
         return loss, norm
 
     def log(self) -> None:
@@ -184,7 +193,9 @@ class Trainer:
             interval=list(self.tuning.interval),
             reduce=self.layout.sum_of_replicas,
             skipped=self.engine.adam.rule.counts,
+            pace=self.pace.read,
         )
+        self.pace.measuring = True
         in_a_row = line["skipped_in_a_row"]
         if in_a_row > self.recipe.training.skipped_in_a_row:
             raise TrainingError(self._diverged(in_a_row, line["loss"]))
@@ -205,6 +216,7 @@ class Trainer:
     def validate(self) -> None:
         """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
         start, config = time.perf_counter(), self.recipe.tuner
+        self.pulse.beat(self.step, "validate")
         statistics = None
         with self.ema.swapped() if self.ema is not None else nullcontext():
             if tuner.due(config, self.step):
@@ -230,17 +242,20 @@ class Trainer:
         tuner.agreed(self.layout.all_gather(choice.interval))
         self._draw_from(choice.interval)
         self.tuning = self.tuning.after(self.step, choice)
+        self.pulse.forget()
         self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
 
     def save(self) -> None:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
         self.pulse.beat(self.step, "save")
+        copy_of = self.engine.copy_of if self.recipe.checkpoint.compare_replicas and self.layout.data > 1 else None
         seconds = self.saver.save(
             self.step,
             self.engine.owned_fragments(self._averages),
             samples_consumed=self.samples,
             run={**self.run_state, "tuner": self.tuning.to_dict(), "step_rule": self.engine.adam.rule.state()},
             recipe=recipes.to_yaml(self.recipe),
+            replica=(copy_of, self.engine.weight_sum()) if copy_of is not None else None,
         )
         self.report.skip(seconds)
 

@@ -8,15 +8,19 @@ most every few seconds, and at once when the run turns to another kind of work; 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 HEARTBEAT = "heartbeat.json"
 EVERY = 5.0
 """Seconds between two writings of the file."""
+KNOWN_AFTER = {"train": 10, "validate": 1}
+"""Pieces of a kind of work after which it is known how long they take; of others (a save waits for the disk) it never is."""
 
 
 class Pulse:
@@ -37,15 +41,29 @@ class Pulse:
         self.total_steps, self.world_size = total_steps, world_size
         self._path = None if folder is None else folder / HEARTBEAT
         self._clock, self._written, self._may_write = clock, float("-inf"), may_write
+        self._last, self._longest = clock(), 0.0
+        self._pieces: Counter[str] = Counter()
 
     def beat(self, step: int, doing: str) -> None:
         """`doing`: train | validate | save | finished | stopped | wait (for nodes)."""
         now, turned = self._clock(), doing != self.doing
+        if self.count:
+            self._pieces[self.doing] += 1
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
         self.count, self.step, self.doing = self.count + 1, step, doing
         if self._path is not None and (turned or now - self._written >= EVERY):
             self._written = now
             self._may_write()
             self._write(self._path)
+
+    def usual(self) -> float | None:
+        """Seconds of the longest piece of work so far, of any kind; None where too few are known of the kind that is under way."""
+        return self._longest if self._pieces[self.doing] >= KNOWN_AFTER.get(self.doing, math.inf) else None
+
+    def forget(self) -> None:
+        """Work of another size begins (kernels may be compiled anew): what is known of it says nothing any more."""
+        self._pieces.clear()
 
     def _write(self, path: Path) -> None:
         content = {

@@ -88,13 +88,23 @@ class Reporter:
         self.meter.add(loss, norm)
 
     def train(
-        self, *, step: int, learning_rate: float, interval: list[float], reduce: Callable[[Tensor], Tensor], skipped: Tensor
+        self,
+        *,
+        step: int,
+        learning_rate: float,
+        interval: list[float],
+        reduce: Callable[[Tensor], Tensor],
+        skipped: Tensor,
+        pace: Callable[[Callable[[str], None]], dict[str, float]] = lambda tell: {},
     ) -> dict[str, Any]:
-        """Write a training line of the steps since the last one; collective over the replicas. `skipped`: counts of `StepRule`."""
+        """Write a training line of the steps since the last one; collective over the replicas. `skipped`: counts of `StepRule`; `pace`:
+        see `Pace.read`."""
         tokens = step * self.recipe.tokens_per_step
         values = self.meter.read(tokens, reduce)
         _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()
         line = {"kind": "train", "step": step, "data_tokens": tokens, "learning_rate": learning_rate, "interval": interval, **values}
+        if own := pace(lambda text: self.warning(step, text)):
+            line["own_seconds"] = own
         if self.file is not None:
             self._write(line)
             self._progress(line)

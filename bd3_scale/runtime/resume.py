@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale import config as recipes
+from bd3_scale.checkpoint.fetch import fetch_latest
 from bd3_scale.checkpoint.network import read_recipe
 from bd3_scale.checkpoint.reader import Checkpoint, newest_whole
-from bd3_scale.checkpoint.remote import download_latest
 from bd3_scale.checkpoint.store import find_latest, step_of_latest
 from bd3_scale.config import Recipe
 from bd3_scale.data.open import Data
@@ -28,6 +28,8 @@ from bd3_scale.parallel.layout import Layout
 from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.learning_rate import rate_of
 from bd3_scale.runtime.owner import FOLDER as OWNER
+from bd3_scale.runtime.pulse import Pulse
+from bd3_scale.runtime.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Found | No
     remarks: list[str] = []
     with on_all_ranks():
         path = _on_leader(layout, lambda: _decide(recipe, folder, remarks))
+        if path is None and recipe.run.resume == "auto" and recipe.checkpoint.remote is not None:
+            path = _fetched(recipe, folder, layout)
     while path is not None:
         checkpoint = Checkpoint(path)  # which may fail on one rank alone
         with on_all_ranks():
@@ -138,13 +142,23 @@ def _decide(recipe: Recipe, folder: Path, remarks: list[str]) -> Path | None:
         )
     if recipe.run.resume == "fresh" and folder.exists() and any(path.name != OWNER for path in folder.iterdir()):
         raise RecipeError(f"run.resume is fresh, but {folder} is not empty; set run.dir to a new folder or empty it yourself")
-    if latest is None and recipe.run.resume == "auto" and recipe.checkpoint.remote is not None:
-        latest = download_latest(recipe.checkpoint.remote, checkpoints)  # a new machine goes on with what the old one uploaded
     return latest
 
 
 def _fallen_back(error: CheckpointError, older: Path) -> str:
     return f"checkpoint.fallback: continuing from {older.name}, because {str(error).split('; the newest older')[0]}"
+
+
+def _fetched(recipe: Recipe, folder: Path, layout: Layout) -> Path | None:
+    """A new cluster goes on with what the old one uploaded; a watcher sees that the run lives meanwhile."""
+    pulse, waiting = Pulse(folder if layout.leader else None, recipe.total_steps, layout.world_size), Waiting(speaks=layout.leader)
+
+    def beat(done: int, total: int) -> None:
+        pulse.beat(0, "fetch")
+        waiting.look(lambda: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of the checkpoint are here, from {recipe.checkpoint.remote}")
+
+    assert recipe.checkpoint.remote is not None
+    return fetch_latest(recipe.checkpoint.remote, folder / "checkpoints", layout, beat)
 
 
 def _check_data(run: dict[str, Any], data: Data) -> None:

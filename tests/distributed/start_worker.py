@@ -6,6 +6,7 @@ The C library gives back at once what is freed, so that what is resident is what
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
 import json
 import os
@@ -13,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
+import torch
 import torch.distributed as dist
 
 from bd3_scale import config
@@ -43,7 +46,11 @@ def held_after(recipe: config.Recipe, here: layout.Layout) -> tuple[int, int]:
     return state.parameters + state.masters + (state.gradients if at_once else 0), copied
 
 
-def measure(path: str, overrides: list[str]) -> dict[str, int]:
+def _timeout(group: dist.ProcessGroup) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def measure(path: str, overrides: list[str]) -> dict:
     recipe = config.load(path, overrides)
     config.validate(recipe, config.world_size_of_environment(), "cpu")
     here = layout.start(recipe.parallel, "cpu")
@@ -55,9 +62,12 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     held = sum(master.untyped_storage().nbytes() for master in engine.masters)
     layer = 4 * (12 * recipe.model.hidden**2)
     elements = sum(place.numel for place in engine.places if place.owned)
+    timeouts = sorted({_timeout(group) for group in dist.distributed_c10d._world.pg_map})
+    connected = sum(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process().net_connections("tcp"))
     engine.close()
     state, copied = held_after(recipe, here)
-    return {"most": most, "held": held, "state": state, "copied": copied, "layer": layer, "elements": elements}
+    memory = {"most": most, "held": held, "state": state, "copied": copied, "layer": layer, "elements": elements}
+    return {**memory, "timeouts": timeouts, "connected": connected}
 
 
 def main() -> None:
@@ -68,7 +78,8 @@ def main() -> None:
     results = {}
     for number, (name, path, overrides) in enumerate(plan):
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        wait = datetime.timedelta(seconds=config.load(path, overrides).parallel.timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
         every: list = [None] * world_size
         dist.all_gather_object(every, measure(path, overrides))
         results[name] = every

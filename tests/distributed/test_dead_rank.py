@@ -133,13 +133,15 @@ def test_killed_launcher_leaves_no_process(training: Training) -> None:
 HANG = """
 import os, sys
 from bd3_scale import train
+from bd3_scale.runtime import watchdog
 from bd3_scale.runtime.loop import Trainer
+watchdog.LEAST = 5.0
 whole = Trainer.update
 def waiting_for_nothing():
     import threading
     threading.Event().wait()
 def update(self):
-    if os.environ["RANK"] == "1" and self.step == 5:
+    if os.environ["RANK"] == "1" and self.step == 15:
         waiting_for_nothing()
     return whole(self)
 Trainer.update = update
@@ -148,14 +150,18 @@ sys.exit(train.main())
 
 
 def test_hang_ends_with_the_stacks_of_all_ranks(recipe: Path, tmp_path: Path) -> None:
-    """The processes live and answer: only their main threads wait, one for nothing, the other for that one."""
+    """The processes live and answer: only their main threads wait, one for nothing, the other for that one. How long that may be
+    follows from the steps before: `parallel.timeout` is half an hour here. The rank that the others wait for is named."""
     script, run = tmp_path / "hang.py", tmp_path / "run"
     script.write_text(HANG)
-    job = Job(2, [str(script), str(recipe), f"run.dir={run}", "parallel.timeout=15", "validation.every=0"], tmp_path / "log")
+    job = Job(
+        2, [str(script), str(recipe), f"run.dir={run}", "parallel.timeout=1800", "parallel.hang=10", "validation.every=0"], tmp_path / "log"
+    )
     finished = job.wait(200)
     assert finished.status != 0
     lines = errors(finished.output)
     assert lines and all("has done nothing for" in line and f"stacks of all ranks are in {run / 'stacks'}" in line for line in lines), lines
+    assert all(re.search(r"the others wait for rank 1 \(host .*\), behind them", line) for line in lines), lines
     stacks = [(run / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
     assert "waiting_for_nothing" in stacks[1] and "waiting_for_nothing" not in stacks[0]
-    assert json.loads((run / "heartbeat.json").read_text())["step"] <= 5
+    assert json.loads((run / "heartbeat.json").read_text())["step"] <= 15

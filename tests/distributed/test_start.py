@@ -57,3 +57,15 @@ def test_no_second_copy_is_made(
     for rank in ranks:
         assert "zero 3" not in name or rank["state"] < 3.2 * 100e6, "a share of weights, masters and gradients"
         assert rank["most"] < 1.3 * rank["state"] + rank["copied"] + rank["layer"]
+
+
+def test_every_group_waits_as_long_as_the_recipe_says(measured: dict[str, list[dict[str, int]]]) -> None:
+    """megatron-core's groups, DeepSpeed's and those of meshes: left alone they wait for 30 minutes (NCCL's for 10)."""
+    assert [rank["timeouts"] for ranks in measured.values() for rank in ranks] == [[120.0]] * 4 * len(measured)
+
+
+def test_a_group_connects_only_those_that_talk(measured: dict[str, list[dict[str, int]]]) -> None:
+    """Eight groups of all ranks are made, and each that connected everybody would have three sockets here, a thousand at 1,024 ranks."""
+    assert all(rank["connected"] <= 12 for ranks in measured.values() for rank in ranks), {
+        name: [rank["connected"] for rank in ranks] for name, ranks in measured.items()
+    }

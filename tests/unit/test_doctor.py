@@ -149,3 +149,27 @@ def test_what_several_nodes_need_is_said(monkeypatch: pytest.MonkeyPatch, recipe
     assert doctor.nodes(recipe).state == "fail"
     monkeypatch.setenv("PET_NNODES", "eight")
     assert doctor.nodes(recipe).state == "fail"
+
+
+def test_the_size_of_the_world_decides_how_many_files_are_enough(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (4096, 8192))
+    assert doctor.open_files(recipe, 8).state == doctor.open_files(recipe, 1024).state == "ok"
+    found = doctor.open_files(recipe, 2048)
+    assert found.state == "warn" and "ulimit -n" in found.cure and "2048 ranks" in found.text
+    found = doctor.open_files(recipe, 16384)
+    assert found.state == "fail" and "hard limit" in found.cure
+
+
+def test_a_process_raises_its_own_limit() -> None:
+    import resource
+
+    from bd3_scale.runtime.open_files import raise_file_limit
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    try:
+        assert raise_file_limit() > 512 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 512
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

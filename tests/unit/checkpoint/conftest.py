@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -176,6 +178,25 @@ def save(folder: Path, layout: str = "flat2", step: int = 100, seed: int = 0, st
             raise result
     assert len(set(results)) == 1
     return results[0]
+
+
+def as_format_1(path: Path) -> None:
+    """Write the index of a checkpoint anew as the first versions did: an entry for every part."""
+    document, index = json.loads((path / "index.json").read_text()), store.Checkpoint(path).index
+    document["format_version"] = 1
+    del document["divisions"]
+    for kind, names in index.tensors.items():
+        for name, tensor in names.items():
+            parts = []
+            for part in tensor.parts:
+                region = {field: getattr(part.region, field) for field in ("dim", "offset", "size", "start", "stop")}
+                key = f"{kind}/{name}@{','.join(map(str, region.values()))}"
+                parts.append({"file": part.file, "key": key, "region": region})
+            document["tensors"][kind][name]["parts"] = parts
+    del document["checksum"]
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    document["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / "index.json").write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

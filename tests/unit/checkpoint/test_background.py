@@ -11,8 +11,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
-from bd3_scale.checkpoint import background, remote, store
+from bd3_scale.checkpoint import background, fetch, remote, store
 from bd3_scale.checkpoint.background import Saver
 from bd3_scale.checkpoint.config import CheckpointConfig
 from bd3_scale.errors import CheckpointError
@@ -182,7 +183,7 @@ def test_a_remote_folder_that_is_gone_only_warns(synthetic: Any, tmp_path: Path,
     saver = Saver(tmp_path / "run", config, warn=lambda step, text: warnings.append(text))
     begin(synthetic, saver, 100, synthetic.whole())
     saver.close(upload_seconds=20)
-    assert len(warnings) == 1 and "step_00000100 could not be uploaded" in warnings[0]
+    assert len(warnings) == 1 and "step_00000100: it could not be uploaded" in warnings[0]
     assert synthetic.holds(store.find_latest(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"checkpoint\.remote=nonsense://x"):
         Saver(tmp_path, CheckpointConfig(remote="nonsense://x"))
@@ -191,13 +192,79 @@ def test_a_remote_folder_that_is_gone_only_warns(synthetic: Any, tmp_path: Path,
 def test_a_new_machine_continues_from_the_remote_folder(synthetic: Any, tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     url = f"file://{bucket}"
-    assert remote.download_latest(url, tmp_path / "new") is None and not (tmp_path / "new").exists()
+    assert fetch.fetch_latest(url, tmp_path / "new") is None and not (tmp_path / "new").exists()
     saver = Saver(tmp_path / "run", CheckpointConfig(remote=url))
     begin(synthetic, saver, 100, synthetic.whole())
     saver.close(upload_seconds=20)
-    found = remote.download_latest(url, tmp_path / "new")
+    found = fetch.fetch_latest(url, tmp_path / "new")
     assert found == tmp_path / "new" / "step_00000100" == store.find_latest(tmp_path / "new")
     assert synthetic.holds(found)
+
+
+def test_every_rank_uploads_its_own_and_fetches_a_share(synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone would take a thousand times as long, and all others would wait for it in one collective."""
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    bucket, owned = tmp_path / "bucket", synthetic.LAYOUTS["zero3 on 4"]
+    config, moved = CheckpointConfig(remote=f"file://{bucket}", remote_keep=1, keep_every=200), list[tuple[str, int]]()
+    put, cat = LocalFileSystem.put_file, LocalFileSystem.cat_file
+
+    def put_file(self: Any, local: str, path: str, **options: Any) -> None:
+        moved.append((Path(path).name, threading.get_ident()))
+        put(self, local, path, **options)
+
+    def cat_file(self: Any, path: str, *span: int) -> bytes:
+        moved.append((Path(path).name, threading.get_ident()))
+        return cat(self, path, *span)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    for step in (100, 200, 300, 400):
+
+        def train(member: Any, step: int = step) -> None:
+            saver = Saver(tmp_path / "run", config, member, channel=member)
+            begin(synthetic, saver, step, owned[member.rank])
+            saver.close(upload_seconds=20)
+
+        moved.clear()
+        assert synthetic.in_world(4, train) == [None] * 4
+        assert len({thread for name, thread in moved if name.startswith("state")}) == 4 and moved[-1][0] in ("index.json", "latest")
+    assert {path.name for path in bucket.iterdir()} == {"latest", "step_00000200", "step_00000400"}, "remote_keep and keep_every"
+    moved.clear()
+    beats: list[tuple[int, int]] = []
+    new = tmp_path / "new"
+    results = synthetic.in_world(3, lambda member: fetch.fetch_latest(f"file://{bucket}", new, member, lambda *both: beats.append(both)))
+    assert results == [new / "step_00000400"] * 3 and synthetic.holds(results[0])
+    assert len({thread for name, thread in moved if name.startswith("state")}) == 3
+    assert beats and all(done == total for done, total in beats[-3:])
+
+
+def test_a_broken_fetch_goes_on_where_it_ended(synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "BLOCK", 64)
+    monkeypatch.setattr(fetch, "PAUSE", 0.001)
+    synthetic.save(tmp_path / "bucket", "flat3")
+    asked: list[tuple[str, int]] = []
+    cat, allowed = LocalFileSystem.cat_file, [60]
+
+    def cat_file(self: Any, path: str, start: int = 0, end: int = 0) -> bytes:
+        if path.endswith("safetensors"):
+            if not allowed[0]:
+                raise ConnectionResetError("the network is gone")
+            allowed[0] -= 1
+            asked.append((Path(path).name, start))
+        return cat(self, path, start, end)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+
+    def new(member: Any) -> Path | None:
+        return fetch.fetch_latest(f"file://{tmp_path / 'bucket'}", tmp_path / "new", member)
+
+    results = synthetic.in_world(2, new)
+    assert all(isinstance(error, CheckpointError) and "the network is gone" in str(error) for error in results), results
+    assert store.find_latest(tmp_path / "new") is None
+    allowed[0] = 10**6
+    assert synthetic.in_world(2, new) == [tmp_path / "new" / "step_00000100"] * 2 and synthetic.holds(tmp_path / "new" / "step_00000100")
+    assert len(asked) == len(set(asked)) > 60, "nothing was fetched twice"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["latest", "step_00000100"]
 
 
 @pytest.mark.parametrize("damage", ["a byte", "a file", "the index", "a foreign name in latest", "a foreign name in the index"])
@@ -219,6 +286,6 @@ def test_a_damaged_remote_checkpoint_is_not_taken_in(synthetic: Any, tmp_path: P
         (bucket / "outside").write_text("x")
         index.write_text(index.read_text().replace(state.name, "../outside"))
     with pytest.raises(CheckpointError, match=re.escape(f"file://{bucket}")):
-        remote.download_latest(f"file://{bucket}", tmp_path / "new")
+        fetch.fetch_latest(f"file://{bucket}", tmp_path / "new")
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
     assert not (tmp_path / "outside").exists()

@@ -218,6 +218,8 @@ def test_a_forged_index_is_never_followed_out_of_its_folder(
         folder = tmp_path / str(seed)
         shutil.copytree(pristine, folder)
         path = folder / "step_00000200"
+        if seed % 2:
+            synthetic.as_format_1(path)
         edit(path, Random(seed), forge=True)
         opened.clear()
         try:
@@ -236,6 +238,7 @@ def test_a_forged_index_is_never_followed_out_of_its_folder(
 
 BIG = 10**12
 FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    # As the first format has it, with an entry for every part.
     "absolute path": lambda d: rename_file(d, "/etc/passwd"),
     "parent path": lambda d: rename_file(d, "../step_00000100/state-00000-of-00004.safetensors"),
     "other name": lambda d: rename_file(d, "weights.safetensors"),
@@ -253,7 +256,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "empty kinds": lambda d: d.update(tensors={"weight": {}}),
     "file not listed": lambda d: d["files"].pop("state-00003-of-00004.safetensors"),
     "recipe not listed": lambda d: d["files"].pop("recipe.yaml"),
-    "newer format": lambda d: d.update(format_version=2),
+    "newer format": lambda d: d.update(format_version=3),
     "format one as a truth": lambda d: d.update(format_version=True),
     "other format": lambda d: d.update(format="pickle"),
     "negative step": lambda d: d.update(step=-1),
@@ -261,6 +264,54 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hash in capitals": lambda d: d["files"]["recipe.yaml"].update(sha256="A" * 64),
     "unknown field": lambda d: d.update(hook="os.system"),
 }
+
+
+FORGED_DIVISIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "huge count": lambda d: column(d, 4).__setitem__(0, [0, 0, BIG]),
+    "huge counts": lambda d: division(d).__setitem__(slice(None), [[[0, 0, BIG]] for _ in range(6)]),
+    "beyond all integers": lambda d: column(d, 5).__setitem__(0, [10**30, 1, 2]),
+    "steps below nothing": lambda d: column(d, 4).__setitem__(0, [0, -1, 2]),
+    "half a number": lambda d: column(d, 4).__setitem__(0, [0, 0.5, 2]),
+    "truths": lambda d: column(d, 0).__setitem__(0, [True, True, 2]),
+    "no progression": lambda d: column(d, 0).clear(),
+    "no column": lambda d: division(d).pop(),
+    "uneven columns": lambda d: column(d, 3).append([1, 0, 1]),
+    "foreign file": lambda d: column(d, 0).__setitem__(0, [3, 1, 2]),
+    "dim that is none": lambda d: column(d, 1).__setitem__(0, [7, 0, 2]),
+    "outside of the tensor": lambda d: column(d, 2).__setitem__(0, [0, 8, 2]),
+    "the same half twice": lambda d: column(d, 2).__setitem__(0, [0, 0, 2]),
+    "nothing of it": lambda d: column(d, 5).__setitem__(0, [0, 0, 2]),
+    "no such division": lambda d: first(d).update(parts=99),
+    "division before the first": lambda d: first(d).update(parts=-1),
+    "division of another tensor": lambda d: first(d).update(parts=d["tensors"]["weight"]["temperature"]["parts"]),
+    "shape without extent": lambda d: first(d).update(shape=[0, 6]),
+    "shape of another size": lambda d: first(d).update(shape=[13, 7]),
+    "huge shape": lambda d: first(d).update(shape=[BIG, BIG, BIG]),
+    "no divisions": lambda d: d.pop("divisions"),
+    "divisions that are none": lambda d: d.update(divisions=7),
+    "format 1": lambda d: d.update(format_version=1),
+}
+
+
+def division(document: dict[str, Any]) -> list[Any]:
+    """Of a tensor that two ranks have a half of."""
+    return document["divisions"][halves(document, "weight")]  # type: ignore[call-overload, no-any-return]
+
+
+def column(document: dict[str, Any], number: int) -> list[Any]:
+    return division(document)[number]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", FORGED_DIVISIONS)
+def test_forged_divisions_are_refused(pristine: Path, tmp_path: Path, case: str) -> None:
+    path = shutil.copytree(pristine / "step_00000200", tmp_path / "step_00000200")
+    document = json.loads((path / "index.json").read_text())
+    FORGED_DIVISIONS[case](document)
+    document["checksum"] = format_.checksum(document)
+    (path / "index.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError) as caught:
+        store.Checkpoint(path)
+    assert "\n" not in str(caught.value)
 
 
 def first(document: dict[str, Any]) -> dict[str, Any]:
@@ -283,8 +334,9 @@ def rename_file(document: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_forged_indices_are_refused(pristine: Path, tmp_path: Path, case: str) -> None:
+def test_forged_indices_are_refused(synthetic: Any, pristine: Path, tmp_path: Path, case: str) -> None:
     path = shutil.copytree(pristine / "step_00000200", tmp_path / "step_00000200")
+    synthetic.as_format_1(path)
     document = json.loads((path / "index.json").read_text())
     FORGED[case](document)
     document["checksum"] = format_.checksum(document)

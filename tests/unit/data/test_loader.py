@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bd3_scale.data import checked_once, shards
 from bd3_scale.data.loader import Loader, validation_rows
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.order import GlobalOrder
@@ -24,9 +27,12 @@ def reader(prepared: dict[str, tuple[Path, Manifest]]) -> ShardReader:
     return ShardReader(prepared["mds"][0], "train", context=64, tokenizer=ByteTokenizer())
 
 
-def loader(reader: ShardReader, micro_batch: int, replica: int = 0, replicas: int = 1, prefetch: int = 2) -> Loader:
+def loader(
+    reader: ShardReader, micro_batch: int, replica: int = 0, replicas: int = 1, prefetch: int = 2, download_ahead: int = 0
+) -> Loader:
     order = GlobalOrder(reader.shard_rows, 1, 2)
-    return Loader(reader, order, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, replica=replica, replicas=replicas, prefetch=prefetch)
+    place = {"micro_batch": micro_batch, "replica": replica, "replicas": replicas}
+    return Loader(reader, order, global_batch=GLOBAL_BATCH, prefetch=prefetch, download_ahead=download_ahead, **place)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("micro_batch", "replicas", "prefetch"), [(24, 1, 2), (1, 1, 0), (3, 2, 1), (2, 4, 3), (1, 12, 2)])
@@ -152,3 +158,63 @@ def test_two_epochs_stopped_ten_times_are_two_epochs(kind: str, prepared: dict[s
     assert (seen == np.stack(expected)).all()
     every_row = sorted(map(tuple, np.concatenate([reader.rows(np.arange(len(reader)))] * 2).tolist()))
     assert sorted(map(tuple, seen.reshape(-1, 64)[: len(every_row)].tolist())) == every_row
+
+
+def test_shards_of_the_next_window_are_opened_ahead(reader: ShardReader) -> None:
+    """A window's border would else open all of its shards at once, on all ranks, while all of them wait."""
+    order = GlobalOrder(reader.shard_rows, 1, 2)
+    needed, following = order.shards(0, 3 * GLOBAL_BATCH, 2)
+    with loader(reader, 4, prefetch=2, download_ahead=2) as opened:
+        opened.micro_batches(0)
+        end = time.monotonic() + 30
+        while not set(needed + following) <= reader._open.keys() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert set(following) <= reader._open.keys()
+        for position in range(GLOBAL_BATCH, len(reader), GLOBAL_BATCH):
+            opened.micro_batches(position)
+            assert len(reader._open) <= reader._open_limit
+
+
+def test_what_is_needed_is_not_closed_for_what_comes(reader: ShardReader) -> None:
+    small = ShardReader(reader._folder.parent, "train", context=64, tokenizer=ByteTokenizer(), open_shards=2)
+    small.open_ahead(0, [0, 1, 2])
+    small.open_ahead(1, [0, 1, 2])
+    small.open_ahead(2, [0, 1, 2])
+    assert list(small._open) == [0, 1]
+    small.open_ahead(2, [1, 2])
+    assert list(small._open) == [1, 2], "the first is read, and goes"
+    small.close()
+
+
+@pytest.mark.parametrize("kind", ["mds", "webdataset"])
+def test_a_node_hashes_a_shard_once(kind: str, copy_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Eight processes of a node read the same rows of the same shards: one of them hashes a file, until it changes."""
+    folder, hashed = copy_of(kind), list[int]()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(checked_once, "_folder", lambda: tmp_path)
+    plain = shards.xxh64
+
+    def counted(content: bytes) -> str:
+        hashed.append(len(content))
+        return plain(content)
+
+    monkeypatch.setattr(shards, "xxh64", counted)
+
+    def rows() -> np.ndarray:
+        with ShardReader(folder, "train", context=64, tokenizer=ByteTokenizer()) as one:
+            hashed.clear()
+            return one.rows(np.arange(len(one)))
+
+    first = rows()
+    assert len(hashed) == len(list((folder / "train").glob("*.mds")) or list((folder / "train").glob("*.tar")))
+    assert (rows() == first).all() and not hashed
+    file = sorted(path for path in (folder / "train").iterdir() if path.suffix in (".mds", ".tar"))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    status = file.stat()
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="is damaged"):
+        rows()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as where a disk fails: only the bytes differ
+    with pytest.raises(DataError, match="is damaged"):
+        rows()

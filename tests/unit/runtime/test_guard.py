@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from bd3_scale.errors import DataError, TrainingError
 from bd3_scale.runtime import guard as module
-from bd3_scale.runtime.guard import Guard, is_lost_peer
+from bd3_scale.runtime.guard import Beat, Guard, is_lost_peer, named_behind
 
 PATIENCE = 1.2
 LIMIT = 30.0
@@ -138,6 +138,18 @@ def test_killed_process_of_this_host_is_named_long_before_its_heartbeat_is_misse
         line = here.wait(0)
         process.wait()
     assert f"rank 1 (host {victim._beat.host}, pid {process.pid}, last heard of at step 0) is gone" in line
+
+
+def test_the_rank_that_the_others_wait_for_is_named() -> None:
+    """Two pipelines of two stages: rank 2 hangs before a reduction with 3, which waits for it; 0 and 1 wait for these in the world."""
+
+    def beat(rank: int, **collectives: int) -> Beat:
+        return Beat(rank, f"host{rank}", 100 + rank, "", step=7, collectives=collectives)
+
+    beats = [beat(0, world=9, a=5), beat(1, world=9, a=5), beat(2, world=8, b=4), beat(3, world=8, b=5)]
+    text = named_behind(beats)
+    assert "wait for rank 2 (host host2, pid 102, last heard of at step 7), behind" in text and "host3" not in text
+    assert named_behind([beat(0, world=9), beat(1, world=9)]) == "", "a device hangs, not a host: nothing tells them apart"
 
 
 def test_error_of_a_rank_is_told_to_the_others(world: Callable[[int], World]) -> None:

@@ -47,6 +47,29 @@ def test_work_and_a_start_that_takes_its_time_are_not(tmp_path: Path) -> None:
     assert not told and not watchdog._thread.is_alive()
 
 
+def test_the_limit_follows_what_the_run_has_known(tmp_path: Path) -> None:
+    """Twenty times its slowest piece of work, two minutes at least; all that is allowed where the kind of work is new."""
+    now = [0.0]
+    pulse = Pulse(None, 100, clock=lambda: now[0])
+    watchdog = Watchdog(pulse, 1600.0, tmp_path, 0, print, times=20)
+
+    def work(doing: str, seconds: float, times: int = 1) -> float:
+        for _ in range(times):
+            pulse.beat(1, doing)
+            now[0] += seconds
+        return watchdog.limit()
+
+    assert work("train", 0.5, 5) == 1600, "not yet"
+    assert work("train", 0.5, 10) == 120, "short steps: two minutes"
+    assert work("train", 10.0, 2) == 200, "one of 10 s is behind us"
+    assert work("validate", 1.0) == 1600, "the first validation may compile"
+    assert work("train", 0.5) == 200 and work("validate", 1.0) == 200
+    assert work("save", 3.0, 5) == 1600, "a save waits for the disk, whose moods nobody knows"
+    assert work("train", 100.0, 3) == 1600, "never above the time-out"
+    pulse.forget()
+    assert work("train", 0.1) == 1600, "another block size"
+
+
 def test_stacks_name_the_function_that_waits(tmp_path: Path) -> None:
     def waiting_for_godot(arrived: threading.Event) -> None:
         arrived.wait()

@@ -1,0 +1,27 @@
+"""How many files and sockets a process may have open, and how many a world of many ranks needs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+
+MOST_FILES = 1 << 20
+"""Open files that a process asks for where the system knows no limit."""
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files and sockets as the system lets it raise by itself (the hard limit); returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return most if soft == resource.RLIM_INFINITY else soft
+
+
+def files_needed(ranks: int) -> int:
+    """Descriptors that a process of a world of `ranks` may need: the store, which the launcher holds, has two connections of every rank
+    (its own and its guard's); groups of gloo talk to about 2 log2(ranks) others each; shards of data and checkpoints are open beside."""
+    return 512 + 2 * ranks + 32 * math.ceil(math.log2(max(ranks, 2)))
