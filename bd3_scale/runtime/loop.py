@@ -69,7 +69,8 @@ class Trainer:
             if "step_rule" in self.run_state:
                 rule.load(self.run_state["step_rule"])
             self.engine.resume(checkpoint.step - rule.left_out_so_far)
-            self.run_state["amendments"] = found.amendments
+            if found.amendments:
+                self.run_state["amendments"] = found.amendments
         self.tuning = tuner.TunerState.from_dict(self.run_state["tuner"])
         self._advance(self.step)
         if found is not None and found.amended("objective.interval"):
