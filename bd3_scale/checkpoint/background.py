@@ -54,28 +54,40 @@ class Channel:
         dist.destroy_process_group(self._group)
 
 
+PIECE = 1 << 28
+"""Numbers that are allocated together: torch rounds what is pinned up to a power of two, of the whole that might be as much again."""
+
+
+def _host_memory(sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
+    """fp32 [size] for each, in pieces of about `PIECE`."""
+    groups: list[list[int]] = [[]]
+    for size in sizes:
+        if groups[-1] and sum(groups[-1]) + size > PIECE:
+            groups.append([])
+        groups[-1].append(size)
+    pieces = (torch.empty(sum(group), dtype=torch.float32, pin_memory=pinned).split(group) for group in groups)
+    return [value for piece in pieces for value in piece]
+
+
 class HostCopy:
     """Host memory for this rank's fragments, kept from save to save; pinned where the state is on CUDA."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._room: list[torch.Tensor] = []
         self._event: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def take(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """The fragments with values of their own. On CUDA they are there after `ready`; the stream orders later updates behind."""
-        count = sum(fragment.region.numel for fragment in fragments)
+        sizes = [fragment.region.numel for fragment in fragments]
         cuda = any(fragment.value.is_cuda for fragment in fragments)
-        if self._buffer.numel() < count or (cuda and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(0)  # the old one goes before the new one comes
-            self._buffer = torch.empty(count, dtype=torch.float32, pin_memory=cuda)
-        copies, start = [], 0
-        for fragment in fragments:
-            stop = start + fragment.region.numel
-            value = self._buffer[start:stop]
+        if [len(value) for value in self._room] != sizes or any(cuda and not value.is_pinned() for value in self._room[:1]):
+            self._room = []  # the old one goes before the new one comes
+            self._room = _host_memory(sizes, pinned=cuda)
+        copies = []
+        for fragment, value in zip(fragments, self._room, strict=True):
             value.copy_(fragment.value, non_blocking=cuda)
             copies.append(Fragment(fragment.kind, fragment.name, fragment.region, value))
-            start = stop
         self._event = None
         if torch.cuda.is_initialized():  # also where this rank owns nothing: a sum of its weights is on its way
             self._event = torch.cuda.Event()

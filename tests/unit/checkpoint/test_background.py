@@ -73,16 +73,24 @@ def test_host_memory_is_reused_and_a_second_save_waits_for_the_first(
     said: list[str] = []
     saver = Saver(tmp_path, CheckpointConfig(keep=2, keep_every=200), say=said.append)
     begin(synthetic, saver, 100, synthetic.whole())
-    memory = saver._host._buffer.data_ptr()
+    memory = saver._host._room[0].data_ptr()
     threading.Timer(0.2, held.go.set).start()
     begin(synthetic, saver, 200, synthetic.whole(), synthetic.full_state(1))
     assert "step 200: waited" in said[0] and "step 100" in said[0]
-    assert saver.published == tmp_path / "step_00000100" and saver._host._buffer.data_ptr() == memory
+    assert saver.published == tmp_path / "step_00000100" and saver._host._room[0].data_ptr() == memory
     for step in (300, 400, 500):
         begin(synthetic, saver, step, synthetic.whole(), synthetic.full_state(2))
     saver.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000200", "step_00000400", "step_00000500"]
     assert synthetic.holds(tmp_path / "step_00000200", 1) and synthetic.holds(store.find_latest(tmp_path), 2)
+
+
+def test_host_memory_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory is rounded up to a power of two: of one large allocation up to as much again would be lost."""
+    monkeypatch.setattr(background, "PIECE", 10)
+    values = background._host_memory([4, 6, 3, 25, 0, 2, 8], pinned=False)
+    assert [len(value) for value in values] == [4, 6, 3, 25, 0, 2, 8] and all(value.is_contiguous() for value in values)
+    assert [value.untyped_storage().nbytes() // 4 for value in values] == [10, 10, 3, 25, 10, 10, 10]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
