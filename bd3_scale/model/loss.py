@@ -158,4 +158,4 @@ class _LinearLoss(torch.autograd.Function):
         grad_bias = None if grad_bias is None else grad_bias.mul_(scale).to(dtype)
         scaled = grad_weight if dtype == grad_weight.dtype else grad_weight.new_empty(grad_weight.shape, dtype=dtype)
         torch.mul(grad_weight, scale, out=scaled)  # in fp32, rounded on its way out
-        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), scaled, grad_bias, *[None] * 6
+        return (grad_hidden.float() * scale).to(grad_hidden.dtype), scaled, grad_bias, *[None] * 6
