@@ -90,10 +90,6 @@ class Recipe:
         """What the number of selected positions of a micro-batch is padded to: sequence parallelism divides them over its ranks."""
         return math.lcm(SELECTED_MULTIPLE[device], self.parallel.tensor if self.parallel.sequence else 1)
 
-    def compiled_sizes(self, device: str) -> int | None:
-        """The same multiple, where layers are compiled and the number must have few values (`inputs.of_few_sizes`); None: it need not."""
-        return None if self.training.compile == "none" else self.selected_multiple(device)
-
 
 CHOICES = {
     "run.resume": ("auto", "never", "fresh"),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_scale.diffusion.mask import AttentionPattern, document_segments
@@ -125,22 +124,6 @@ def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
         selected=torch.where(ours, inputs.selected, 0),
         targets=torch.where(ours, inputs.targets, 0),
         weights=torch.where(ours, inputs.weights, 0.0),
-    )
-
-
-SIZES = 16
-
-
-def of_few_sizes(inputs: NetworkInputs, multiple: int) -> NetworkInputs:
-    """The same inputs, whose selected positions are padded to one of about `SIZES` numbers, all of them multiples of `multiple`.
-
-    Compiled code has a variant for every number that it meets. (A size that is left open would need one alone, but torch 2.11 then sums
-    the gradients over these rows wrongly: on an H200, from 8192 rows, what modulates the last layer got a gradient of nan.)
-    """
-    step = -(-inputs.tokens.shape[0] * inputs.pattern.length // (SIZES * multiple)) * multiple
-    missing = (0, -len(inputs.selected) % step)
-    return replace(
-        inputs, selected=F.pad(inputs.selected, missing), targets=F.pad(inputs.targets, missing), weights=F.pad(inputs.weights, missing)
     )
 
 

@@ -2,14 +2,19 @@
 
 What Dynamo cannot trace it leaves out without a word, and a function that it has compiled `recompile_limit` times (8) it runs as
 plain Python from then on; FlexAttention then holds the whole matrix of scores. Both are errors here: a layer is one graph, from its
-first norm to its last residual, and the limit is beyond what a run needs (patterns x training or validation x sizes of a micro-batch x
-`inputs.SIZES` of what is selected in the last layer), so that whoever meets it has found a fault.
+first norm to its last residual, and the limit is beyond what a run needs (patterns x last layer or not x training or validation x
+sizes of a micro-batch), so that whoever meets it has found a fault.
 
-Invariants: whatever differs from layer to layer or from step to step reaches compiled code as a tensor; no size is left open.
+Inductor's sums over rows and columns at once (`mix_order_reduction`) are switched off: where several gradients make one tensor, as those
+of a modulation do, some are never written (pytorch issue 193061; on an H200 the last layer's were nan from 6,827 selected rows of
+width 768 on). It is an option of each compilation, because settings of torch are a thread's own, and backwards are compiled in others.
+
+Invariant: whatever differs from layer to layer or from step to step reaches compiled code as a tensor.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +24,35 @@ BACKEND = "inductor"
 """torch.compile's."""
 VARIANTS = 256
 """Of one function, for all layers together."""
+_limited = threading.local()
 
 
 def compiled_whole(function: Callable[..., Any], mode: str = "default", backend: str | None = None) -> Callable[..., Any]:
-    """`function` as one graph, all sizes being constants. Raises where it cannot be one graph."""
-    torch._dynamo.config.recompile_limit = VARIANTS
-    torch._dynamo.config.accumulated_recompile_limit = 16 * VARIANTS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    compiled: Callable[..., Any] = torch.compile(function, mode=mode, backend=backend or BACKEND, dynamic=False, fullgraph=True)
-    return compiled
+    """`function` as one graph; sizes are constants but for those that `of_any_size` marks. Raises where it cannot be one graph."""
+    backend = backend or BACKEND
+    options = None
+    if backend == "inductor":
+        options = {**torch._inductor.list_mode_options(mode), "triton.mix_order_reduction": False}
+    compiled: Callable[..., Any] = torch.compile(function, options=options, backend=backend, dynamic=False, fullgraph=True)
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        _limit_variants()
+        return compiled(*arguments, **named)
+
+    return run
+
+
+def _limit_variants() -> None:
+    """In this thread: a recomputation runs in the backward's."""
+    if getattr(_limited, "count", None) != VARIANTS:
+        torch._dynamo.config.recompile_limit = VARIANTS
+        torch._dynamo.config.accumulated_recompile_limit = 16 * VARIANTS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        _limited.count = VARIANTS
+
+
+def of_any_size(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
+    """The tensor, of whose size in `dimension` compiled code makes no variant of its own."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    return tensor

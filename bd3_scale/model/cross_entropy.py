@@ -6,7 +6,7 @@ sum of exponentials, logit of the target), which the tensor ranks combine, and a
 bytes for each logit at most, and no copy of them.
 
 Invariants: all arithmetic is in fp32, and a logit of -inf (MASK, padding) has the gradient 0; where weights are 0 the gradient is
-exactly 0; no size is left open (see `compiling.py`), so that there is a variant for each size of a last chunk.
+exactly 0; nothing depends on how many positions a chunk has, so that the last chunk, and another micro-batch, compile nothing anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from bd3_scale.model.compiling import compiled_whole
+from bd3_scale.model.compiling import compiled_whole, of_any_size
 
 
 def statistics(logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,6 +51,7 @@ class FusedCrossEntropy:
         where no gradient is wanted. Returns (nll fp32 [n], gradient of the weighted sum: the same memory as the logits)."""
         place = targets - self.first_id
         place = torch.where((place >= 0) & (place < logits.shape[-1]), place, -1)
+        logits, place = of_any_size(logits, 0), of_any_size(place, 0)
         top, total, target = _compiled(statistics, self.backend)(logits, place)
         if self.divided:
             group = parallel_state.get_tensor_model_parallel_group()
@@ -63,7 +64,8 @@ class FusedCrossEntropy:
         nll = total.log() - (target - top)
         if weights is None:
             return nll, None
-        _compiled(put_gradient, self.backend)(logits, place, top, total, weights)
+        rows = (of_any_size(numbers, 0) for numbers in (top, total, weights))
+        _compiled(put_gradient, self.backend)(logits, place, *rows)
         return nll, logits
 
 

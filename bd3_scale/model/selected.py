@@ -21,6 +21,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.stream import Stream
 
 
@@ -46,7 +47,8 @@ class SelectedRows:
         samples, rows = selected // length, selected % length
         part = len(selected) // stream.ranks
         mine = slice(stream.rank * part, (stream.rank + 1) * part)
-        return SelectedRows(stream, batch, rows * batch + samples, samples[mine], rows[mine])
+        places, samples, rows = (of_any_size(each, 0) for each in (rows * batch + samples, samples[mine], rows[mine]))
+        return SelectedRows(stream, batch, places, samples, rows)
 
     def take(self, x: Tensor) -> Tensor:
         """x [rows of this rank, batch, hidden] -> [n / ranks, hidden]."""

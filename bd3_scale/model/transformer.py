@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bd3_scale.diffusion.inputs import NetworkInputs
 from bd3_scale.diffusion.simplex import SimplexNoise
 from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_table
+from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.kernels import block_mask_of
 from bd3_scale.model.layers import (
@@ -98,8 +99,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared: Shared, last: bool, words: DropoutWords | None) -> Tensor:
         """x [rows, batch, hidden] -> the same; in the `last` layer only the scored rows, or, [n, hidden], the selected ones."""
         modulation = self._modulation(shared.condition)
+        rows = shared.handed_on(last)
         x = self.attention_half(x, modulation[:3], shared, last, words)
-        return self.mlp_half(x, modulation[3:], shared.handed_on(last), words)
+        return self.mlp_half(x if rows.selected is None else of_any_size(x, 0), modulation[3:], rows, words)
 
     def attention_half(self, x: Tensor, modulation: tuple[Tensor, ...], shared: Shared, last: bool, words: DropoutWords | None) -> Tensor:
         """x -> x + attention(norm(x)); `modulation`: (shift, scale, gate), or nothing without adaLN."""
@@ -236,7 +238,7 @@ class Transformer(nn.Module):
         keys = dropout_keys(inputs.dropout_keys, self.layers).unbind()
         words: list[DropoutWords | None] = [DropoutWords(each, rows, channels) for each in keys]
         if selected is not None:
-            words[-1] = DropoutWords(keys[-1][:, selected.samples], selected.row_ids, channels)
+            words[-1] = DropoutWords(of_any_size(keys[-1][:, selected.samples], 1), selected.row_ids, channels)
         return words
 
     def _rotary(self, positions: Tensor) -> Rotary:

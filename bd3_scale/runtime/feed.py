@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bd3_scale.data.loader import MicroBatch
-from bd3_scale.diffusion.inputs import NetworkInputs, of_few_sizes, scored_rows
+from bd3_scale.diffusion.inputs import NetworkInputs, scored_rows
 from bd3_scale.diffusion.objectives import Objective
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ class Feed:
         is, so many updates and rows."""
         self._seed, self._global_batch, self._objective_at = recipe.run.seed, recipe.training.global_batch, objective_at
         self._first_step, self._first_samples, self._device = step, samples, layout.device
-        self._sizes_of = recipe.compiled_sizes(layout.device.type)
         self._loader = data.loader(
             self._seed,
             global_batch=self._global_batch,
@@ -74,8 +73,7 @@ class Feed:
         made = []
         for batch in micro_batches:
             inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._global_batch)
-            inputs = scored_rows(inputs, batch.real)
-            made.append(inputs if self._sizes_of is None else of_few_sizes(inputs, self._sizes_of))
+            made.append(scored_rows(inputs, batch.real))
         if self._device.type != "cuda":
             return made
         with torch.cuda.device(self._device):  # a thread begins on the first device, whose ranks are others

@@ -85,7 +85,6 @@ class Trainer:
             micro_batch=recipe.micro_batch(layout.data),
             seed=recipe.run.seed,
             interrupted=self._stop_in_validation,
-            sizes_of=recipe.compiled_sizes(layout.device.type),
         )
         self.stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
         self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from bd3_scale.data.loader import Rows, validation_rows
-from bd3_scale.diffusion.inputs import NetworkInputs, of_few_sizes, row_nelbo
+from bd3_scale.diffusion.inputs import NetworkInputs, row_nelbo
 from bd3_scale.diffusion.likelihood import Moments, mean_and_standard_error, perplexity
 from bd3_scale.diffusion.objectives import Objective
 from bd3_scale.diffusion.tuner import IntervalStatistics, candidates, interval_statistics, no_rows, row_statistics
@@ -68,12 +68,9 @@ class Validator:
         micro_batch: int,
         seed: int,
         interrupted: Callable[[], bool] = lambda: False,
-        sizes_of: int | None = None,
     ) -> None:
-        """`interrupted` is asked between groups of micro-batches, on all ranks alike, and ends a pass without a result. `sizes_of`: the
-        multiple of `of_few_sizes`, where the network is compiled."""
+        """`interrupted` is asked between groups of micro-batches, on all ranks alike, and ends a pass without a result."""
         self.layout, self.micro_batch, self.seed, self.interrupted = layout, micro_batch, seed, interrupted
-        self.sizes_of = sizes_of
         self.total = min(rows, len(reader))
         if self.total < layout.data:
             raise RecipeError(
@@ -116,8 +113,6 @@ class Validator:
             # A share that is one row short joins the last forward with a row that is not counted.
             given = [part if len(part[0]) else (self.indices[:1], self.rows[:1]) for part in parts]
             inputs = [objective.validation_inputs(rows, indices, self.seed) for indices, rows in given]
-            if self.sizes_of is not None:
-                inputs = [of_few_sizes(one, self.sizes_of) for one in inputs]
             for (indices, _), one, nll in zip(parts, inputs, evaluate(inputs), strict=True):
                 if nll is not None and len(indices):
                     moments = moments + Moments.of(row_nelbo(one, nll))

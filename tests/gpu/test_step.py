@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig
-from bd3_scale.diffusion.inputs import NetworkInputs, of_few_sizes
+from bd3_scale.diffusion.inputs import NetworkInputs
 from bd3_scale.diffusion.objectives import objective_at
 from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.transformer import Transformer
@@ -72,14 +72,15 @@ def test_a_step_in_bf16_loses_its_rounding(name: str, record_property: Callable[
 
 @pytest.mark.parametrize("rows", [4, 8, 16])
 def test_compiled_layers_have_the_gradients_of_plain_ones(rows: int, record_property: Callable[[str, object], None]) -> None:
-    """Where thousands of selected rows are summed for what modulates the last layer: an open size made that nan from 8,192 on."""
+    """Where thousands of selected rows are summed for what modulates the last layer: Inductor's sums in mixed order left some unwritten,
+    from 6,827 rows of this width on."""
     length = 128 if REHEARSAL else 1024
-    config = replace(ADALN, context=length, layers=2)
+    config = replace(ADALN, context=length, layers=2, hidden=768, heads=6, key_value_heads=6)
     objective = objective_at(
         ObjectiveConfig("bd3", 16, interval=(0.3, 0.8)), length, MASK, 0, pad_to=256, row_multiple=ROW_MULTIPLE["cuda"]
     )
     tokens = np.random.default_rng(1).integers(0, MASK, (rows, length))
-    given = of_few_sizes(objective.training_inputs(tokens, np.arange(rows), 0, 0, rows), SELECTED_MULTIPLE["cuda"]).to(DEVICE)
+    given = objective.training_inputs(tokens, np.arange(rows), 0, 0, rows).to(DEVICE)
     found = []
     for choice in ("blocks", "none"):
         network = drawn(config).to(DEVICE, torch.bfloat16)

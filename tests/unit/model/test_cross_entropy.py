@@ -118,17 +118,17 @@ def step(kind: str, backend: str, dtype: torch.dtype, tokens: int) -> list[Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_head_that_is_fused_is_the_head(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 64, and a shorter last one: a graph of each function for each size that is met."""
+    """Chunks of 64, and a shorter last one of many sizes: one graph of each function."""
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 1)
     counters.clear()
     cross_entropy._compiled.cache_clear()
     torch._dynamo.reset()
-    for tokens in (200, 72, 64, 136):
+    for tokens in (200, 131, 64, 90):
         for plain, fused in zip(step("eager", backend, dtype, tokens), step("fused", backend, dtype, tokens), strict=True):
             # bf16: gradients are rounded in another order.
             bound = 2**-6 if dtype == torch.bfloat16 and plain.dtype == dtype else 1e-5
             assert plain.dtype == fused.dtype and (plain - fused).abs().max() <= bound * plain.abs().max()
-    assert counters["stats"]["unique_graphs"] == 2 * 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @needs_compiler
