@@ -92,7 +92,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(rows: int, record_prop
     record_property(
         "table", f"compiled, {len(given.selected):6d} selected rows" + "".join(f"  {what} {errors[what]:.1e}" for what in errors)
     )
-    assert all(errors[what] < ROUNDED[what] for what in errors), errors
+    assert all(errors[what] < 2 * ROUNDED[what] for what in errors), errors
 
 
 def drawn(config: ModelConfig) -> Transformer:
