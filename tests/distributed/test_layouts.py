@@ -150,6 +150,9 @@ SAID_BY_OTHERS = {
     "data 3, zero 0", "data 3, zero 2", "ssdlm: data 3", "7 rows: pipeline 2 x 2 interleaved, data 2", "7 rows: tensor 2, data 2, sequence",
     "tensor 2, zero 0", "data 4, one micro-batch", "sedd: data 2", "adaln: data 2, zero 0, recomputed", "ssdlm: tensor 2, data 2, sequence",
     "tied: data 4", "tied: tensor 2, data 2, zero 0", "data 4, deepspeed, zero 0", "pipeline 2 x 2 interleaved, data 2, zero 0",
+    "bf16: data 2, fsdp, zero 2", "bf16: pipeline 2, data 2", "compiled: tensor 2, data 2", "tied: pipeline 2, data 2",
+    "7 rows: pipeline 2, data 2", "adaln: pipeline 2 x 2 interleaved, data 2", "ssdlm: pipeline 2, data 2, zero 2",
+    "block sizes that change: data 2, zero 3",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]
