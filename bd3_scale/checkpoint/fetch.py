@@ -112,22 +112,23 @@ def _fetch_all(
     left = shares_of_files(files, communicator.world_size)[communicator.rank]
     total = sum(record.bytes for record in files.values())
     blocks: Iterator[int] = iter(())
-    name, done, here, failures = "", 0, 0, 0
+    name, done, here, failures, fresh = "", 0, 0, 0, True
 
     def fetch_some() -> tuple[int, bool, str]:
         """Fetch for some seconds; the bytes that are there, whether all of this rank's are, and what ends the attempt."""
-        nonlocal blocks, name, done, here, failures
+        nonlocal blocks, name, done, here, failures, fresh
         if not temporary.is_dir():
             raise CheckpointError(f"rank {communicator.rank} does not find {temporary}; set run.dir to a file system that all nodes share")
         end = time.monotonic() + ROUND
         while time.monotonic() < end:
             try:
                 here += next(blocks)
+                failures, fresh = failures if fresh else 0, False  # the first are bytes that were here
             except StopIteration:
                 done, here = done + here, 0
                 if not left:
                     return done, True, ""
-                name = left.pop()
+                name, fresh = left.pop(), True
                 blocks = _fetched(filesystem, f"{root.rstrip('/')}/{name}", temporary / name, files[name])
             except CheckpointError:
                 raise

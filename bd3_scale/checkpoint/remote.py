@@ -9,6 +9,8 @@ fails is tried again a few times, then reported, and nothing else happens to the
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -39,13 +41,29 @@ def check_url(url: str) -> None:
         raise CheckpointError(f"checkpoint.remote={url} cannot be written: {error}; install what it names or use another url") from error
 
 
+MARK = ".sha256"
+"""Of a small file beside each of a checkpoint's: what its content is, written when it is whole. A run that was set back saves a step again,
+whose files have the names and sizes of those that stand there."""
+
+
 def put(folder: Path, url: str, names: Collection[str]) -> None:
-    """Copy files of a checkpoint folder to `url`/NAME. Raises whatever the file system raises."""
+    """Copy files of a checkpoint folder to `url`/NAME, and say of each what it is. Raises whatever the file system raises."""
     filesystem, root = fsspec.core.url_to_fs(url)
     target = f"{root.rstrip('/')}/{folder.name}"
     filesystem.makedirs(target, exist_ok=True)
+    files = parse(read_text(folder / INDEX_NAME, LARGEST_INDEX)).files
     for name in sorted(names):
         filesystem.put_file(str(folder / name), f"{target}/{name}")
+        if name in files:
+            filesystem.pipe_file(f"{target}/{name}{MARK}", files[name].sha256.encode())
+
+
+def withdraw(folder: Path, url: str) -> None:
+    """Delete the index of an earlier checkpoint of this name at `url`, whose files are about to be replaced."""
+    filesystem, root = fsspec.core.url_to_fs(url)
+    index = f"{root.rstrip('/')}/{folder.name}/{INDEX_NAME}"
+    if filesystem.exists(index):
+        filesystem.rm_file(index)
 
 
 def publish(folder: Path, url: str) -> None:
@@ -56,12 +74,16 @@ def publish(folder: Path, url: str) -> None:
 
 
 def missing(folder: Path, url: str) -> list[str]:
-    """The files that the index of a checkpoint names and that do not stand at `url`/NAME in full length."""
+    """The files that the index of a checkpoint names and that do not stand at `url`/NAME, whole and with that content."""
     filesystem, root = fsspec.core.url_to_fs(url)
     filesystem.invalidate_cache()
-    found: dict[str, Any] = {Path(one["name"]).name: one["size"] for one in filesystem.ls(f"{root.rstrip('/')}/{folder.name}", detail=True)}
+    target = f"{root.rstrip('/')}/{folder.name}"
+    found: dict[str, Any] = {Path(one["name"]).name: one["size"] for one in filesystem.ls(target, detail=True)}
     files = parse(read_text(folder / INDEX_NAME, LARGEST_INDEX)).files
-    return sorted(name for name, record in files.items() if found.get(name) != record.bytes)
+    marked = [f"{target}/{name}{MARK}" for name, record in files.items() if found.get(name) == record.bytes and f"{name}{MARK}" in found]
+    marks: dict[str, bytes] = filesystem.cat(marked, on_error="omit") if marked else {}
+    whole = {Path(path).name: mark.decode("ascii", "replace") for path, mark in marks.items()}
+    return sorted(name for name, record in files.items() if whole.get(f"{name}{MARK}") != record.sha256)
 
 
 def prune(url: str, keep: int, keep_every: int) -> None:
@@ -131,6 +153,8 @@ class Uploader:
                     return
                 (self._current, names), self._waiting = self._waiting, None
             folder = self._current
+            if self.leads and not self._tried(folder, lambda: withdraw(folder, self.url)):  # noqa: B023
+                continue
             if self._tried(folder, lambda: put(folder, self.url, names)) and self.leads and self._all_are_there(folder):  # noqa: B023
                 self._tried(folder, lambda: publish(folder, self.url))  # noqa: B023
                 if self.keep:
@@ -149,7 +173,11 @@ class Uploader:
             with self._changed:
                 if attempt < ATTEMPTS and self._waiting is None:
                     self._changed.wait_for(lambda: self._closing or self._waiting is not None, PAUSE * 2 ** (attempt - 1))
-        self._warn(f"{folder.name}: {what} {self.url} ({ATTEMPTS} attempts; {cause}); the local checkpoint is whole")
+        text = f"{folder.name}: {what} {self.url} ({ATTEMPTS} attempts; {cause}); the local checkpoint is whole"
+        if self.leads:
+            self._warn(text)
+        else:  # of other ranks nobody writes down what is wrong, and the leader knows only that files are missing
+            print(f"bd3_scale: WARNING: on host {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
         return False
 
     def _all_are_there(self, folder: Path) -> bool:

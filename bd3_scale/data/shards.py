@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -212,12 +213,17 @@ class ShardReader:
         entry = self._split.shards[shard]
         path = self._folder / entry.file
         with finding(path, entry) as checked:
-            if checked is None or afresh:
-                descriptor, content = self._checked_file(entry)
+            descriptor = None
+            if checked is not None and not afresh:
+                with contextlib.suppress(OSError):  # let go by another process meanwhile, or unreadable: as if it had not been checked
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if known := descriptor is not None:
+                content = b""
             else:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor, content = self._checked_file(entry)
+            assert descriptor is not None
             try:
-                if checked is None or afresh:
+                if checked is None or not known:
                     checked = self._index.check(shard, content)
                     keep(path, entry, checked)
                 elif self._cache is not None:

@@ -17,6 +17,7 @@ A rank that leaves in order says so before it goes. One process has no thread, n
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -181,7 +182,8 @@ class Guard:
                 loud = int(finder) == self.rank or self.rank == self._local[0]
                 # The store may be on this host and end with it: leave the other hosts the time to read the verdict.
                 linger = self.interval + 1 if len(self._local) < self.world_size else 0.0
-                self.last_words()
+                with contextlib.suppress(Exception):  # a full disk must not keep this process from ending
+                    self.last_words()
                 self._end(f"bd3_scale: error: {self.verdict}{self._failure}" if loud else None, linger)
                 return
 

@@ -167,9 +167,10 @@ class Trainer:
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
         recipe = self.recipe
-        start = time.perf_counter()
+        start, self.pulse.waits = time.perf_counter(), True
         taken = self.feed.take(self.step, self.samples)
-        self.pace.data_seconds = time.perf_counter() - start
+        self.pulse.waits = False
+        self.pace.begin_step(time.perf_counter() - start)
         loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(rate_of(recipe, self.step))
         before = self.tuning
@@ -179,7 +180,7 @@ class Trainer:
         self.samples += recipe.training.global_batch
         if self.ema is not None:
             self.ema.update(self.step)
-        self.pace.measuring = False
+        self.pace.end_step()
         return loss, norm
 
     def log(self) -> None:
@@ -195,7 +196,6 @@ class Trainer:
             skipped=self.engine.adam.rule.counts,
             pace=self.pace.read,
         )
-        self.pace.measuring = True
         in_a_row = line["skipped_in_a_row"]
         if in_a_row > self.recipe.training.skipped_in_a_row:
             raise TrainingError(self._diverged(in_a_row, line["loss"]))
@@ -204,8 +204,8 @@ class Trainer:
         """What was left out, and both ways on."""
         ranges, batch = self.recipe.data.skip, self.recipe.training.global_batch
         first, last = (place_of(sample, ranges) for sample in (self.samples - in_a_row * batch, self.samples - 1))
-        kept = [one for one in ranges if one[0] < first]  # another may lie among these samples
-        skip, rate = as_yaml([*kept, [first, last + 1]]), self.recipe.training.learning_rate / 2
+        kept = [one for one in ranges if one[1] <= first or one[0] > last]  # others may lie among these samples
+        skip, rate = as_yaml(sorted([*kept, [first, last + 1]])), self.recipe.training.learning_rate / 2
         return (
             f"the last {in_a_row} steps up to step {self.step} were left out, because their gradient norm was not a number or far above "
             f"those before (train loss {loss:.4g}); continue from the last checkpoint before them with a lower rate "

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.checkpoint.shards import write_text
 from bd3_scale.errors import CheckpointError, RecipeError, TrainingError, UserError, on_all_ranks
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.runtime.guard import kernel, process_is_gone
@@ -100,10 +101,12 @@ def _take(folder: Path, launchers: list[str]) -> str:
     mine, current = place / token, place / CURRENT
     job = next((f"{name}={os.environ[name]}" for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if os.environ.get(name)), "")
     me = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "kernel": kernel(), "job": job, "launchers": launchers}
-    mine.write_text(json.dumps(me))
+    write_text(mine, json.dumps(me).encode())  # on the disk, so that no power cut leaves an owner without a name
     try:
         while True:
             before = _read(current)
+            if before is not None and before["token"] == token:
+                return token  # linked, although the answer of a network file system was that it existed
             if before is None:
                 claim = current
             else:

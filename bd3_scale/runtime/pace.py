@@ -29,12 +29,11 @@ LONG = 10
 
 
 class Pace:
-    """`measuring` is True during a step that is measured; hooks of `modules` do nothing in others."""
+    """Hooks of `modules` measure the first step after a reading, between `begin_step` and `end_step`, and nothing else: no validation."""
 
     def __init__(self, layout: Layout, modules: Sequence[nn.Module] = ()) -> None:
-        self.layout, self.measuring = layout, False
-        self.data_seconds = 0.0
-        """For which the measured step waited for its rows."""
+        self.layout, self.measuring, self._due = layout, False, False
+        self._data_seconds = 0.0
         self.hosts = layout.all_gather((socket.gethostname(), layout.pipeline_rank))
         self._cuda, self._marks = layout.device.type == "cuda", list[tuple[Any, Any]]()
         self._began: Any = None
@@ -43,6 +42,14 @@ class Pace:
             for module in modules:
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, prepend=True)
+
+    def begin_step(self, waited: float) -> None:
+        """`waited`: seconds for its rows."""
+        if self._due:
+            self.measuring, self._due, self._data_seconds = True, False, waited
+
+    def end_step(self) -> None:
+        self.measuring = False
 
     def _enter(self, *_: Any) -> None:
         if self.measuring:
@@ -62,9 +69,10 @@ class Pace:
     def read(self, tell: Callable[[str], None]) -> dict[str, float]:
         """Least, median and most seconds over all ranks, and a line to `tell` for a rank that has been slow for long; collective.
         Empty where there is one rank, or nothing was measured."""
+        self._due = True
         if self.layout.world_size == 1 or not self._marks:
             return {}
-        own = sum(begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in self._marks) + self.data_seconds
+        own = sum(begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in self._marks) + self._data_seconds
         self._marks = []
         seconds = torch.zeros(self.layout.world_size, dtype=torch.float64, device=self.layout.device)
         seconds[self.layout.rank] = own

@@ -43,6 +43,8 @@ class Pulse:
         self._clock, self._written, self._may_write = clock, float("-inf"), may_write
         self._last, self._longest = clock(), 0.0
         self._pieces: Counter[str] = Counter()
+        self.waits = False
+        """Whether the main thread waits for something whose time says nothing of the run: rows that come from elsewhere."""
 
     def beat(self, step: int, doing: str) -> None:
         """`doing`: train | validate | save | finished | stopped | wait (for nodes)."""
@@ -59,7 +61,8 @@ class Pulse:
 
     def usual(self) -> float | None:
         """Seconds of the longest piece of work so far, of any kind; None where too few are known of the kind that is under way."""
-        return self._longest if self._pieces[self.doing] >= KNOWN_AFTER.get(self.doing, math.inf) else None
+        known = not self.waits and self._pieces[self.doing] >= KNOWN_AFTER.get(self.doing, math.inf)
+        return self._longest if known else None
 
     def forget(self) -> None:
         """Work of another size begins (kernels may be compiled anew): what is known of it says nothing any more."""

@@ -29,6 +29,7 @@ from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.learning_rate import rate_of
 from bd3_scale.runtime.owner import FOLDER as OWNER
 from bd3_scale.runtime.pulse import Pulse
+from bd3_scale.runtime.tracking import without_credentials
 from bd3_scale.runtime.waiting import Waiting
 
 
@@ -152,10 +153,11 @@ def _fallen_back(error: CheckpointError, older: Path) -> str:
 def _fetched(recipe: Recipe, folder: Path, layout: Layout) -> Path | None:
     """A new cluster goes on with what the old one uploaded; a watcher sees that the run lives meanwhile."""
     pulse, waiting = Pulse(folder if layout.leader else None, recipe.total_steps, layout.world_size), Waiting(speaks=layout.leader)
+    shown = without_credentials(recipe.checkpoint.remote)
 
     def beat(done: int, total: int) -> None:
         pulse.beat(0, "fetch")
-        waiting.look(lambda: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of the checkpoint are here, from {recipe.checkpoint.remote}")
+        waiting.look(lambda: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of the checkpoint are here, from {shown}")
 
     assert recipe.checkpoint.remote is not None
     return fetch_latest(recipe.checkpoint.remote, folder / "checkpoints", layout, beat)

@@ -209,6 +209,21 @@ def test_a_new_machine_continues_from_the_remote_folder(synthetic: Any, tmp_path
     assert synthetic.holds(found)
 
 
+def test_a_step_that_is_saved_again_is_whole_only_when_it_is_there_again(synthetic: Any, tmp_path: Path) -> None:
+    """Names and sizes are those of the files that stand there; their content is not."""
+    folder, url = tmp_path / "run", f"file://{tmp_path / 'bucket'}"
+
+    def upload() -> None:
+        remote.put(path, url, sorted(file.name for file in path.iterdir() if file.name != "index.json"))
+
+    path = synthetic.save(folder, seed=0)
+    upload()
+    assert remote.missing(path, url) == []
+    assert synthetic.save(folder, seed=1) == path and len(remote.missing(path, url)) == 2, "both ranks' files are others now"
+    upload()
+    assert remote.missing(path, url) == []
+
+
 def test_every_rank_uploads_its_own_and_fetches_a_share(synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 alone would take a thousand times as long, and all others would wait for it in one collective."""
     monkeypatch.setattr(remote, "PAUSE", 0.01)
