@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bd3_scale.data import checked_once
 from bd3_scale.data.cache import Cache
 from bd3_scale.data.fetch import ATTEMPTS
 from bd3_scale.data.manifest import MANIFEST, FileEntry, Manifest
@@ -152,6 +153,26 @@ def test_a_shard_that_changes_after_it_was_checked_is_checked_again(kind: str, c
         os.utime(path, ns=(1, 1))
         with pytest.raises(DataError, match="is damaged"):
             opened.rows([0])
+
+
+def test_a_shard_that_another_process_lets_go_meanwhile_is_looked_for_again(
+    copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known to be whole, and gone when it is opened."""
+    monkeypatch.setattr(checked_once, "_folder", lambda: tmp_path)
+    folder, open_, gone = copy_of("mds"), os.open, list[str]()
+    with reader(folder) as opened:
+        expected = opened.rows([0])
+
+    def late(path: str, *options: int) -> int:
+        if str(path).endswith("shard.00000.mds") and not gone:
+            gone.append(path)
+            raise FileNotFoundError(path)
+        return open_(path, *options)
+
+    with reader(folder) as opened:
+        monkeypatch.setattr(os, "open", late)
+        assert (opened.rows([0]) == expected).all() and gone
 
 
 def test_rows_for_another_model_are_refused_naming_both(copy_of: Copy) -> None:

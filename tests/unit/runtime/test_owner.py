@@ -78,6 +78,20 @@ def test_a_restart_by_the_same_launcher_does_not_wait(tmp_path: Path, monkeypatc
         own(tmp_path, world_of_one)
 
 
+def test_a_link_that_was_made_although_the_answer_is_that_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS repeats a request whose answer was lost, and answers the repetition."""
+    link = os.link
+
+    def repeated(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    token = _take(tmp_path, [])
+    assert (tmp_path / owner.FOLDER / token).exists(), "its sign of life"
+    assert not Owner(tmp_path, token, beats=False).lost
+
+
 @pytest.mark.parametrize("dead", [False, True])
 def test_of_many_that_come_at_once_one_wins(tmp_path: Path, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "LEASE", 20.0)
