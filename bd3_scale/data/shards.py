@@ -217,13 +217,11 @@ class ShardReader:
             if checked is not None and not afresh:
                 with contextlib.suppress(OSError):  # let go by another process meanwhile, or unreadable: as if it had not been checked
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if known := descriptor is not None:
-                content = b""
-            else:
+            if descriptor is None:
+                checked = None
                 descriptor, content = self._checked_file(entry)
-            assert descriptor is not None
             try:
-                if checked is None or not known:
+                if checked is None:
                     checked = self._index.check(shard, content)
                     keep(path, entry, checked)
                 elif self._cache is not None:

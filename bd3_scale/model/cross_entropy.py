@@ -43,7 +43,8 @@ def put_gradient(logits: Tensor, place: Tensor, top: Tensor, total: Tensor, weig
 class FusedCrossEntropy:
     """For a rank whose ids begin at `first_id`, in a tensor-parallel group of megatron.core.parallel_state where `divided`."""
 
-    def __init__(self, first_id: int, divided: bool, backend: str = "inductor") -> None:
+    def __init__(self, first_id: int, divided: bool, backend: str | None = None) -> None:
+        """`backend`: as in `compiled_whole`."""
         self.first_id, self.divided, self.backend = first_id, divided, backend
 
     def __call__(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -70,5 +71,5 @@ class FusedCrossEntropy:
 
 
 @lru_cache
-def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
     return compiled_whole(function, backend=backend)
