@@ -49,8 +49,11 @@ def main() -> None:
     if rank == 0:
         with open(sys.argv[2], "w") as file:
             json.dump(said, file)
-    dist.PrefixStore("end", store).set(str(rank), "")
-    dist.PrefixStore("end", store).wait([str(other) for other in range(world_size)])
+    # The store lives in rank 0, which is therefore the last to leave; nobody else reads from it, because an answer could be cut off.
+    end = dist.PrefixStore("end", store)
+    end.set(str(rank), "")
+    if rank == 0:
+        end.wait([str(other) for other in range(world_size)])
 
 
 if __name__ == "__main__":
