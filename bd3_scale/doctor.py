@@ -25,10 +25,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bd3_scale import config as recipes
-from bd3_scale.config import Recipe
-from bd3_scale.data.config import DataConfig, SourceConfig
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import UserError
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
 PATIENCE = 180.0
 """Seconds that two processes may take to import torch and to meet."""
@@ -127,7 +127,7 @@ def device(recipe: Recipe) -> Finding:
     import psutil
     import torch
 
-    from bd3_scale.model.flops import peak_flops
+    from bd3_scale.costs.flops import peak_flops
 
     chosen = recipes.resolve_device(recipe) if recipe.run.device != "cuda" or torch.cuda.is_available() else "none"
     if chosen == "none":
@@ -224,7 +224,7 @@ def disk(recipe: Recipe, probe: int = 1 << 26) -> Finding:
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """fp32 weights, two moments and the average, of a network with GPT-2's vocabulary at most."""
-    from bd3_scale.model.flops import count_parameters
+    from bd3_scale.costs.flops import count_parameters
 
     vocabulary = 258 if recipe.data.tokenizer == "bytes" else 50258
     return (16 if recipe.training.ema else 12) * count_parameters(recipe.model, vocabulary).total
@@ -262,7 +262,7 @@ def open_files(recipe: Recipe, ranks: int = 8) -> Finding:
     """A rank raises its own limit as far as it may; the launcher, which holds the store that all ranks are connected to, does not."""
     import resource
 
-    from bd3_scale.runtime.open_files import files_needed
+    from bd3_scale.files import files_needed
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed, forever = files_needed(ranks), resource.RLIM_INFINITY
@@ -346,8 +346,8 @@ def attention(recipe: Recipe) -> Finding:
     """The kernel of the device, forwards and backwards, against the dense reference."""
     import torch
 
-    from bd3_scale.diffusion.mask import AttentionPattern
-    from bd3_scale.model.kernels import attend
+    from bd3_scale.model.attention_kernels import attend
+    from bd3_scale.objectives.attention_mask import AttentionPattern
 
     cuda = torch.cuda.is_available() and recipe.run.device != "cpu"
     kernel, place = ("flex", "cuda") if cuda else ("tiled", "cpu")
@@ -375,7 +375,7 @@ def kernels(recipe: Recipe) -> Finding:
     """What of FlexAttention's backends and max-autotune works here, and whether what the recipe asks for does."""
     import torch
 
-    from bd3_scale.parallel.probe import OPTIONS, survey
+    from bd3_scale.engines.kernel_probe import OPTIONS, survey
 
     asked = [f"{key} = {value}" for key, value in OPTIONS if recipes.flatten(recipe)[key] == value]
     if not torch.cuda.is_available() or recipe.run.device == "cpu":

@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_scale.command import CommandParser, end_with, own_world, rank_and_size
+from bd3_scale.cli import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.sample import add_sampler_options, chosen
 
 if TYPE_CHECKING:
-    from bd3_scale.checkpoint.network import LoadedNetwork
     from bd3_scale.data.loader import Rows
-    from bd3_scale.parallel.layout import Layout
+    from bd3_scale.distributed.layout import Layout
+    from bd3_scale.generation.load_model import LoadedNetwork
 
 
 def _parser() -> CommandParser:
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     with own_world():
         from bd3_scale.evaluation.world import load_replicas
-        from bd3_scale.runtime.guard import Guard
+        from bd3_scale.fault_tolerance.rank_monitor import Guard
 
         loaded, here = load_replicas(options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device)
         with Guard(
@@ -150,10 +150,10 @@ def _likelihood(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
 
 
 def _generation(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from bd3_scale.diffusion.sampler import own_sampler
     from bd3_scale.evaluation.generation import generate_texts, summary
     from bd3_scale.evaluation.judge import load_judge
     from bd3_scale.evaluation.page import ROWS, write_results
+    from bd3_scale.generation.sampler import own_sampler
 
     judge = None if options.judge is None else load_judge(options.judge, loaded.device)
     sampling = {
@@ -187,8 +187,8 @@ def _generation(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
 
 def _rows(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace) -> tuple[Rows, str]:
     """What is evaluated, and its name."""
-    from bd3_scale.data import zero_shot
     from bd3_scale.data.open import open_data
+    from bd3_scale.data.preparation import zero_shot
     from bd3_scale.evaluation.likelihood import open_rows
 
     if (options.zero_shot is None) != (options.source is None) or (options.cache is not None and options.zero_shot is None):

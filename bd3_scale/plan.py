@@ -16,7 +16,7 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError, UserError
 
 

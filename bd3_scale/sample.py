@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from bd3_scale.command import CommandParser, end_with, own_world, rank_and_size
-from bd3_scale.diffusion.decoding import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
-from bd3_scale.diffusion.reader import one_block
-from bd3_scale.diffusion.sampler import ENTROPY_WINDOW, Result, check, generate, own_sampler, resolved
+from bd3_scale.cli import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.errors import RecipeError, TrainingError, UserError
+from bd3_scale.generation.cached_forward import one_block
+from bd3_scale.generation.sampler import ENTROPY_WINDOW, Result, check, generate, own_sampler, resolved
+from bd3_scale.generation.token_sampling import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
 
 if TYPE_CHECKING:
-    from bd3_scale.checkpoint.network import LoadedNetwork
     from bd3_scale.data.tokenizer import Tokenizer
+    from bd3_scale.generation.load_model import LoadedNetwork
 
 
 def generate_tokens(
@@ -196,8 +196,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     SamplingOptions(**chosen(options))  # what is wrong is known before a large network is loaded
     with own_world():
-        from bd3_scale.checkpoint.network import load_network
-        from bd3_scale.runtime.guard import Guard
+        from bd3_scale.fault_tolerance.rank_monitor import Guard
+        from bd3_scale.generation.load_model import load_network
 
         loaded = load_network(options.checkpoint, weights=options.weights, device=options.device)
         options.sampler = options.sampler or own_sampler(loaded.objective)

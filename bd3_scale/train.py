@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.fault_tolerance.early_exit import leaving_at_once
 from bd3_scale.launching.elastic import wait_for_nodes
-from bd3_scale.runtime.leaving import leaving_at_once
 
 if TYPE_CHECKING:
-    from bd3_scale.parallel.layout import Layout
-    from bd3_scale.runtime.guard import Guard
+    from bd3_scale.distributed.layout import Layout
+    from bd3_scale.fault_tolerance.rank_monitor import Guard
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,11 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(recipe: recipes.Recipe, device: str) -> None:
     """Join the world, train, leave it."""
-    from bd3_scale.parallel import layout
-    from bd3_scale.runtime.agreement import agree, recipe_and_versions
-    from bd3_scale.runtime.guard import Guard
-    from bd3_scale.runtime.threads import set_threads
-    from bd3_scale.runtime.watchdog import record_collectives
+    from bd3_scale.distributed import layout
+    from bd3_scale.fault_tolerance.agreement import agree, recipe_and_versions
+    from bd3_scale.fault_tolerance.hang_watchdog import record_collectives
+    from bd3_scale.fault_tolerance.rank_monitor import Guard
+    from bd3_scale.training.threads import set_threads
 
     if device == "cpu":
         set_threads(recipe.run.threads)
@@ -81,7 +81,7 @@ def run(recipe: recipes.Recipe, device: str) -> None:
 
 def train(recipe: recipes.Recipe, here: Layout, guard: Guard | None = None) -> None:
     """The run itself, on this rank of a world that exists; at its end a sample, made by the leader and its tensor peers."""
-    from bd3_scale.runtime.summary import sample_text
+    from bd3_scale.reporting.summary import sample_text
 
     checkpoint, stopped = _optimize(recipe, here, guard)
     if guard is not None:
@@ -97,10 +97,10 @@ def train(recipe: recipes.Recipe, here: Layout, guard: Guard | None = None) -> N
 def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tuple[Path, bool]:
     """Run the loop to its end and print the summary. Returns the last checkpoint and whether the run was stopped before the end."""
     from bd3_scale.data.open import open_data
-    from bd3_scale.runtime.agreement import agree, data_and_tokenizer
-    from bd3_scale.runtime.loop import Trainer
-    from bd3_scale.runtime.summary import summary
-    from bd3_scale.runtime.watchdog import watchdog
+    from bd3_scale.fault_tolerance.agreement import agree, data_and_tokenizer
+    from bd3_scale.fault_tolerance.hang_watchdog import watchdog
+    from bd3_scale.reporting.summary import summary
+    from bd3_scale.training.trainer import Trainer
 
     local_leader = int(os.environ["LOCAL_RANK"]) == 0
     with open_data(recipe.data, recipe.model.context, leader=local_leader, barrier=here.barrier, progress=here.leader) as data:

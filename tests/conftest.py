@@ -22,8 +22,8 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def world_of_one() -> Iterator[object]:
     """A `Layout` of one CPU process (gloo, no port)."""
-    from bd3_scale.parallel import layout
-    from bd3_scale.parallel.config import ParallelConfig
+    from bd3_scale.distributed import layout
+    from bd3_scale.recipe.schema import ParallelConfig
 
     yield layout.start(ParallelConfig(), "cpu")
     layout.stop()

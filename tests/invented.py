@@ -9,8 +9,8 @@ import numpy as np
 
 def prepare_invented(folder: Path, context: int) -> Path:
     """Make `folder` a data folder of bytes in rows of `context`."""
-    from bd3_scale.data.packing import Document
-    from bd3_scale.data.prepare import Packing, prepare
+    from bd3_scale.data.preparation.packing import Document
+    from bd3_scale.data.preparation.prepare import Packing, prepare
     from bd3_scale.data.tokenizer import load_tokenizer
 
     random, tokenizer = np.random.Generator(np.random.Philox(1)), load_tokenizer("bytes")

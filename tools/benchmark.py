@@ -37,7 +37,7 @@ from benchmark_network import benchmark_device, benchmark_features, benchmark_me
 from benchmark_runs import benchmark_sampling, benchmark_tuner
 from benchmark_world import benchmark_world
 
-from bd3_scale.config import CHOICES
+from bd3_scale.recipe.key_rules import CHOICES
 
 COMMANDS = {
     "step": benchmark_step,

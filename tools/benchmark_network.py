@@ -22,22 +22,21 @@ from benchmark_measure import alternate, paired_ratio, peak_bytes, split_of_time
 from megatron.core import parallel_state
 from torch import Tensor
 
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import BlockDiffusion, MaskedDiffusion
+from bd3_scale.costs.flops import count_flops, peak_flops
+from bd3_scale.distributed import layout
+from bd3_scale.engines.build import RECOMPUTED, apply_outside
+from bd3_scale.engines.kernel_probe import Shape, probe
 from bd3_scale.errors import TrainingError
-from bd3_scale.model import kernels, loss
+from bd3_scale.model import attention_kernels, loss_head
 from bd3_scale.model.attention import rotary_table
-from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.flops import count_flops, peak_flops
+from bd3_scale.model.attention_kernels import BACKENDS
 from bd3_scale.model.initialise import initialise
-from bd3_scale.model.kernels import BACKENDS
-from bd3_scale.model.stream import Stream
+from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.transformer import Rows, Shared, Transformer
-from bd3_scale.parallel import layout
-from bd3_scale.parallel.build import RECOMPUTED, apply_outside
-from bd3_scale.parallel.config import ParallelConfig
-from bd3_scale.parallel.probe import Shape, probe
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
+from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 
 VOCABULARY = 50258
 Step = Callable[[], None]
@@ -271,12 +270,12 @@ def benchmark_features(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def at_once() -> Iterator[None]:
     """The head's logits in one chunk."""
-    before = dict(loss.CHUNK_ELEMENTS)
-    loss.CHUNK_ELEMENTS.update(dict.fromkeys(before, 1 << 62))
+    before = dict(loss_head.CHUNK_ELEMENTS)
+    loss_head.CHUNK_ELEMENTS.update(dict.fromkeys(before, 1 << 62))
     try:
         yield
     finally:
-        loss.CHUNK_ELEMENTS.update(before)
+        loss_head.CHUNK_ELEMENTS.update(before)
 
 
 def benchmark_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -380,7 +379,7 @@ def attention_ratio(made: Bench, rounds: int, kernel: str) -> float | str:
     q, k, v = (torch.randn(shape, device=made.device, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def side(what: AttentionPattern, chosen: str) -> Step:
-        return lambda: kernels.attend(q, k, v, what, chosen).sum().backward()
+        return lambda: attention_kernels.attend(q, k, v, what, chosen).sum().backward()
 
     seconds = alternate({"ours": side(pattern, kernel), "causal": side(causal, "auto")}, rounds, made.device)
     return paired_ratio(seconds["causal"], seconds["ours"]) * pattern.visible_pairs / causal.visible_pairs

@@ -13,20 +13,20 @@ import torch
 from benchmark_measure import alternate, paired_ratio
 from torch import Tensor
 
-from bd3_scale.diffusion.inputs import NetworkInputs, block_losses
-from bd3_scale.diffusion.noise import validation_times
-from bd3_scale.diffusion.objectives import BlockDiffusion, MaskedDiffusion
-from bd3_scale.diffusion.tuner import IntervalStatistics
-from bd3_scale.parallel import layout
+from bd3_scale.distributed import layout
+from bd3_scale.objectives.interval_tuner import IntervalStatistics
+from bd3_scale.objectives.network_inputs import NetworkInputs, block_losses
+from bd3_scale.objectives.noise import validation_times
+from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
 
 PROMPTS = ("Return the number of", "This function raises", "If the argument is not", "The class")
 
 
 def benchmark_tuner(options: argparse.Namespace) -> dict[str, Any]:
     """A validation that tunes against one that does not, and the one-pass variances against direct passes per interval."""
-    from bd3_scale.checkpoint.network import load_network
     from bd3_scale.data.open import open_data
-    from bd3_scale.runtime.validation import Validator
+    from bd3_scale.generation.load_model import load_network
+    from bd3_scale.training.validation import Validator
 
     loaded = load_network(options.checkpoint, device=options.device)
     recipe, objective, device = loaded.recipe, loaded.objective, loaded.device
@@ -107,7 +107,7 @@ def void(value: object) -> None:
 
 
 def benchmark_sampling(options: argparse.Namespace) -> dict[str, Any]:
-    from bd3_scale.checkpoint.network import load_network
+    from bd3_scale.generation.load_model import load_network
     from bd3_scale.sample import generate_tokens
 
     loaded = load_network(options.checkpoint, device=options.device)

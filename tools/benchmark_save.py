@@ -22,15 +22,13 @@ import numpy as np
 import torch
 from benchmark import machine, write_report
 
-from bd3_scale.checkpoint.background import Saver
-from bd3_scale.checkpoint.config import CheckpointConfig
-from bd3_scale.checkpoint.state import Fragment, Region
-from bd3_scale.diffusion.objectives import BlockDiffusion
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.checkpoint.slices import Fragment, Region
+from bd3_scale.distributed import layout
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel import layout
-from bd3_scale.parallel.config import ParallelConfig
+from bd3_scale.objectives.table import BlockDiffusion
+from bd3_scale.recipe.schema import CheckpointConfig, ModelConfig, ParallelConfig
+from bd3_scale.saving.background import Saver
 
 KINDS = ("none", "blocking", "asynchronous")
 

@@ -39,21 +39,21 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
     # The package is imported before anything is measured, since that takes as long in a world of one.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    import bd3_scale.parallel.megatron  # noqa: F401
-    from bd3_scale import config
+    import bd3_scale.engines.megatron_engine  # noqa: F401
+    from bd3_scale import recipe as recipes
     from bd3_scale.checkpoint.index import FileRecord, build, parse, render
     from bd3_scale.checkpoint.parts import pack, state_name
     from bd3_scale.checkpoint.reader import check_tiling
-    from bd3_scale.checkpoint.state import KINDS, Fragment, Region
+    from bd3_scale.checkpoint.slices import KINDS, Fragment, Region
     from bd3_scale.data.manifest import FileEntry, Manifest, Split
     from bd3_scale.data.order import GlobalOrder
+    from bd3_scale.distributed import layout
+    from bd3_scale.files import files_needed
     from bd3_scale.model.layers import Linears
     from bd3_scale.model.transformer import Transformer
-    from bd3_scale.parallel import layout
-    from bd3_scale.parallel.config import ParallelConfig
-    from bd3_scale.runtime.open_files import files_needed
+    from bd3_scale.recipe.schema import ParallelConfig
 
-    recipe, result = config.load(path), dict[str, Any]()
+    recipe, result = recipes.load(path), dict[str, Any]()
     rows = [4096] * shards
     entries = tuple(FileEntry(f"shard.{number:05d}.mds", 1 << 23, 4096, "0" * 16) for number in range(shards))
     split = Split(shards, sum(rows) * 1024, sum(rows), 0, FileEntry("index.json", 1, 0, "0" * 16), entries)

@@ -80,8 +80,8 @@ class Round:
 
 class Chaos:
     def __init__(self, options: argparse.Namespace) -> None:
-        from bd3_scale import config as recipes
-        from bd3_scale.diffusion import tuner
+        from bd3_scale import recipe as recipes
+        from bd3_scale.objectives import interval_tuner
 
         self.options, self.overrides = options, [*FIXED, *options.overrides]
         self.random, self.signal = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
@@ -97,7 +97,7 @@ class Chaos:
             self.phases = [(half, [f"training.steps={half}"]), (self.steps, [*amended, f"run.amend=[{','.join(chosen)}]"])]
             recipes.validate(recipes.load(options.recipe, [*self.overrides, *amended]), 1, "cpu")
         every = recipe.validation.every
-        self.tuner_due = {step for step in range(1, self.steps + 1) if tuner.due(recipe.tuner, step)}
+        self.tuner_due = {step for step in range(1, self.steps + 1) if interval_tuner.due(recipe.tuner, step)}
         self.validation_due = {step for step in range(1, self.steps) if every and step % every == 0} | self.tuner_due
         self.validation_due |= {end for end, _ in self.phases}
         self.folder = options.work / f"{options.signal.lower()}-{options.seed}"
@@ -113,7 +113,7 @@ class Chaos:
 
     def reference(self) -> None:
         """Make the undisturbed run, or take the one that is there, if sources and recipe are the same."""
-        from bd3_scale import config as recipes
+        from bd3_scale import recipe as recipes
 
         sources = sorted((ROOT / "bd3_scale").rglob("*.py"))
         asked = recipes.to_yaml(self.recipe) + repr(self.phases)
@@ -144,7 +144,7 @@ class Chaos:
 
     def layout(self) -> tuple[int, int, list[str]]:
         """A random number of ranks, how many share a replica, and a layout that the recipe works with."""
-        from bd3_scale import config as recipes
+        from bd3_scale import recipe as recipes
         from bd3_scale.errors import RecipeError
 
         draw = self.random.choice

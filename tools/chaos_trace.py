@@ -39,9 +39,9 @@ def rank_main(trace: Path, arguments: list[str]) -> int:
         return load(*given, **named)
 
     def run_and_trace(*given: Any) -> None:
-        from bd3_scale.runtime import owner
+        from bd3_scale.fault_tolerance import run_owner
 
-        owner.BEAT = 0.2  # runs are short here: a second job must see a sign of life before they end
+        run_owner.BEAT = 0.2  # runs are short here: a second job must see a sign of life before they end
         write_down(trace)
         run(*given)
 
@@ -54,7 +54,7 @@ def write_down(path: Path) -> None:
     """Wrap what this process takes for each step: inputs that were made ahead and never taken are not trained on."""
     import numpy as np
 
-    from bd3_scale.runtime.feed import Feed
+    from bd3_scale.training.feed import Feed
 
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from bd3_scale.checkpoint.convert.detect import detect
-    from bd3_scale.checkpoint.convert.write import write
+    from bd3_scale.convert.detect import detect
+    from bd3_scale.convert.write import write
 
     found, tokenizer = detect(
         options.source,
@@ -75,7 +75,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from bd3_scale.checkpoint.convert import export
+    from bd3_scale.convert import export
 
     if options.deepspeed:
         written = export.universal(options.checkpoint, options.out)

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bd3_scale.runtime.metrics import read_metrics
-from bd3_scale.runtime.plots import draw
+from bd3_scale.reporting.metrics import read_metrics
+from bd3_scale.reporting.plots import draw
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,15 +24,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.data.config import DataConfig
-from bd3_scale.data.documentation import documentation
+from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.manifest import FORMATS, MANIFEST, PACKINGS, SPLITS, Manifest
-from bd3_scale.data.packing import HELD_OUT, ROW_SPECIAL
-from bd3_scale.data.prepare import SHARD_BYTES, Packing, prepare
-from bd3_scale.data.prepare_corpus import Corpus, prepare_corpus
-from bd3_scale.data.shards import ShardReader
+from bd3_scale.data.preparation.documentation import documentation
+from bd3_scale.data.preparation.packing import HELD_OUT, ROW_SPECIAL
+from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
+from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import DataError, RecipeError, UserError
+from bd3_scale.recipe.schema import DataConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

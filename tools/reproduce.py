@@ -29,7 +29,7 @@ from typing import Any
 from reproduce_report import write
 from reproduce_systems import ROOT, Runs, System
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError, UserError
 
 TABLES = {

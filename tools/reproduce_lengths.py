@@ -17,7 +17,7 @@ from reproduce_systems import SYSTEMS as ALL
 from reproduce_systems import Runs, System
 from reproduce_texts import add_text_options, document_lengths, make, side_by_side
 
-from bd3_scale.runtime.figure import empty_figure
+from bd3_scale.reporting.figure import empty_figure
 
 PAPER = {"AR": "4008 / 131K", "SEDD": "1021 / 1024", "BD3 L' = 16": "798 / 9982"}
 """Median / longest of 500 texts of models trained on OpenWebText."""
@@ -51,8 +51,8 @@ def kept(system: System, runs: Runs, options: argparse.Namespace) -> dict[str, A
 def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespace) -> str:
     """Make the texts and keep their lengths; returns what to say of them."""
     from bd3_scale.data.open import open_data
-    from bd3_scale.diffusion.sampler import one_block
     from bd3_scale.evaluation.world import load_replicas
+    from bd3_scale.generation.sampler import one_block
 
     loaded, here = load_replicas(folder)
     recipe, whole, least = loaded.recipe, one_block(loaded.objective), options.minimum_entropy

@@ -16,12 +16,12 @@ from reproduce_report import Table, cells, logarithmic, number
 from reproduce_systems import SYSTEMS as ALL
 from reproduce_systems import Runs, System
 
-from bd3_scale.runtime.figure import empty_figure
+from bd3_scale.reporting.figure import empty_figure
 
 if TYPE_CHECKING:
-    from bd3_scale.checkpoint.network import LoadedNetwork
     from bd3_scale.data.loader import Rows
-    from bd3_scale.parallel.layout import Layout
+    from bd3_scale.distributed.layout import Layout
+    from bd3_scale.generation.load_model import LoadedNetwork
 
 SYSTEMS = tuple(system for system in ALL if system.likelihood)
 

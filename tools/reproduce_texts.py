@@ -21,10 +21,10 @@ import numpy as np
 from reproduce_systems import System
 
 if TYPE_CHECKING:
-    from bd3_scale.checkpoint.network import LoadedNetwork
     from bd3_scale.data.loader import Rows
+    from bd3_scale.distributed.layout import Layout
     from bd3_scale.evaluation.judge import Judge
-    from bd3_scale.parallel.layout import Layout
+    from bd3_scale.generation.load_model import LoadedNetwork
 
 
 def add_text_options(parser: argparse.ArgumentParser, samples: int, batch: int) -> None:
@@ -71,8 +71,8 @@ def make(
 
 def real(loaded: LoadedNetwork, judge: Judge, rows: Rows, count: int) -> dict[str, Any]:
     """The same numbers of the first `count` held-out rows, as if they had been generated."""
-    from bd3_scale.diffusion.decoding import histogram_entropy
     from bd3_scale.evaluation.generation import Text, summary
+    from bd3_scale.generation.token_sampling import histogram_entropy
 
     texts = []
     for place, tokens in enumerate(rows.rows(np.arange(min(count, len(rows))))):
@@ -87,7 +87,7 @@ def document_lengths(loaded: LoadedNetwork, rows: Rows, most: int) -> list[int]:
 
     The rows hold documents one after another; what stands before the first end of text and after the last is cut somewhere.
     """
-    from bd3_scale.data.packing import ROW_SPECIAL
+    from bd3_scale.data.preparation.packing import ROW_SPECIAL
 
     special = loaded.recipe.data.row_special
     start, payload = 0 if special == "none" else 1, loaded.recipe.model.context - ROW_SPECIAL[special]

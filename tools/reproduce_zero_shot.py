@@ -1,7 +1,7 @@
 """Table 5 of the paper: perplexity of every system on sets that it was not trained on.
 
-The sets are local files (`--set ptb=FILE`); names, rules and packing are those of bd3_scale/data/zero_shot.py. Invariant: all systems
-read the same rows of a set.
+The sets are local files (`--set ptb=FILE`); names, rules and packing are those of bd3_scale/data/preparation/zero_shot.py. Invariant: all
+systems read the same rows of a set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reproduce_report import Table, cells, logarithmic, with_error
 from reproduce_systems import Runs, System
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.runtime.figure import empty_figure
+from bd3_scale.reporting.figure import empty_figure
 
 __all__ = ["SYSTEMS", "add_options", "kept", "measure", "table"]
 
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def sets(options: argparse.Namespace) -> dict[str, str]:
     """Name -> source. Raises RecipeError for what is no NAME=FILE or no set."""
-    from bd3_scale.data.zero_shot import SETS
+    from bd3_scale.data.preparation.zero_shot import SETS
 
     found = {}
     for word in options.set:
@@ -51,7 +51,7 @@ def sets(options: argparse.Namespace) -> dict[str, str]:
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
     """What an answer belongs to: the files as they are now, too."""
-    from bd3_scale.data.corpus import corpus_files
+    from bd3_scale.data.preparation.corpus import corpus_files
 
     found = sets(options)
     files = {name: [[str(path.absolute()), path.stat().st_mtime_ns] for path in corpus_files([source])] for name, source in found.items()}
@@ -64,7 +64,7 @@ def kept(system: System, runs: Runs, options: argparse.Namespace) -> dict[str, A
 
 def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespace) -> str:
     """Evaluate on every set and keep the answers; returns what to say of them."""
-    from bd3_scale.data.zero_shot import CACHE, zero_shot_rows
+    from bd3_scale.data.preparation.zero_shot import CACHE, zero_shot_rows
     from bd3_scale.evaluation.world import load_replicas
 
     loaded, here = load_replicas(folder)
@@ -79,7 +79,7 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
 
 
 def table(lines: list[dict[str, Any]], runs: Runs, options: argparse.Namespace) -> Table:
-    from bd3_scale.data.zero_shot import SETS
+    from bd3_scale.data.preparation.zero_shot import SETS
 
     names = list(sets(options))
     rows = [[line["system"], *(with_error(*_numbers(line["perplexities"][name])) for name in names)] for line in lines]

@@ -37,18 +37,18 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale import train
-from bd3_scale.checkpoint.network import load_network
 from bd3_scale.data.open import open_data
-from bd3_scale.diffusion.inputs import block_losses, counted_tokens, masked_counts
-from bd3_scale.diffusion.noise import VALIDATION_INTERVAL, validation_times
-from bd3_scale.diffusion.schedule import LINEAR, Schedule, schedule_named
-from bd3_scale.diffusion.tuner import candidates
+from bd3_scale.distributed import layout
 from bd3_scale.errors import UserError
-from bd3_scale.parallel import layout
-from bd3_scale.runtime.figure import empty_figure
-from bd3_scale.runtime.metrics import read_metrics
+from bd3_scale.generation.load_model import load_network
+from bd3_scale.objectives.interval_tuner import candidates
+from bd3_scale.objectives.network_inputs import block_losses, counted_tokens, masked_counts
+from bd3_scale.objectives.noise import VALIDATION_INTERVAL, validation_times
+from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
+from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.metrics import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Interval = tuple[float, float]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3_scale.checkpoint.state import Fragment, Region, tiling_fault
+from bd3_scale.checkpoint.slices import Fragment, Region, tiling_fault
 from bd3_scale.errors import CheckpointError
 
 COLUMNS = ("file", "dim", "offset", "size", "start", "stop")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from bd3_scale.data.streaming_compat import import_streaming
+from bd3_scale.data.formats.streaming_compat import import_streaming
 from bd3_scale.errors import DataError
 
 ATTEMPTS = 3

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bd3_scale.data.shares import Shares
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.shares import Shares
 
 
 class Order(Protocol):

@@ -4,7 +4,7 @@ A data folder holds `manifest.json`, `train/` and `validation/`, each with `inde
 other file with its size and xxh64 hash and carries its own checksum, so that whatever is changed in the folder is noticed:
 the bytes of the manifest must be exactly those that writing its content again gives. It is written last.
 
-Invariants: packed as `wrap`, `rows * (context - specials) + dropped_tokens == tokens` in each split (tests/unit/data/test_packing.py);
+Invariants: packed as `wrap`, `rows * (context - specials) + dropped_tokens == tokens` in each split (its test: test_packing.py);
 a file name is a plain name, so no manifest or index can point out of its folder.
 """
 

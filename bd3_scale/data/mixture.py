@@ -15,10 +15,10 @@ from math import lcm
 
 import numpy as np
 
-from bd3_scale.data.config import exact_weight, weights_problem
 from bd3_scale.data.loader import Rows, TrainingRows
 from bd3_scale.data.order import GlobalOrder
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.mixture_weights import exact_weight, weights_problem
 
 
 class Mixture:

@@ -15,16 +15,16 @@ from types import TracebackType
 from typing import Any
 
 from bd3_scale.data.cache import Cache
-from bd3_scale.data.config import DataConfig, SourceConfig
-from bd3_scale.data.documentation import documentation
+from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.loader import Loader, MicroBatch, Order, Rows, TrainingRows
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.mixture import MixedHeldOut, MixedOrder, MixedRows, Mixture
 from bd3_scale.data.order import GlobalOrder, SkippingOrder
-from bd3_scale.data.prepare import Packing, prepare
-from bd3_scale.data.shards import ShardReader
+from bd3_scale.data.preparation.documentation import documentation
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from bd3_scale.diffusion.noise import generator
 from bd3_scale.errors import DataError
+from bd3_scale.objectives.noise import generator
 
 if TYPE_CHECKING:
     from bd3_scale.data.loader import Order

@@ -16,9 +16,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bd3_scale.checkpoint.network import LoadedNetwork
 from bd3_scale.errors import RecipeError
 from bd3_scale.evaluation.likelihood import require_likelihood
+from bd3_scale.generation.load_model import LoadedNetwork
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bd3_scale.checkpoint.network import LoadedNetwork, load_network
-from bd3_scale.data.streaming_compat import prepare_torchvision
+from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.errors import CheckpointError, RecipeError
+from bd3_scale.generation.load_model import LoadedNetwork, load_network
 
 LONGEST_WINDOW = 1024
 """Tokens a judge reads at a time, where it can read more: GPT-2's context, so that judges compare."""

@@ -1,6 +1,6 @@
 """NELBO and perplexity of a checkpoint on any prepared rows, with standard error, by any number of processes.
 
-What is measured is what validation measures during training (runtime/validation.py): t ~ U[1e-3, 1] and weight 1/t whatever
+What is measured is what validation measures during training (training/validation.py): t ~ U[1e-3, 1] and weight 1/t whatever
 training did, exact where L' = 1 and for the next-token loss. With one draw, the run's own seed and its own held-out rows
 the number is that of its validation. Invariants: a row's noise depends on (seed, draw, row index) alone; each row counts
 once however the ranks share them; mean and error are taken over all rows in their order, so that one process and many give
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bd3_scale.checkpoint.network import LoadedNetwork
+from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.loader import Rows
 from bd3_scale.data.manifest import MANIFEST, SPLITS, Manifest
-from bd3_scale.data.shards import ShardReader
-from bd3_scale.diffusion.inputs import row_nelbo
-from bd3_scale.diffusion.likelihood import Moments, mean_and_standard_error, perplexity
+from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
-from bd3_scale.parallel.layout import Layout
+from bd3_scale.generation.load_model import LoadedNetwork
+from bd3_scale.objectives.estimates import Moments, mean_and_standard_error, perplexity
+from bd3_scale.objectives.network_inputs import row_nelbo
 
 MICRO_BATCH = 8
 """Rows of a forward, where the caller does not say."""

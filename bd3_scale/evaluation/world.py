@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from bd3_scale import config as recipes
-from bd3_scale.checkpoint.communicator import together
-from bd3_scale.checkpoint.network import LoadedNetwork, check_tensor_ranks, load_network, read_recipe
+from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.store import locate
-from bd3_scale.config import Recipe
+from bd3_scale.collective_errors import together
+from bd3_scale.distributed import layout
+from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.parallel import layout
-from bd3_scale.parallel.config import ParallelConfig
-from bd3_scale.parallel.layout import Layout
+from bd3_scale.generation.load_model import LoadedNetwork, check_tensor_ranks, load_network, read_recipe
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import ParallelConfig
 
 
 def load_replicas(

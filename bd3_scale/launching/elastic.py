@@ -15,9 +15,9 @@ import os
 import time
 from pathlib import Path
 
-from bd3_scale import config as recipes
-from bd3_scale.config import Recipe
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe import Recipe
 
 JOINABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Must be 1 for every torchrun of an elastic world: else (torch 2.13) the first one keeps the ranks' store over all worlds and does not
@@ -36,10 +36,10 @@ def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
     fitting = [ranks for ranks in larger_worlds() if _fits(recipe, ranks, device)]
     if not fitting:
         return
-    from bd3_scale.runtime.leaving import leave
-    from bd3_scale.runtime.pulse import Pulse
-    from bd3_scale.runtime.signals import seconds_left
-    from bd3_scale.runtime.waiting import Waiting, say
+    from bd3_scale.distributed.waiting import Waiting, say
+    from bd3_scale.fault_tolerance.early_exit import leave
+    from bd3_scale.fault_tolerance.heartbeat_file import Pulse
+    from bd3_scale.fault_tolerance.stop_request import seconds_left
 
     leader, world = os.environ["RANK"] == "0", recipes.world_size_of_environment()
     sizes = f"{' or '.join(map(str, fitting[:SHOWN]))}{' or more' if len(fitting) > SHOWN else ''}"

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bd3_scale import config as recipes
-from bd3_scale.config import Recipe
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe import Recipe
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

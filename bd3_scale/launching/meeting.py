@@ -15,9 +15,9 @@ import sys
 import time
 from functools import partial
 
+from bd3_scale.distributed.waiting import Waiting
 from bd3_scale.launching import torchrun
 from bd3_scale.launching.torchrun import Torchrun
-from bd3_scale.runtime.waiting import Waiting
 
 LOOPBACK = ("127.", "localhost", "::1")
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.kernels import attend
+from bd3_scale.model.attention_kernels import attend
 from bd3_scale.model.layers import HeadNorm, Linears
 from bd3_scale.model.selected import SelectedRows
+from bd3_scale.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:
     from bd3_scale.model.transformer import Shared

@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from bd3_scale.checkpoint.state import Region
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.checkpoint.slices import Region
 from bd3_scale.model.layers import full_shape
+from bd3_scale.recipe.schema import ModelConfig
 
 STRIP = 1024
 """Rows drawn at a time."""

@@ -28,12 +28,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.noise import hash32
-from bd3_scale.diffusion.simplex import SimplexNoise
-from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.simplex import SMALLEST, expected_embedding
-from bd3_scale.model.stream import Stream
+from bd3_scale.model.sequence_shards import Stream
+from bd3_scale.model.simplex_embedding import SMALLEST, expected_embedding
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.noise import hash32
+from bd3_scale.objectives.simplex import SimplexNoise
+from bd3_scale.recipe.schema import ModelConfig
 
 
 class _Traceable:

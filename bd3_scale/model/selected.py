@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_pa
 from torch import Tensor
 
 from bd3_scale.model.compiling import of_any_size
-from bd3_scale.model.stream import Stream
+from bd3_scale.model.sequence_shards import Stream
 
 
 @dataclass(frozen=True)

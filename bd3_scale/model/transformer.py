@@ -18,12 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.simplex import SimplexNoise
 from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_table
+from bd3_scale.model.attention_kernels import block_mask_of
 from bd3_scale.model.compiling import of_any_size
-from bd3_scale.model.config import ModelConfig
-from bd3_scale.model.kernels import block_mask_of
 from bd3_scale.model.layers import (
     MLP,
     DropoutWords,
@@ -38,9 +35,12 @@ from bd3_scale.model.layers import (
     dropout_keys,
     modulate,
 )
-from bd3_scale.model.loss import Head
+from bd3_scale.model.loss_head import Head
 from bd3_scale.model.selected import SelectedRows
-from bd3_scale.model.stream import Stream
+from bd3_scale.model.sequence_shards import Stream
+from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.simplex import SimplexNoise
+from bd3_scale.recipe.schema import ModelConfig
 
 
 @dataclass(frozen=True)

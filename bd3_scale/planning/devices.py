@@ -1,7 +1,7 @@
 """What a plan needs to know of the devices that a run is planned for: memory, arithmetic, how fast they reach each other, and what
 kernels reach of all that.
 
-Peaks are those of `model/flops.py`, under the name that CUDA reports. Bandwidths are of one device, one way, as the data sheets
+Peaks are those of `costs/flops.py`, under the name that CUDA reports. Bandwidths are of one device, one way, as the data sheets
 have them; what a collective reaches of them is `EFFICIENCY`, what kernels reach is the `Reached` of each device: the one place for
 such numbers, each with its source. A cluster that is built otherwise is described by the options of the command
 (`--gpus-per-node`, `--network`).
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import psutil
 
+from bd3_scale.costs.flops import peak_flops
 from bd3_scale.errors import RecipeError
-from bd3_scale.model.flops import peak_flops
 
 EFFICIENCY = 0.8
 """Of a link's bandwidth that collectives of large tensors are assumed to reach."""

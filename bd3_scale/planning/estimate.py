@@ -1,6 +1,6 @@
 """Memory and time of a situation: what each stage holds and computes, what moves, what of it is waited for, days and price.
 
-Memory is counted (`parallel/memory.py`, `parallel/activations.py`); time is a model, of which these are the assumptions: every part
+Memory is counted (`costs/state_memory.py`, `costs/activation_memory.py`); time is a model, of which these are the assumptions: every part
 of a micro-batch and of the optimizer's step runs at its limit (`limits.py`), or, where `mfu` is given, a device reaches this share of its
 peak while it computes (of model FLOPs; recomputed ones cost as much) and the optimizer costs nothing; the slowest stage sets the pace;
 the bubble is that of the schedule; a link reaches `EFFICIENCY` of its bandwidth; tensor and sequence parallelism
@@ -15,18 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-from bd3_scale.diffusion.config import ON_SIMPLEX
-from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.model.flops import RowFlops, count_flops
-from bd3_scale.parallel import stages
-from bd3_scale.parallel.activations import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
-from bd3_scale.parallel.memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
-from bd3_scale.parallel.shapes import units_of, whole
-from bd3_scale.parallel.stages import Phase
-from bd3_scale.parallel.traffic import Transfer, step_traffic
+from bd3_scale.costs.activation_memory import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
+from bd3_scale.costs.communication import Transfer, step_traffic
+from bd3_scale.costs.flops import RowFlops, count_flops
+from bd3_scale.costs.shapes import units_of, whole
+from bd3_scale.costs.state_memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
+from bd3_scale.distributed import pipeline_stages
+from bd3_scale.distributed.pipeline_stages import Phase
+from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits
 from bd3_scale.planning.situation import Situation
+from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 
 LIVE = 1_000_000_000
 """Elements of gathered weights that DeepSpeed 3 lets live at a time (stage3_max_live_parameters)."""
@@ -142,7 +142,7 @@ def _gathered_bytes(case: Situation, held: Sequence[range]) -> int:
 
 def row_flops(case: Situation, phase: Phase) -> RowFlops:
     """FLOPs of one row of the whole network."""
-    share, simplex = stages.selected_share(case.recipe, phase.pattern), case.recipe.objective.kind in ON_SIMPLEX
+    share, simplex = pipeline_stages.selected_share(case.recipe, phase.pattern), case.recipe.objective.kind in ON_SIMPLEX
     return count_flops(case.recipe.model, phase.pattern, case.vocabulary, share, simplex)
 
 
@@ -161,9 +161,9 @@ def layer_passes(case: Situation, phase: Phase) -> float:
 def stage_flops(case: Situation, phase: Phase, pipeline_rank: int) -> float:
     """FLOPs that one tensor rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
     parallel = case.recipe.parallel
-    share = stages.selected_share(case.recipe, phase.pattern)
+    share = pipeline_stages.selected_share(case.recipe, phase.pattern)
     simplex = case.recipe.objective.kind in ON_SIMPLEX
-    layers, _, head = stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, case.micro_batch, simplex)
+    layers, _, head = pipeline_stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, case.micro_batch, simplex)
     passes = layer_passes(case, phase)
     held = case.stages_of(pipeline_rank)
     own = passes * sum(layers[index] for chunk in held for index in chunk)

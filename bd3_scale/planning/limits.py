@@ -9,7 +9,7 @@ counts. Terms are added: on one stream nothing runs beside anything else, but fo
 Not counted: pulls of power on clocks, the allocator, data, validations, checkpoints; the noise of words (ssdlm) but for its products;
 tiles that documents leave out; what engines' hooks take of the host beside their kernels.
 
-Invariant: the FLOPs of the products here are those of `model/flops.py`, and those of attention at least them.
+Invariant: the FLOPs of the products here are those of `costs/flops.py`, and those of attention at least them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bd3_scale.diffusion.mask import AttentionPattern, block_sparse_indices
-from bd3_scale.parallel.activations import Batch
-from bd3_scale.parallel.shapes import elements, units_of
+from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.costs.shapes import elements, units_of
+from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices
 from bd3_scale.planning.devices import Device
 from bd3_scale.planning.passes import Passes, attention_half, embedding_passes, final_norm, head_passes, mlp_half
 from bd3_scale.planning.situation import Situation
@@ -193,7 +193,7 @@ def attention_shares(case: Situation, batch: Batch) -> tuple[float, float]:
 
 def simplex_flops(case: Situation, batch: Batch) -> float:
     """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
-    from bd3_scale.diffusion.config import ON_SIMPLEX
+    from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 
     if case.recipe.objective.kind not in ON_SIMPLEX:
         return 0.0

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_scale.model.config import ModelConfig
-from bd3_scale.parallel.activations import Batch, head_chunk
+from bd3_scale.costs.activation_memory import Batch, head_chunk
+from bd3_scale.recipe.schema import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A world of N ranks is torch's fake process group: this process is one of its ranks, collectives return at once with whatever is in
 their buffers. In it, for the ranks where layouts differ (first, tensor peer, middle stage, last):
 
-1. the layout is built, group by group, as `parallel/layout.py` does on the cluster;
+1. the layout is built, group by group, as `distributed/layout.py` does on the cluster;
 2. every stage is built at its real size, and the rank's own run a micro-batch forwards and backwards, with fake tensors (shapes
    without data): what one stage hands on is what the next expects, parts of parameters make up the whole network;
 3. the engine itself (DeepSpeed, megatron-core or FSDP, optimizer, schedule, EMA) takes two steps with real numbers, in a network with as
@@ -31,21 +31,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bd3_scale.config import Recipe
-from bd3_scale.diffusion.config import IN_BLOCKS
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.objectives import Objective
+from bd3_scale.costs.flops import count_parameters
+from bd3_scale.costs.state_memory import stage_parameters
+from bd3_scale.distributed import layout, pipeline_stages
+from bd3_scale.distributed.layout import Layout
+from bd3_scale.engines.build import apply_outside, build_engine
 from bd3_scale.errors import TrainingError
-from bd3_scale.model import kernels
-from bd3_scale.model.flops import count_parameters
+from bd3_scale.model import attention_kernels
 from bd3_scale.model.layers import Linears, full_shape
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel import layout, stages
-from bd3_scale.parallel.build import apply_outside, build_engine
-from bd3_scale.parallel.layout import Layout
-from bd3_scale.parallel.memory import stage_parameters
+from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.table import Objective
 from bd3_scale.planning.situation import Situation
-from bd3_scale.runtime.ema import ExponentialAverage
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.objective_kinds import IN_BLOCKS
+from bd3_scale.training.ema import ExponentialAverage
 
 NARROW_VOCABULARY = 257
 
@@ -170,7 +170,9 @@ def _own(here: Layout, built: list[Transformer]) -> list[Transformer]:
 
 
 def _layers(case: Situation, here: Layout) -> str:
-    return " and ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in stages.of_rank(case.chunks, here.pipeline, here.pipeline_rank))
+    return " and ".join(
+        f"{chunk.start}-{chunk.stop - 1}" for chunk in pipeline_stages.of_rank(case.chunks, here.pipeline, here.pipeline_rank)
+    )
 
 
 def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[int]:
@@ -195,8 +197,8 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
             for chunk in built if here.rank == 0 else _own(here, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()
                 handed = _forward_backward(chunk, fake, received, shape, recipe.training.recompute)
-        kernels._additive_tile_mask.cache_clear()  # masks that were made without data
-        kernels._dense_mask.cache_clear()
+        attention_kernels._additive_tile_mask.cache_clear()  # masks that were made without data
+        attention_kernels._dense_mask.cache_clear()
     return shape
 
 

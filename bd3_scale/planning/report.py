@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bd3_scale.data.packing import texts_end_at
-from bd3_scale.model.flops import ParameterCount, count_parameters
+from bd3_scale.costs.flops import ParameterCount, count_parameters
+from bd3_scale.data.preparation.packing import texts_end_at
 from bd3_scale.planning.estimate import (
     Pace,
     RankMemory,

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bd3_scale.config import Recipe
-from bd3_scale.data.shares import Shares
-from bd3_scale.parallel.config import ParallelConfig
 from bd3_scale.planning.estimate import bubble_fraction, rank_memory, step_time
 from bd3_scale.planning.situation import Situation
-from bd3_scale.recipe_cures import Case, as_yaml, divisors
-from bd3_scale.recipe_rules import works
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.rules import works
+from bd3_scale.recipe.schema import ParallelConfig
+from bd3_scale.recipe.shares import Shares
+from bd3_scale.recipe.suggestions import Case, as_yaml, divisors
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from bd3_scale.config import Recipe, resolve_precision, validate
-from bd3_scale.data.shares import Shares
-from bd3_scale.diffusion.config import EVERY_TOKEN
+from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.distributed import pipeline_stages
+from bd3_scale.distributed.pipeline_stages import Phase
 from bd3_scale.errors import DataError
-from bd3_scale.parallel import stages
-from bd3_scale.parallel.activations import Batch
-from bd3_scale.parallel.stages import Phase
 from bd3_scale.planning.devices import Device
+from bd3_scale.recipe import Recipe, resolve_precision, validate
+from bd3_scale.recipe.objective_kinds import EVERY_TOKEN
+from bd3_scale.recipe.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Situation:
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
-        return stages.phases_of(self.recipe, self.vocabulary - 1, self.device.type)
+        return pipeline_stages.phases_of(self.recipe, self.vocabulary - 1, self.device.type)
 
     @property
     def widest(self) -> Phase:
@@ -73,13 +73,13 @@ class Situation:
         return _chunks(_Key(self.recipe, self.replicas), self.vocabulary, self.phases)
 
     def stages_of(self, pipeline_rank: int) -> list[range]:
-        return stages.of_rank(self.chunks, self.recipe.parallel.pipeline, pipeline_rank)
+        return pipeline_stages.of_rank(self.chunks, self.recipe.parallel.pipeline, pipeline_rank)
 
     def batch(self, phase: Phase | None = None) -> Batch:
         """The expected micro-batch on one tensor rank in a phase of the run (None: the widest)."""
         parallel, model = self.recipe.parallel, self.recipe.model
         pattern = (phase or self.widest).pattern
-        selected = max(1, round(self.micro_batch * (model.context - 1) * stages.selected_share(self.recipe, pattern)))
+        selected = max(1, round(self.micro_batch * (model.context - 1) * pipeline_stages.selected_share(self.recipe, pattern)))
         multiple = self.recipe.selected_multiple(self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
@@ -124,7 +124,7 @@ class _Key:
 
 @lru_cache(maxsize=256)
 def _chunks(key: _Key, vocabulary: int, phases: tuple[Phase, ...]) -> list[range]:
-    return stages.chunks_of(key.recipe, key.replicas, vocabulary, phases)
+    return pipeline_stages.chunks_of(key.recipe, key.replicas, vocabulary, phases)
 
 
 def situation(recipe: Recipe, world_size: int, device: Device, vocabulary: int | None = None) -> Situation:

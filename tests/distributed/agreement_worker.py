@@ -13,16 +13,17 @@ import sys
 
 import torch.distributed as dist
 
-from bd3_scale import config, train
+from bd3_scale import recipe as recipes
+from bd3_scale import train
+from bd3_scale.distributed import layout
 from bd3_scale.errors import UserError
-from bd3_scale.parallel import layout
-from bd3_scale.runtime import agreement
+from bd3_scale.fault_tolerance import agreement
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ["RANK"]), config.world_size_of_environment()
+    rank, world_size = int(os.environ["RANK"]), recipes.world_size_of_environment()
     said: dict[str, list[str]] = {}
     # Where the guards of the trainings meet.
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -33,7 +34,7 @@ def main() -> None:
         given = {"torch": wrong[0]} if wrong and rank == 1 else {}
         agreement._version = lambda package, given=given: given.get(package) or version(package)
         mine = [*overrides, *(item for item in other if rank == 1 and not item.startswith("version="))]
-        recipe = config.load(path, mine)
+        recipe = recipes.load(path, mine)
         meeting = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world_size)
         try:

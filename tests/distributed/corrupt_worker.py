@@ -8,7 +8,7 @@ import sys
 import torch
 
 from bd3_scale import train
-from bd3_scale.runtime.loop import Trainer
+from bd3_scale.training.trainer import Trainer
 
 save = Trainer.save
 

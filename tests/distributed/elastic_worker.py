@@ -12,13 +12,14 @@ import sys
 
 import torch.distributed as dist
 
-from bd3_scale import config, train
+from bd3_scale import recipe as recipes
+from bd3_scale import train
 from bd3_scale.data.open import open_data
-from bd3_scale.parallel import layout
-from bd3_scale.runtime.loop import Trainer
+from bd3_scale.distributed import layout
+from bd3_scale.training.trainer import Trainer
 
 
-def resave(recipe: config.Recipe, here: layout.Layout) -> None:
+def resave(recipe: recipes.Recipe, here: layout.Layout) -> None:
     with open_data(recipe.data, recipe.model.context, leader=here.leader, barrier=here.barrier, progress=False) as data:
         trainer = Trainer(recipe, here, data)
         assert trainer.step > 0, "nothing was loaded"
@@ -29,10 +30,10 @@ def resave(recipe: config.Recipe, here: layout.Layout) -> None:
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     for number, (path, overrides, action) in enumerate(plan):
-        recipe = config.load(path, overrides)
-        config.validate(recipe, world_size, "cpu")
+        recipe = recipes.load(path, overrides)
+        recipes.validate(recipe, world_size, "cpu")
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         here = layout.start(recipe.parallel, "cpu")

@@ -149,17 +149,7 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
 
-    import bd3_scale.checkpoint.network
-    import bd3_scale.data.open
-    import bd3_scale.parallel.fsdp
-    import bd3_scale.parallel.megatron
-    import bd3_scale.parallel.zero
-    import bd3_scale.runtime.loop
-    import bd3_scale.runtime.summary
-    import bd3_scale.runtime.watchdog
-    import bd3_scale.sample
-    import bd3_scale.train  # noqa: F401
-    from bd3_scale.data.streaming_compat import import_streaming
+    from bd3_scale.data.formats.streaming_compat import import_streaming
 
     import_streaming()
     assert len(os.listdir("/proc/self/task")) == 1, "a thread that a fork would leave behind"

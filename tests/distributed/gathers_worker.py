@@ -1,4 +1,4 @@
-"""What waits for which weights (parallel/gathers.py): `gathers_worker.py PLAN.json OUT`, a list of [name, recipe, overrides].
+"""What waits for which weights (engines/gathers.py): `gathers_worker.py PLAN.json OUT`, a list of [name, recipe, overrides].
 
 `late`: the same training with gathers that bring nothing before somebody waits for them, and spoil the weights until then: whatever
 computes without waiting is not a number. `order`: of the buckets, which are still under way when each part of the network computes.
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bd3_scale import config
-from bd3_scale.diffusion.objectives import objective_at
-from bd3_scale.parallel import layout, memory
-from bd3_scale.parallel.build import build_engine
-from bd3_scale.runtime.ema import ExponentialAverage
+from bd3_scale import recipe as recipes
+from bd3_scale.costs import state_memory
+from bd3_scale.distributed import layout
+from bd3_scale.engines.build import build_engine
+from bd3_scale.objectives.table import objective_at
+from bd3_scale.training.ema import ExponentialAverage
 
-memory.SMALLEST_BUCKET = 1000
+state_memory.SMALLEST_BUCKET = 1000
 VOCABULARY = 259
 
 
@@ -47,8 +48,8 @@ class Case:
     """An engine and the rows that it trains on."""
 
     def __init__(self, path: str, overrides: list[str]) -> None:
-        self.recipe = config.load(path, overrides)
-        config.validate(self.recipe, config.world_size_of_environment(), "cpu")
+        self.recipe = recipes.load(path, overrides)
+        recipes.validate(self.recipe, recipes.world_size_of_environment(), "cpu")
         self.here = layout.start(self.recipe.parallel, "cpu")
         self.objective = objective_at(self.recipe.objective, self.recipe.model.context, VOCABULARY - 1, 0)
         self.engine: Any = build_engine(self.recipe, self.here, VOCABULARY, VOCABULARY - 1)
@@ -130,7 +131,7 @@ def order(case: Case) -> dict[str, Any]:
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     results: dict[str, Any] = {}
     for number, (name, path, overrides) in enumerate(plan):
         for kind in ("as it is", "late", "order"):

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bd3_scale import config
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.parallel import layout
-from bd3_scale.parallel.activations import exchange_bytes
-from bd3_scale.parallel.build import build_engine
-from bd3_scale.parallel.engine import Engine
-from bd3_scale.parallel.memory import PERSISTENT, stage_parameters, state_bytes
-from bd3_scale.parallel.shapes import units_of, whole
+from bd3_scale import recipe as recipes
+from bd3_scale.costs.activation_memory import exchange_bytes
+from bd3_scale.costs.shapes import units_of, whole
+from bd3_scale.costs.state_memory import PERSISTENT, stage_parameters, state_bytes
+from bd3_scale.distributed import layout
+from bd3_scale.engines.build import build_engine
+from bd3_scale.engines.engine import Engine
+from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
 from bd3_scale.planning.situation import Situation
-from bd3_scale.runtime.ema import ExponentialAverage
+from bd3_scale.training.ema import ExponentialAverage
 from tests.alive import Alive
 
 VOCABULARY = 2003
@@ -61,9 +61,9 @@ def alive(before: dict[int, int]) -> int:
 
 
 def measure(path: str, overrides: list[str]) -> dict[str, int]:
-    recipe = config.load(path, overrides)
-    world_size = config.world_size_of_environment()
-    config.validate(recipe, world_size, "cpu")
+    recipe = recipes.load(path, overrides)
+    world_size = recipes.world_size_of_environment()
+    recipes.validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     before = storages()
     objective = recipe.objective_of(VOCABULARY - 1, 0, "cpu", None)
@@ -134,7 +134,7 @@ def under_way(engine: Any, pipeline: int, run: Callable[[], None]) -> int:
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     results = {}
     for number, (name, path, overrides) in enumerate(plan):
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)

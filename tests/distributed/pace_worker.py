@@ -7,8 +7,8 @@ import sys
 import time
 
 from bd3_scale import train
+from bd3_scale.fault_tolerance import pace
 from bd3_scale.model.transformer import Block
-from bd3_scale.runtime import pace
 
 pace.LONG = 3
 forward = Block.forward

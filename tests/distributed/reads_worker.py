@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bd3_scale import config, train
-from bd3_scale.parallel import layout
-from bd3_scale.runtime.loop import Trainer
+from bd3_scale import recipe as recipes
+from bd3_scale import train
+from bd3_scale.distributed import layout
+from bd3_scale.training.trainer import Trainer
 
 READING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
 """Operators whose result the host, or the shape of their output, waits for."""
@@ -77,7 +78,7 @@ def count(path: str, overrides: list[str], here: layout.Layout) -> tuple[dict[st
             reads.found.clear()
         return update(self)
 
-    recipe = config.load(path, overrides)
+    recipe = recipes.load(path, overrides)
     Trainer.__init__, Trainer.update = initialised, updated  # type: ignore[method-assign]
     try:
         train.train(recipe, here)
@@ -89,12 +90,12 @@ def count(path: str, overrides: list[str], here: layout.Layout) -> tuple[dict[st
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     results = {}
     for number, (name, path, overrides) in enumerate(plan):
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        here = layout.start(config.load(path, overrides).parallel, "cpu")
+        here = layout.start(recipes.load(path, overrides).parallel, "cpu")
         results[name] = here.all_gather(count(path, overrides, here))
         layout.stop()
         gc.collect()

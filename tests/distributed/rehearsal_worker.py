@@ -1,7 +1,7 @@
 """Worlds of many ranks in one process (torch's fake process group): `rehearsal_worker.py PLAN.json OUT`.
 
 A plan is a list of [kind, name, recipe, world size, overrides]. `traffic`: the payload of every collective of a step of the real engine,
-as the dispatcher sees it, beside what `parallel/traffic.py` says. `rehearse`: what `plan --rehearse` says; `broken`: the same, while a
+as the dispatcher sees it, beside what `costs/communication.py` says. `rehearse`: what `plan --rehearse` says; `broken`: the same, while a
 stage hands on one row too few.
 """
 
@@ -22,11 +22,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bd3_scale import config
+from bd3_scale import recipe as recipes
+from bd3_scale.costs.communication import step_traffic
+from bd3_scale.engines.build import build_engine
 from bd3_scale.errors import UserError
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.build import build_engine
-from bd3_scale.parallel.traffic import step_traffic
 from bd3_scale.planning import rehearsal
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.situation import Situation, situation
@@ -93,8 +93,8 @@ def _group(ranks: list[int]) -> str:
 
 
 def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict[str, Any]:
-    recipe = config.load(path, overrides)
-    config.validate(recipe, world_size, "cpu")
+    recipe = recipes.load(path, overrides)
+    recipes.validate(recipe, world_size, "cpu")
     case = Situation(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
     with rehearsal.fake_world(case, rank) as here, contextlib.redirect_stdout(io.StringIO()):
         objective = rehearsal._objective(case, 0)
@@ -136,7 +136,7 @@ def rehearse(path: str, world_size: int, overrides: list[str], broken: bool) -> 
         return found if self.last else found[:-1]
 
     try:
-        recipe = config.load(path, overrides)
+        recipe = recipes.load(path, overrides)
         with mock.patch.object(Transformer, "forward", short) if broken else contextlib.nullcontext():
             # A tokenizer of the user's own is not here: BERT's has as many ids.
             vocabulary = None if recipe.data.tokenizer in ("gpt2", "bytes") else 30523

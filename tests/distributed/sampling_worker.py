@@ -17,10 +17,11 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from bd3_scale import config, sample, train
-from bd3_scale.checkpoint.network import load_network
+from bd3_scale import recipe as recipes
+from bd3_scale import sample, train
+from bd3_scale.distributed import layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.parallel import layout
+from bd3_scale.generation.load_model import load_network
 
 
 def sampled(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -44,8 +45,8 @@ def disagreement(checkpoint: str) -> str:
 
 def trained(path: str, overrides: list[str]) -> str:
     """Train to the end; what this rank printed."""
-    recipe = config.load(path, overrides)
-    config.validate(recipe, dist.get_world_size(), "cpu")
+    recipe = recipes.load(path, overrides)
+    recipes.validate(recipe, dist.get_world_size(), "cpu")
     parallel_state.destroy_model_parallel()
     here = layout.start(recipe.parallel, "cpu")
     printed = io.StringIO()
@@ -65,7 +66,7 @@ def main() -> None:
     mine["command"] = printed.getvalue()
     mine["training"] = trained(*plan["training"])
     parallel_state.destroy_model_parallel()
-    mine["trained"] = sampled(config.load(*plan["training"]).run.dir, plan["trained"])
+    mine["trained"] = sampled(recipes.load(*plan["training"]).run.dir, plan["trained"])
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     if dist.get_rank() == 0:

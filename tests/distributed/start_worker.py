@@ -18,10 +18,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from bd3_scale import config
-from bd3_scale.parallel import layout
-from bd3_scale.parallel.build import build_engine
-from bd3_scale.parallel.memory import state_bytes
+from bd3_scale import recipe as recipes
+from bd3_scale.costs.state_memory import state_bytes
+from bd3_scale.distributed import layout
+from bd3_scale.engines.build import build_engine
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.situation import Situation
 
@@ -35,7 +35,7 @@ def resident(kind: str) -> int:
     return int(found[1]) * 1024
 
 
-def held_after(recipe: config.Recipe, here: layout.Layout) -> tuple[int, int]:
+def held_after(recipe: recipes.Recipe, here: layout.Layout) -> tuple[int, int]:
     """Bytes of state that a rank has been given when its engine is made, and of whole weights that gloo, but not NCCL, copies to gather
     them in one piece. Moments come later; so do DeepSpeed's gradients, but under ZeRO 3 and of bf16 weights under ZeRO 1."""
     case = Situation(recipe, here.world_size, device_named("cpu", here.world_size), VOCABULARY)
@@ -51,8 +51,8 @@ def _timeout(group: dist.ProcessGroup) -> float:
 
 
 def measure(path: str, overrides: list[str]) -> dict:
-    recipe = config.load(path, overrides)
-    config.validate(recipe, config.world_size_of_environment(), "cpu")
+    recipe = recipes.load(path, overrides)
+    recipes.validate(recipe, recipes.world_size_of_environment(), "cpu")
     here = layout.start(recipe.parallel, "cpu")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
@@ -73,12 +73,12 @@ def measure(path: str, overrides: list[str]) -> dict:
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ["RANK"]), config.world_size_of_environment()
+    rank, world_size = int(os.environ["RANK"]), recipes.world_size_of_environment()
     ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     results = {}
     for number, (name, path, overrides) in enumerate(plan):
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        wait = datetime.timedelta(seconds=config.load(path, overrides).parallel.timeout)
+        wait = datetime.timedelta(seconds=recipes.load(path, overrides).parallel.timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
         every: list = [None] * world_size
         dist.all_gather_object(every, measure(path, overrides))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.parallel import zero_device
+from bd3_scale.engines import zero_device
 from tests.distributed.forked import run_ranks
 
 BF16, TENSOR, PIPELINE, ACCUMULATED = "training.precision=bf16", "parallel.tensor=2", "parallel.pipeline=2", "parallel.micro_batch=1"

@@ -136,11 +136,11 @@ def test_every_recipe_passes_its_rehearsal(found: dict[str, Any], name: str) -> 
 
 
 def test_a_wrong_layout_fails_with_the_message_of_the_cluster(found: dict[str, Any]) -> None:
-    from bd3_scale import config
+    from bd3_scale import recipe as recipes
     from bd3_scale.errors import RecipeError
 
     with pytest.raises(RecipeError) as error:
-        config.validate(config.load(LARGE, WRONG), 64, "cuda")
+        recipes.validate(recipes.load(LARGE, WRONG), 64, "cuda")
     assert found["wrong"] == {"error": str(error.value), "kind": "RecipeError"}
 
 

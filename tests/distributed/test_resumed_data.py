@@ -24,8 +24,8 @@ FORMATS = ("mds", "webdataset")
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Format -> a folder whose training rows are 12 global batches, in several shards; no two rows alike."""
-    from bd3_scale.data.packing import Document
-    from bd3_scale.data.prepare import Packing, prepare
+    from bd3_scale.data.preparation.packing import Document
+    from bd3_scale.data.preparation.prepare import Packing, prepare
     from bd3_scale.data.tokenizer import load_tokenizer
 
     random = np.random.Generator(np.random.Philox(3))

@@ -14,17 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
-from bd3_scale.checkpoint.network import load_network
-from bd3_scale.checkpoint.state import Fragment, Region
-from bd3_scale.config import Recipe
-from bd3_scale.data.config import DataConfig
+from bd3_scale.checkpoint.slices import Fragment, Region
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.diffusion.config import ObjectiveConfig
-from bd3_scale.diffusion.tuner import TunerState
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.generation.load_model import load_network
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.objectives.interval_tuner import TunerState
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import DataConfig, ModelConfig, ObjectiveConfig
 from bd3_scale.sample import generate_tokens
 from tests.distributed.forked import run_ranks
 

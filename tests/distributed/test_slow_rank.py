@@ -1,4 +1,4 @@
-"""A rank that is slow is seen, although all ranks of a step end it together. (Who is named, and when: tests/unit/runtime/test_pace.py.)"""
+"""A rank that is slow is seen, although all ranks of a step end it together. (Who is named, and when: test_pace.py.)"""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_scale.checkpoint.network import load_network
-from bd3_scale.data.packing import Document
-from bd3_scale.data.prepare import Packing, prepare
+from bd3_scale.data.preparation.packing import Document
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.generation.load_model import load_network
 from bd3_scale.sample import generate_tokens
 from tests.distributed.launch import launch
 

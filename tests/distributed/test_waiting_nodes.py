@@ -18,7 +18,7 @@ NODE = """
 import sys
 from bd3_scale.launching import node
 node.QUIET = 0.1
-node.SPEAKER = [sys.executable, "-c", "import sys\\nfrom bd3_scale.runtime import waiting\\nwaiting.FIRST = 1.0\\n"
+node.SPEAKER = [sys.executable, "-c", "import sys\\nfrom bd3_scale.distributed import waiting\\nwaiting.FIRST = 1.0\\n"
                 "from bd3_scale.launching import meeting\\nmeeting.main(sys.argv[1:])"]
 sys.exit(node.main())
 """

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bd3_scale import config, train
+from bd3_scale import recipe as recipes
+from bd3_scale import train
 from bd3_scale.data import loader
-from bd3_scale.parallel import layout
+from bd3_scale.distributed import layout
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     original = loader.Loader.take
     for number, (path, overrides, name) in enumerate(plan):
-        recipe = config.load(path, overrides)
-        config.validate(recipe, world_size, "cpu")
+        recipe = recipes.load(path, overrides)
+        recipes.validate(recipe, world_size, "cpu")
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         here = layout.start(recipe.parallel, "cpu")

@@ -13,21 +13,23 @@ import sys
 
 import torch.distributed as dist
 
-from bd3_scale import config, train
+from bd3_scale import recipe as recipes
+from bd3_scale import train
+from bd3_scale.costs import state_memory
+from bd3_scale.distributed import layout
 from bd3_scale.model import compiling
-from bd3_scale.parallel import layout, memory
 
-memory.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
+state_memory.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
 compiling.BACKEND = "aot_eager"  # the same graphs as Inductor's, without a C++ compiler's minute for each
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), config.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     for number, (path, overrides) in enumerate(plan):
-        recipe = config.load(path, overrides)
-        config.validate(recipe, world_size, "cpu")
+        recipe = recipes.load(path, overrides)
+        recipes.validate(recipe, world_size, "cpu")
         # A world that is joined a second time needs another place to meet.
         store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

@@ -2,8 +2,8 @@
 
 `python -m tests.fake_cuda.ahead_worker OUT.json [REPORT.md]` in an environment with torch's CUDA build. What torch would ask the driver
 is answered as by an H100; the graph of one attention, forward or backward, is given to Inductor as Dynamo and autograd would, with the
-BlockMask of `model/kernels.py`; nothing runs. Of each kernel: registers, bytes that are spilled, shared memory, and whether its products
-are wgmma.
+BlockMask of `model/attention_kernels.py`; nothing runs. Of each kernel: registers, bytes that are spilled, shared memory, and whether its
+products are wgmma.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bd3_scale.diffusion.config import ROW_MULTIPLE, ObjectiveConfig
-from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import objective_at
-from bd3_scale.model import kernels
+from bd3_scale.model import attention_kernels
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.table import objective_at
+from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE
+from bd3_scale.recipe.schema import ObjectiveConfig
 from tests.fake_cuda.ahead_cases import CASES, Case
 
 H100 = SimpleNamespace(
@@ -108,9 +109,9 @@ def graph(case: Case, backward: bool) -> tuple[fx.GraphModule, list[Tensor]]:
     segments = torch.zeros(BATCH, pattern.rows, dtype=torch.int32)
     block_mask: Any
     if case.documents:
-        block_mask = kernels.document_block_mask(pattern, queries, segments)
+        block_mask = attention_kernels.document_block_mask(pattern, queries, segments)
     else:
-        block_mask = kernels.block_mask(pattern, queries, torch.device("cpu"))
+        block_mask = attention_kernels.block_mask(pattern, queries, torch.device("cpu"))
     places = [torch.zeros((), dtype=torch.int32) for _ in range(4)]
     number = torch.zeros(())
     root, lines = torch.nn.Module(), fx.Graph()
@@ -157,7 +158,7 @@ def masked_documents(pattern: AttentionPattern) -> Callable[..., Tensor]:
     from torch._dynamo._trace_wrapped_higher_order_op import mod_index
 
     def mask(sample: Tensor, head: Tensor, query: Tensor, key: Tensor, segments: Tensor) -> Tensor:
-        return kernels.visible(pattern, query, key) & (mod_index(segments, [sample, query]) == mod_index(segments, [sample, key]))
+        return attention_kernels.visible(pattern, query, key) & (mod_index(segments, [sample, query]) == mod_index(segments, [sample, key]))
 
     return mask
 
@@ -229,7 +230,7 @@ def report(results: list[dict[str, Any]]) -> str:
         "# FlexAttention's kernels for an H100, compiled ahead of time",
         "",
         f"{datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, for sm_90a, bf16. Nothing ran: the kernels that",
-        "Inductor writes for the BlockMasks of `model/kernels.py`, without autotuning, and what ptxas says of them.",
+        "Inductor writes for the BlockMasks of `model/attention_kernels.py`, without autotuning, and what ptxas says of them.",
         "With L' = L a row is one stream, which plain attention computes: there is no kernel of ours.",
         "",
         "| attention | pass | warps | stages | registers | spilled, bytes | shared, KiB | wgmma |",

@@ -19,16 +19,14 @@ from unittest import mock
 import numpy as np
 import torch
 
-from bd3_scale.checkpoint.background import HostCopy
-from bd3_scale.config import Recipe
-from bd3_scale.diffusion.config import ObjectiveConfig
-from bd3_scale.model.config import ModelConfig
-from bd3_scale.parallel import layout, megatron_cpu
-from bd3_scale.parallel.build import build_engine
-from bd3_scale.parallel.config import ParallelConfig
-from bd3_scale.parallel.layout import Layout
-from bd3_scale.runtime.ema import ExponentialAverage
-from bd3_scale.runtime.metrics import Meter
+from bd3_scale.distributed import layout, megatron_on_cpu
+from bd3_scale.distributed.layout import Layout
+from bd3_scale.engines.build import build_engine
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
+from bd3_scale.reporting.metrics import Meter
+from bd3_scale.saving.background import HostCopy
+from bd3_scale.training.ema import ExponentialAverage
 from tests.fake_cuda.device import DEVICE, fake_cuda
 
 ENGINES: dict[str, tuple[str, int, str]] = {
@@ -100,7 +98,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     os.environ["DS_ACCELERATOR"] = "cuda"  # which a run sets at its start
     here = layout.start(ParallelConfig(), "cpu")
-    for name in megatron_cpu.MODULES:  # as on CUDA, where nobody binds anything else
+    for name in megatron_on_cpu.MODULES:  # as on CUDA, where nobody binds anything else
         importlib.import_module(f"megatron.core.{name}").torch = torch  # type: ignore[attr-defined]
     results = {}
     for name, (engine, zero, precision) in ENGINES.items():

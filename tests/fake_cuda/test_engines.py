@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_scale.parallel.adamw import StepRule
-from bd3_scale.parallel.zero_device import norm_on_device
-from bd3_scale.runtime.metrics import Meter
+from bd3_scale.engines.adamw import StepRule
+from bd3_scale.engines.zero_device import norm_on_device
+from bd3_scale.reporting.metrics import Meter
 from tests.fake_cuda.device import DEVICE, fake_cuda
 from tests.fake_cuda.engines_worker import ENGINES, MICRO_BATCHES
 

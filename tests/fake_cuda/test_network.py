@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig
-from bd3_scale.diffusion.decoding import SamplingOptions
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.objectives import Objective, objective_at
-from bd3_scale.diffusion.sampler import generate
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.distributed.layout import Layout
+from bd3_scale.engines.build import VOCABULARY_MULTIPLE, apply_outside
+from bd3_scale.generation.sampler import generate
+from bd3_scale.generation.token_sampling import SamplingOptions
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.build import VOCABULARY_MULTIPLE, apply_outside
-from bd3_scale.parallel.layout import Layout
-from bd3_scale.runtime.validation import Validator
+from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.table import Objective, objective_at
+from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
+from bd3_scale.training.validation import Validator
 from tests.fake_cuda.device import DEVICE, Operators, fake_cuda
 
 pytestmark = pytest.mark.usefixtures("world_of_one")

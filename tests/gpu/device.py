@@ -26,8 +26,8 @@ needs_gpu = pytest.mark.skipif(
 @contextmanager
 def world() -> Iterator[None]:
     """A world of this process alone, on the device."""
-    from bd3_scale.parallel import layout
-    from bd3_scale.parallel.config import ParallelConfig
+    from bd3_scale.distributed import layout
+    from bd3_scale.recipe.schema import ParallelConfig
 
     layout.start(ParallelConfig(), DEVICE.type)
     try:

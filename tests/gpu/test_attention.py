@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bd3_scale.diffusion.mask import AttentionPattern, dense, document_segments
-from bd3_scale.model.kernels import attend
+from bd3_scale.model.attention_kernels import attend
+from bd3_scale.objectives.attention_mask import AttentionPattern, dense, document_segments
 from tests.gpu.device import DEVICE, KERNEL, REHEARSAL, needs_gpu
 
 pytestmark = needs_gpu

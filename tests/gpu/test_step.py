@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.objectives import objective_at
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.engines.build import apply_outside
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.build import apply_outside
+from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.table import objective_at
+from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
 from tests.gpu.device import DEVICE, REHEARSAL, needs_gpu, world
 
 pytestmark = needs_gpu

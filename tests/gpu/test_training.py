@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_scale import config, train
-from bd3_scale.parallel import layout
+from bd3_scale import recipe as recipes
+from bd3_scale import train
+from bd3_scale.distributed import layout
 from tests.gpu.device import DEVICE, REHEARSAL, needs_gpu, world
 from tests.gpu.waits import UNWATCHED_STEPS, Waits
 from tests.invented import prepare_invented
@@ -91,8 +92,8 @@ class Trainings:
 
     def train(self, name: str, overrides: list[str]) -> Training:
         folder = self.folder / name
-        recipe = config.load(ROOT / "recipes/quickstart.yaml", [f"run.dir={folder}", f"data.path={self.data}", *COMMON, *overrides])
-        config.validate(recipe, 1, DEVICE.type)
+        recipe = recipes.load(ROOT / "recipes/quickstart.yaml", [f"run.dir={folder}", f"data.path={self.data}", *COMMON, *overrides])
+        recipes.validate(recipe, 1, DEVICE.type)
         waits = Waits()
         here = layout.start(recipe.parallel, DEVICE.type)
         compiled_on_cpu = REHEARSAL and recipe.training.compile != "none"  # its reads cannot be seen
@@ -173,7 +174,7 @@ def test_a_wait_is_seen() -> None:
 
 def test_texts_are_the_same_with_the_cache_and_without(trainings: Trainings) -> None:
     """In fp32, on the device and on the CPU."""
-    from bd3_scale.checkpoint.network import load_network
+    from bd3_scale.generation.load_model import load_network
     from bd3_scale.sample import generate_tokens
 
     folder, texts = trainings("fp32").folder, []

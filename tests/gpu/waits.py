@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bd3_scale.runtime.loop import Trainer
+from bd3_scale.training.trainer import Trainer
 from tests.gpu.device import REHEARSAL
 
 UNWATCHED_STEPS = 3

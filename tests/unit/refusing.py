@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 
 BASE = """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bd3_scale import doctor
-from bd3_scale.config import Recipe
+from bd3_scale.recipe import Recipe
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -50,7 +50,7 @@ def test_a_check_that_fails_makes_the_verdict(monkeypatch: pytest.MonkeyPatch, c
 def test_kernels_are_surveyed_without_a_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "CHECKS", (doctor.kernels,))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("bd3_scale.parallel.probe.probe", lambda *arguments, **options: None)
+    monkeypatch.setattr("bd3_scale.engines.kernel_probe.probe", lambda *arguments, **options: None)
     assert doctor.main([]) == 0, capsys.readouterr().out
 
 
@@ -165,7 +165,7 @@ def test_the_size_of_the_world_decides_how_many_files_are_enough(monkeypatch: py
 def test_a_process_raises_its_own_limit() -> None:
     import resource
 
-    from bd3_scale.runtime.open_files import raise_file_limit
+    from bd3_scale.files import raise_file_limit
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale import config as recipes
-from bd3_scale.config import Recipe
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.fault_tolerance import early_exit
 from bd3_scale.launching import elastic, torchrun
 from bd3_scale.launching.torchrun import Torchrun
-from bd3_scale.runtime import leaving
+from bd3_scale.recipe import Recipe
 
 ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}
 
@@ -48,7 +48,7 @@ def test_it_waits_for_the_sizes_that_fit(
     def left(name: str, leader: bool) -> None:
         raise Left(name)
 
-    monkeypatch.setattr(leaving, "leave", left)
+    monkeypatch.setattr(early_exit, "leave", left)
     monkeypatch.setenv(elastic.JOINABLE, "1")
     with pytest.raises(Left, match="time_limit"):
         wait(misfit)

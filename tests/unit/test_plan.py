@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale import config as recipes
 from bd3_scale import plan
+from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "owt_1b.yaml")

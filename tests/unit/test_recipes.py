@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_scale import config as recipes
-from bd3_scale.diffusion.objectives import build_objective
+from bd3_scale import recipe as recipes
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.objectives.table import build_objective
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.report import make_plan
 from bd3_scale.planning.search import search

@@ -18,9 +18,9 @@ from reproduce_perplexity import SYSTEMS, comparisons
 from reproduce_systems import alone, progress, train
 from reproduce_texts import document_lengths
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
+from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import UserError
-from bd3_scale.parallel.layout import Layout
 
 RECIPE = """
 model: {context: 32, layers: 1, hidden: 16, heads: 2, initial_std: 0.3}

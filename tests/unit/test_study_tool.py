@@ -34,8 +34,8 @@ def study() -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of 32 bytes."""
-    from bd3_scale.data.packing import Document
-    from bd3_scale.data.prepare import Packing, prepare
+    from bd3_scale.data.preparation.packing import Document
+    from bd3_scale.data.preparation.prepare import Packing, prepare
     from bd3_scale.data.tokenizer import load_tokenizer
 
     path, tokenizer = tmp_path_factory.mktemp("study") / "data", load_tokenizer("bytes")
@@ -57,7 +57,7 @@ def test_integrated_variance_is_the_variance_of_drawn_losses(study: Any, size: i
         masked = random.random((*times.shape, size)) < noise.schedule.mask_probability(times)[..., None]
         return masked.sum(-1), (masked * nll).sum(-1) * (1 + 0.3 * masked.sum(-1))
 
-    from bd3_scale.diffusion.schedule import LINEAR, schedule_named
+    from bd3_scale.objectives.noise_schedules import LINEAR, schedule_named
 
     validation, wanted = study.Noise(LINEAR, (1e-3, 1.0)), study.Noise(schedule_named(schedule), interval)
     np.testing.assert_allclose(wanted.integrals(size)[0].sum(), 1.0, rtol=1e-12)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint import store
-from bd3_scale.checkpoint.state import KINDS, Fragment, Region, share
+from bd3_scale.checkpoint.slices import KINDS, Fragment, Region, share
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding.weight": (13, 6),

@@ -212,7 +212,7 @@ def test_a_forged_index_is_never_followed_out_of_its_folder(
         opened.add(Path(file).resolve())
         return original(file, *arguments, **named)
 
-    monkeypatch.setattr("bd3_scale.checkpoint.shards.open", watched, raising=False)
+    monkeypatch.setattr("bd3_scale.checkpoint.shard_files.open", watched, raising=False)
     refused = 0
     for seed in range(250):
         folder = tmp_path / str(seed)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from bd3_scale.checkpoint import store
 from bd3_scale.checkpoint.index import part_key
-from bd3_scale.checkpoint.shards import ShardReader
-from bd3_scale.checkpoint.state import Fragment, Region, share
+from bd3_scale.checkpoint.shard_files import ShardReader
+from bd3_scale.checkpoint.slices import Fragment, Region, share
 from bd3_scale.errors import CheckpointError
 
 NAMES = [
@@ -177,7 +177,7 @@ def test_loading_reads_only_the_bytes_it_needs(tmp_path: Path, monkeypatch: pyte
 
 
 def test_long_reads_with_small_gaps_are_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bd3_scale.checkpoint.shards.CHUNK", 1000)
+    monkeypatch.setattr("bd3_scale.checkpoint.shard_files.CHUNK", 1000)
     shape = (50, 40)
     value = torch.arange(2000, dtype=torch.float32)
     path = store.save(tmp_path, 1, [Fragment("weight", "w", Region.whole(shape), value)], samples_consumed=0, run={}, recipe="")

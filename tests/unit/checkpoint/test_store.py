@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bd3_scale.checkpoint import shards, store
+from bd3_scale.checkpoint import shard_files, store
 from bd3_scale.errors import CheckpointError
 
 
@@ -148,7 +148,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(synthetic: Any, tmp_p
 @pytest.mark.parametrize("step", [100, 200])
 @pytest.mark.parametrize(
     ("owner", "name", "text"),
-    [(os, "fsync", "No space left on device; free space there"), (shards, "_little_endian", "RuntimeError: the device is gone")],
+    [(os, "fsync", "No space left on device; free space there"), (shard_files, "_little_endian", "RuntimeError: the device is gone")],
 )
 def test_an_error_on_one_rank_is_the_same_error_on_all(
     synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, step: int, owner: Any, name: str, text: str

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bd3_scale.data.manifest import Manifest
-from bd3_scale.data.packing import Document
-from bd3_scale.data.prepare import Packing, prepare
+from bd3_scale.data.preparation.packing import Document
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import ByteTokenizer
 
 CONTEXT = 64

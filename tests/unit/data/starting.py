@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_scale.data.config import DataConfig
+from bd3_scale.data.formats.streaming_compat import import_streaming
 from bd3_scale.data.open import open_data
-from bd3_scale.data.packing import Document
-from bd3_scale.data.prepare import Packing, prepare
-from bd3_scale.data.streaming_compat import import_streaming
+from bd3_scale.data.preparation.packing import Document
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import ByteTokenizer
+from bd3_scale.recipe.schema import DataConfig
 
 CONTEXT = 64
 

@@ -13,13 +13,13 @@ import pytest
 
 from bd3_scale.data import cache as module
 from bd3_scale.data.cache import Cache
-from bd3_scale.data.config import DataConfig
 from bd3_scale.data.loader import Loader
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.open import Data, open_data
-from bd3_scale.data.prepare import Packing, prepare
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import ByteTokenizer
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.schema import DataConfig
 from tests.unit.data.conftest import random_documents
 
 CONTEXT = 64

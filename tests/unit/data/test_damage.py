@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_scale.data.config import DataConfig
 from bd3_scale.data.loader import Loader
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.open import Data, open_data
 from bd3_scale.data.order import GlobalOrder
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.schema import DataConfig
 
 CONTEXT = 64
 FORMATS = ("mds", "webdataset")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bd3_scale.data.manifest import Manifest
-from bd3_scale.data.packing import Document
-from bd3_scale.data.prepare import Packing, prepare
+from bd3_scale.data.preparation.packing import Document
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import ByteTokenizer
 from tests.unit.data.conftest import random_documents
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_scale.data import checked_once, shards
+from bd3_scale.data import checked_once
+from bd3_scale.data.formats import row_reader
+from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.loader import Loader, validation_rows
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.order import GlobalOrder
-from bd3_scale.data.shards import ShardReader
 from bd3_scale.data.tokenizer import ByteTokenizer
 from bd3_scale.errors import DataError, RecipeError
 
@@ -192,13 +193,13 @@ def test_a_node_hashes_a_shard_once(kind: str, copy_of: Callable[..., Path], mon
     folder, hashed = copy_of(kind), list[int]()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(checked_once, "_folder", lambda: tmp_path)
-    plain = shards.xxh64
+    plain = row_reader.xxh64
 
     def counted(content: bytes) -> str:
         hashed.append(len(content))
         return plain(content)
 
-    monkeypatch.setattr(shards, "xxh64", counted)
+    monkeypatch.setattr(row_reader, "xxh64", counted)
 
     def rows() -> np.ndarray:
         with ShardReader(folder, "train", context=64, tokenizer=ByteTokenizer()) as one:

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.data.config import DIGITS, DataConfig, SourceConfig, weights_problem
 from bd3_scale.data.manifest import Manifest
 from bd3_scale.data.mixture import Mixture
 from bd3_scale.data.open import Data, open_data
 from bd3_scale.data.order import GlobalOrder
-from bd3_scale.data.prepare import Packing, prepare
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import ByteTokenizer
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.mixture_weights import DIGITS, weights_problem
+from bd3_scale.recipe.schema import DataConfig, SourceConfig
 from tests.unit.data.conftest import CONTEXT, random_documents
 
 WHOLE = 10**DIGITS

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_scale.data import documentation, packing
 from bd3_scale.data import open as module
-from bd3_scale.data.config import DataConfig
 from bd3_scale.data.open import open_data
+from bd3_scale.data.preparation import documentation, packing
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.schema import DataConfig
 
 TOKENS = 40_000
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bd3_scale.data.packing import Document
-from bd3_scale.data.prepare import Packing, prepare
+from bd3_scale.data.preparation.packing import Document
+from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.parallel.layout import Layout
+from bd3_scale.distributed.layout import Layout
 from tests.unit.test_sample_command import save_run
 
 CONTEXT = 16

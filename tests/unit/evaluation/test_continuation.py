@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_scale.checkpoint.network import LoadedNetwork, load_network
 from bd3_scale.errors import RecipeError
 from bd3_scale.evaluation.continuation import continuation_log_likelihood
+from bd3_scale.generation.load_model import LoadedNetwork, load_network
 
 Checkpoints = Callable[..., Path]
 CONTEXT, CONTINUATION = list(b"abcde"), list(b"fgh")

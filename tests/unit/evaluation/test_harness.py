@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.data.streaming_compat import prepare_torchvision
+from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.evaluation.continuation import continuation_log_likelihood
 
 prepare_torchvision()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_scale.data.streaming_compat import prepare_torchvision
+from bd3_scale.data.formats.streaming_compat import prepare_torchvision
+from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.evaluation.judge import load_judge, text_nll
-from bd3_scale.parallel.layout import Layout
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bd3_scale.data.tokenizer import GPT2Tokenizer
+from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.evaluation.likelihood import evaluate_likelihood, open_rows
 from bd3_scale.evaluation.world import load_replicas
-from bd3_scale.parallel.layout import Layout
 from tests.unit.evaluation.conftest import save_data
 
 Checkpoints = Callable[..., Path]

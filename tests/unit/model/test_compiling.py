@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bd3_scale.diffusion.inputs import NetworkInputs
-from bd3_scale.diffusion.objectives import BlockDiffusion
+from bd3_scale.engines.build import COMPILE_MODES, apply_outside
 from bd3_scale.model.compiling import compiled_whole
-from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.build import COMPILE_MODES, apply_outside
+from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.table import BlockDiffusion
+from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

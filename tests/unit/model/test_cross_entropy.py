@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bd3_scale.model import cross_entropy, loss
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.model import cross_entropy, loss_head
 from bd3_scale.model.cross_entropy import FusedCrossEntropy
 from bd3_scale.model.layers import Linears
-from bd3_scale.model.loss import Head
+from bd3_scale.model.loss_head import Head
+from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
@@ -119,7 +119,7 @@ def step(kind: str, backend: str, dtype: torch.dtype, tokens: int) -> list[Tenso
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_head_that_is_fused_is_the_head(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64, and a shorter last one of many sizes: one graph of each function."""
-    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", 1)
     counters.clear()
     cross_entropy._compiled.cache_clear()
     torch._dynamo.reset()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.checkpoint.state import Region
+from bd3_scale.checkpoint.slices import Region
 from bd3_scale.model import initialise as module
-from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import fill, initial_rows, initialise
 from bd3_scale.model.layers import ColumnLinear, Embedding, Linears, RowLinear, full_shape, parameter_partition
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3_scale.model.attention import Attention
-from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.layers import (
     MLP,
     DropoutWords,
@@ -25,6 +24,7 @@ from bd3_scale.model.layers import (
     full_shape,
     parameter_partition,
 )
+from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

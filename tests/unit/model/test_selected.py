@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bd3_scale import config as recipes
-from bd3_scale.diffusion.mask import AttentionPattern
-from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, MaskedDiffusion, NetworkInputs, ScoreEntropy, SimplexDiffusion
+from bd3_scale import recipe as recipes
+from bd3_scale.engines.build import apply_outside
 from bd3_scale.model.selected import SelectedRows
-from bd3_scale.model.stream import Stream
+from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.build import apply_outside
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, NetworkInputs, ScoreEntropy, SimplexDiffusion
 from tests.unit.model.test_transformer import LENGTH, MASK, VARIANTS, gradients, network
 
 pytestmark = pytest.mark.usefixtures("world_of_one")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.diffusion.mask import AttentionPattern, decoding_mask
-from bd3_scale.diffusion.objectives import Autoregressive, BlockDiffusion, NetworkInputs
-from bd3_scale.model.config import ModelConfig
+from bd3_scale.engines.build import apply_outside
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.build import apply_outside
+from bd3_scale.objectives.attention_mask import AttentionPattern, decoding_mask
+from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, NetworkInputs
+from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

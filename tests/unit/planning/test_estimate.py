@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bd3_scale import config as recipes
-from bd3_scale.config import Recipe
-from bd3_scale.diffusion.objectives import BlockDiffusion
+from bd3_scale import recipe as recipes
+from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.errors import RecipeError
-from bd3_scale.model.config import ModelConfig
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.parallel.memory import state_bytes
+from bd3_scale.objectives.table import BlockDiffusion
 from bd3_scale.planning.devices import DEVICES, device_named
 from bd3_scale.planning.estimate import bandwidth, bubble_fraction, pace, rank_memory, stage_flops, step_time, traffic_of
 from bd3_scale.planning.report import as_text, make_plan
 from bd3_scale.planning.search import _layouts, search
 from bd3_scale.planning.situation import Situation, situation
-from bd3_scale.recipe_cures import Case
-from bd3_scale.recipe_rules import works
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.rules import works
+from bd3_scale.recipe.schema import ModelConfig
+from bd3_scale.recipe.suggestions import Case
 
 ROOT = Path(__file__).resolve().parents[3]
 V = 211

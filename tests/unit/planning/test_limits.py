@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale import config as recipes
+from bd3_scale import recipe as recipes
 from bd3_scale.planning.devices import DEVICES, device_named
 from bd3_scale.planning.estimate import pace, row_flops, step_time
 from bd3_scale.planning.limits import StageLimits, product_seconds, visited_tiles

@@ -1,0 +1,175 @@
+"""Tables that say of which foreign tensors each of ours is made, and the few reshapings that this takes.
+
+A `Rule` names one of our parameters and the `Piece`s it is joined of. How we lay out what others keep apart:
+key and value [kv_head, 2, d] (joined per head), gate and value of a gated MLP [unit, 2] (joined per unit). Query rows are
+[kv_head, group, d], which is everybody's order of heads. Invariants: `{}` in a name stands for the layer; every tensor of the
+source is used by a rule or named as of no use, or the conversion ends with its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bd3_scale.checkpoint.slices import Fragment, Region
+from bd3_scale.convert.source import Source
+from bd3_scale.errors import CheckpointError
+
+MEAN_ROWS = 1 << 14
+"""Rows summed at a time for the mean of an embedding, in fp64."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A foreign tensor, or a part of its output rows."""
+
+    name: str
+    transposed: bool = False
+    """Stored [in, out], as GPT-2's Conv1D does."""
+    part: tuple[int, int] = (0, 1)
+    """(index, count): which of so many equal parts of the rows."""
+
+    def read(self, source: Source, name: str) -> torch.Tensor:
+        tensor = source.read(name)
+        tensor = tensor.t() if self.transposed else tensor
+        index, count = self.part
+        if len(tensor) % count:
+            raise CheckpointError(f"{source.path}: {name} has {len(tensor)} rows, which are not {count} equal parts")
+        return tensor.chunk(count)[index] if count > 1 else tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our parameter `name` of these pieces. `rows`: what its first dimension counts, if something of the recipe:
+    vocabulary (cut to the tokenizer's ids; MASK's row is added: the mean of an embedding, zeros of a head), ids (all, with MASK),
+    positions (cut to the context)."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    join: str = "one"
+    """one | heads (rows of one head of each piece in turn) | units (one row of each in turn)."""
+    rows: str = ""
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The whole of a network: `layer` rules once per layer, `whole` rules once."""
+
+    whole: tuple[Rule, ...]
+    layer: tuple[Rule, ...]
+    prefixes: tuple[str, ...] = ("",)
+    """What may stand before all foreign names; the first that fits is taken."""
+    no_use: str = "$^"
+    """Regular expression of whole foreign names (without prefix) that hold nothing to convert."""
+
+    def rules(self, layers: int) -> list[Rule]:
+        """All rules, layers filled in."""
+        return [*self.whole, *(_of_layer(rule, layer) for layer in range(layers) for rule in self.layer)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of ours depend on."""
+
+    text_ids: int
+    """Ids of text; MASK is the one after."""
+    context: int
+    head_size: int
+    expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Our names and full shapes, as the network of the recipe has them."""
+
+
+class LazyFragment(Fragment):
+    """A whole tensor for `store.save` that is made when it is written, and forgotten."""
+
+    def __init__(self, kind: str, name: str, shape: Sequence[int], make: Callable[[], torch.Tensor]) -> None:
+        for key, value in {"kind": kind, "name": name, "region": Region.whole(tuple(shape)), "_make": make}.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def value(self) -> torch.Tensor:  # type: ignore[override]
+        values = self._make()  # type: ignore[attr-defined]
+        if tuple(values.shape) != self.region.shape:
+            raise CheckpointError(f"{self.name} is {list(values.shape)} in the source, but this network needs {list(self.region.shape)}")
+        return values.contiguous().view(-1)
+
+
+def prefix_of(names: Iterable[str], key_map: KeyMap) -> str:
+    """The prefix under which the first of the map's names stands. Raises CheckpointError."""
+    names, first = set(names), key_map.whole[0].pieces[0].name
+    for prefix in key_map.prefixes:
+        if prefix + first in names:
+            return prefix
+    raise CheckpointError(
+        f"there is no tensor {key_map.prefixes[0] + first}; the weights are of another architecture than config.json says"
+    )
+
+
+def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[str, Callable[[], torch.Tensor]]:
+    """Our name -> how to make its tensor; checked to be all of ours, and of all of theirs. Raises CheckpointError."""
+    prefix = prefix_of(source.shapes, key_map)
+    rules = key_map.rules(layers)
+    needed = {_full(prefix, piece.name) for rule in rules for piece in rule.pieces}
+    missing = sorted(needed - set(source.shapes))
+    if missing:
+        raise CheckpointError(f"{source.path}: tensor {missing[0]} is missing")
+    unknown = [name for name in sorted(set(source.shapes) - needed) if not re.fullmatch(key_map.no_use, name.removeprefix(prefix))]
+    if unknown:
+        raise CheckpointError(f"{source.path}: tensor {unknown[0]} belongs to nothing that can be converted")
+    if set(sizes.expected) != {rule.name for rule in rules}:
+        odd = min(set(sizes.expected) ^ {rule.name for rule in rules})
+        raise CheckpointError(f"{source.path}: parameter {odd} is in only one of the source and the network of the recipe")
+
+    def maker(rule: Rule) -> Callable[[], torch.Tensor]:
+        return lambda: _make(rule, source, prefix, sizes)
+
+    return {rule.name: maker(rule) for rule in rules}
+
+
+def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor:
+    pieces = [piece.read(source, _full(prefix, piece.name)) for piece in rule.pieces]
+    tensor = pieces[0] if rule.join == "one" else interleave(pieces, sizes.head_size if rule.join == "heads" else 1)
+    if rule.rows == "vocabulary":
+        return with_mask(tensor, sizes.text_ids, mean=rule.name == "embedding.weight")
+    if rule.rows == "positions":
+        return tensor[: sizes.context]
+    return tensor
+
+
+def interleave(tensors: Sequence[torch.Tensor], group: int) -> torch.Tensor:
+    """`group` rows of each in turn: k, v [heads * d, ...] with group = d -> [heads, 2, d, ...] flattened."""
+    if any(tensor.shape != tensors[0].shape for tensor in tensors) or len(tensors[0]) % group:
+        raise CheckpointError(f"tensors of {[list(tensor.shape) for tensor in tensors]} cannot be joined {group} rows at a time")
+    return torch.stack([tensor.unflatten(0, (-1, group)) for tensor in tensors], 1).flatten(0, 2)
+
+
+def with_mask(rows: torch.Tensor, text_ids: int, mean: bool) -> torch.Tensor:
+    """The first `text_ids` rows and one for MASK: their mean, or zeros."""
+    if len(rows) < text_ids:
+        raise CheckpointError(f"the weights have {len(rows)} ids, but the tokenizer has {text_ids}; name the tokenizer of the weights")
+    result = torch.zeros(text_ids + 1, *rows.shape[1:])
+    result[:text_ids] = rows[:text_ids]
+    if mean:
+        total = torch.zeros(rows.shape[1:], dtype=torch.float64)
+        for part in rows[:text_ids].split(MEAN_ROWS):
+            total += part.sum(0, dtype=torch.float64)
+        result[text_ids] = (total / text_ids).float()
+    return result
+
+
+def _of_layer(rule: Rule, layer: int) -> Rule:
+    pieces = tuple(Piece(piece.name.replace("{}", str(layer)), piece.transposed, piece.part) for piece in rule.pieces)
+    return Rule(rule.name.replace("{}", str(layer)), pieces, rule.join, rule.rows)
+
+
+def _full(prefix: str, name: str) -> str:
+    """A name that starts with / stands outside the prefix."""
+    return name[1:] if name.startswith("/") else prefix + name
+
+
+def same(*names: str) -> tuple[Rule, ...]:
+    """Rules for parameters that have our names already."""
+    return tuple(Rule(name, (Piece(name),)) for name in names)

@@ -1,0 +1,148 @@
+"""From a source and a table of names to one of our checkpoints, and the recipe that goes on from it.
+
+With a data folder the checkpoint is that of a run at step 0 (weights, averages equal to them, moments of zero), so that
+`python -m bd3_scale.train OUT/recipe.yaml` simply continues it; without one it holds the weights, for sampling, evaluation
+and export. Invariants: tensors are made when they are written; nothing is written before recipe, tokenizer, data and names
+were checked; what exists is never overwritten.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3_scale import recipe as recipes
+from bd3_scale.checkpoint import store
+from bd3_scale.convert.key_map import KeyMap, LazyFragment, Sizes, makers
+from bd3_scale.convert.parameter_shapes import parameter_shapes
+from bd3_scale.convert.source import Source
+from bd3_scale.data.manifest import MANIFEST, Manifest
+from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.errors import CheckpointError, RecipeError
+from bd3_scale.objectives.interval_tuner import TunerState
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.objective_kinds import block_sizes
+
+STEPS = 10_000
+"""training.steps of the recipe where no budget is asked for."""
+FREE = ("context", "dropout", "attention", "initial_std")
+"""Keys of `model` that are not part of the weights."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """All that a format says about a source. `recipe`: a whole recipe where the source has one, else the defaults with `objective`."""
+
+    source: Source
+    key_map: KeyMap
+    recipe: Recipe
+    longest: int | None
+    """Tokens that the weights can place; None: any number."""
+    origin: str
+    tuner: dict[str, Any] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    checkpoint: Path
+    recipe_file: Path
+    recipe: Recipe
+    trainable: bool
+
+
+def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrides: Sequence[str] = ()) -> Written:
+    """Make `out`/checkpoints/step_00000000 and `out`/recipe.yaml. Raises UserError before anything is written, or CheckpointError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; name a new folder")
+    text = load_tokenizer(tokenizer)
+    recipe = _recipe(found, out, _kept_tokenizer(tokenizer, out), data, overrides)
+    fingerprint = _data(recipe, data, text)
+    shapes = parameter_shapes(recipe.model, text.model_vocabulary_size)
+    sizes = Sizes(text.vocabulary_size, recipe.model.context, recipe.model.head_size, shapes)
+    made = makers(found.source, found.key_map, recipe.model.layers, sizes)
+    kinds = ["weight"]
+    if fingerprint is not None:
+        kinds += ["exp_avg", "exp_avg_sq", *(["ema"] if recipe.training.ema else [])]
+    fragments = [LazyFragment(kind, name, shape, _maker(kind, shape, made[name])) for kind in kinds for name, shape in shapes.items()]
+    run = _run_state(found, recipe, text, fingerprint)
+    written = recipes.to_yaml(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if recipe.data.tokenizer != tokenizer:
+            shutil.copyfile(Path(tokenizer).expanduser(), recipe.data.tokenizer)
+        checkpoint = store.save(out / "checkpoints", 0, fragments, samples_consumed=0, run=run, recipe=written)
+        (out / "recipe.yaml").write_text(written, "utf-8")
+    except BaseException:
+        # The folder was empty or not there: the same command can be given again.
+        shutil.rmtree(out)
+        raise
+    return Written(checkpoint, out / "recipe.yaml", recipe, fingerprint is not None)
+
+
+def _maker(kind: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return make if kind in ("weight", "ema") else lambda: torch.zeros(shape)
+
+
+def _kept_tokenizer(tokenizer: str, out: Path) -> str:
+    """Where the recipe finds its tokenizer: a file is kept beside the checkpoint."""
+    return tokenizer if tokenizer in ("gpt2", "bytes") else str(out.absolute() / "tokenizer.json")
+
+
+def _recipe(found: Import, out: Path, tokenizer: str, data: str | None, overrides: Sequence[str]) -> Recipe:
+    recipe, folder = found.recipe, str(out.absolute())
+    run = replace(recipe.run, name=out.name, dir=folder)
+    section = replace(recipe.data, tokenizer=tokenizer)
+    if data:
+        section = replace(section, path=str(Path(data).expanduser().absolute()))
+    training = recipe.training
+    if training.steps is None and training.tokens is None:
+        training = replace(training, steps=STEPS)
+    if any(item.startswith(("training.tokens=", "training.steps=")) for item in overrides):
+        training = replace(training, steps=None, tokens=None)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "recipe.yaml"
+        file.write_text(recipes.to_yaml(replace(recipe, run=run, data=section, training=training)), "utf-8")
+        asked = recipes.load(file, list(overrides))
+    before, after = asdict(recipe.model), asdict(asked.model)
+    for key, value in after.items():
+        if key not in FREE and value != before[key]:
+            raise RecipeError(f"model.{key} is {value}, but the weights have {before[key]}; leave model.{key} out")
+    if found.longest is not None and asked.model.context > found.longest:
+        raise RecipeError(f"model.context is {asked.model.context}, but the weights know {found.longest} positions; set at most that")
+    if data and asked.data.path != section.path:
+        raise RecipeError(f"data.path is {asked.data.path}, but --data names {data}; name one of the two")
+    recipes.validate(asked)
+    return asked
+
+
+def _data(recipe: Recipe, data: str | None, tokenizer: Tokenizer) -> str | None:
+    """Fingerprint of the data that the recipe trains on, checked to fit it; None without."""
+    if data is None:
+        return None
+    folder = Path(recipe.data.path)
+    manifest = Manifest.load(folder / MANIFEST)
+    manifest.require(folder, context=recipe.model.context, tokenizer=tokenizer)
+    manifest.require_preparation(folder, format=recipe.data.format, row_special=recipe.data.row_special)
+    return manifest.fingerprint
+
+
+def _run_state(found: Import, recipe: Recipe, tokenizer: Tokenizer, data: str | None) -> dict[str, Any]:
+    beta, omega = recipe.objective.interval
+    state = TunerState(block_sizes(recipe.objective.block_size)[0][1], (beta, omega))
+    if found.tuner and recipe.objective == found.recipe.objective:
+        state = TunerState.from_dict(found.tuner)
+    return {
+        "wandb": None,
+        **found.run,
+        "tuner": state.to_dict(),
+        "tokenizer": {"name": recipe.data.tokenizer, "fingerprint": tokenizer.fingerprint},
+        "data": {"fingerprint": data},
+        "converted": {"from": found.origin, "source": str(found.source.path)},
+    }

@@ -1,0 +1,223 @@
+"""Bytes that one rank moves per optimizer step, by group and collective, from the recipe alone.
+
+`Transfer.bytes` is the payload: the size of the whole tensor of each collective, summed over the calls of a step; `Transfer.sent` is
+what a ring sends from one rank: 2 (k - 1) / k of it for an all-reduce among k ranks, (k - 1) / k for a gather or a reduce-scatter,
+all of it from stage to stage. Below, n: elements of the parameters on the rank, M: micro-batches, w: bytes of a weight that computes.
+
+Data (gradients are summed in fp32):
+
+| engine, ZeRO | gradients | weights |
+|---|---|---|
+| DeepSpeed 0 | all-reduce 4n | |
+| DeepSpeed 1 | all-reduce 4n | gather w n |
+| DeepSpeed 2 | all-reduce 4n for each of M | gather w n |
+| DeepSpeed 3 | reduce-scatter 4n for each of M | gather w n' for each of M, w (n - n') once |
+| megatron-core 0 | all-reduce 4n | |
+| megatron-core 1 | reduce-scatter 4n | gather w n |
+| FSDP 2 | reduce-scatter 4p for each of M, all-reduce 4p/s among copies | gather w p |
+| FSDP 3 | reduce-scatter 4p for each of M, all-reduce 4p/s among copies | gather w p and w p' for each of M |
+
+(p: n with every parameter's rows padded to a multiple of s, the ranks that share a copy; p': what is gathered again for the backward:
+not the head, which is done with its weight, nor an embedding that is only looked up in, nor, with one stage, what the root holds.)
+(n': what DeepSpeed 3 divides, and once more for the backward what it let go after the forward: nothing below half of `REUSE`, above
+it known to some per cent only, since what it prefetches stays, too.)
+
+Tensor, per micro-batch, X = w x rows x hidden (in the last layer of the scored rows, but for keys and values): a row-parallel linear
+sums its output in the forward (embedding, attention output, MLP down), a column-parallel one its input's gradient in the backward
+(query, key/value, MLP up). Under sequence parallelism each such sum is a reduce-scatter of X and has a gather of X as its other pass;
+column-parallel linears gather their input once more for the gradient of the weight; and the rows that the last layer computes are
+divided anew by such a sum. The head sums the gradient of the selected
+positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold
+whole but know in part are summed
+for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its part of a layer again, up to
+the last tensor that is needed. Expected embeddings (ssdlm) sum one number of each noisy position. Pipeline: hidden states forwards,
+their gradients backwards; conditions and tied embeddings are summed once (FSDP's as shards).
+
+Left out are numbers of a few bytes (norms, losses, the tuner's choice) and what only checkpoints and validations move.
+Invariant: a test counts the collectives of the real engines, call by call, and finds exactly these bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.costs.flops import SINUSOIDS
+from bd3_scale.costs.shapes import Shape, Units, shard, units_of, whole
+from bd3_scale.costs.state_memory import PERSISTENT
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
+from bd3_scale.recipe.schema import ModelConfig
+
+REUSE = 1_000_000_000
+"""Elements: DeepSpeed 3 keeps a gathered parameter that it needs again within as many (stage3_max_reuse_distance)."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """All calls of one collective in one group in a step."""
+
+    group: str
+    """data (those that share a copy) | copies | tensor | pipeline | embedding (the first and the last stage)."""
+    operation: str
+    """all_reduce | all_gather | reduce_scatter | send."""
+    ranks: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave this rank where the collective runs as a ring."""
+        if self.operation == "send":
+            return float(self.bytes)
+        return (2 if self.operation == "all_reduce" else 1) * (self.ranks - 1) / self.ranks * self.bytes
+
+
+def step_traffic(
+    recipe: Recipe, stages: Sequence[range], vocabulary: int, batch: Batch, data: int, micro_batches: int, pipeline_rank: int
+) -> list[Transfer]:
+    """Of a rank that holds `stages` (one per virtual stage); `data`: data-parallel ranks. Groups of one rank move nothing."""
+    parallel, model = recipe.parallel, recipe.model
+    multiple = 128 if batch.device == "cuda" else 1
+    chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
+    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.kind in ON_SIMPLEX
+    sharers = (parallel.shard or data) if fsdp else 1
+    """Among whom what is summed at the end of a step has been divided."""
+    found: Counter[tuple[str, str]] = Counter()
+    if fsdp:
+        one_stage = parallel.pipeline == 1
+        for chunk in chunks:
+            _add(found, "data", sharded_bytes(chunk, parallel.zero, sharers, batch.weight, micro_batches, one_stage, not simplex))
+        _add(found, "copies", {"all_reduce": sum(4 * shard(group, sharers) for chunk in chunks for group in chunk.groups)})
+    else:
+        sizes = [rows * width for chunk in chunks for group in chunk.groups for rows, width in group]
+        _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
+    for layers in stages:
+        one = tensor_bytes(batch, layers, recipe.training.recompute, recipe.objective.kind)
+        _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
+        if simplex and layers.start == 0:  # the mass of each rank's words
+            _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
+        times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
+        _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
+    if parallel.pipeline > 1:
+        _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches, sharers))
+        if model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):
+            share = -(-vocabulary // (parallel.tensor * multiple)) * multiple
+            _add(found, "embedding", {"all_reduce": 4 * shard([(share, model.hidden)], sharers)})
+    ranks = {"data": sharers if fsdp else data, "copies": data // sharers if fsdp else 1, "tensor": parallel.tensor}
+    ranks |= {"pipeline": parallel.pipeline, "embedding": 2}
+    return [Transfer(group, operation, ranks[group], number) for (group, operation), number in found.items() if number and ranks[group] > 1]
+
+
+def _add(found: Counter[tuple[str, str]], group: str, moved: dict[str, int]) -> None:
+    for operation, number in moved.items():
+        found[group, operation] += number
+
+
+def data_bytes(sizes: Sequence[int], zero: int, engine: str, weight: int, micro_batches: int) -> dict[str, int]:
+    """Payload per step over the data-parallel ranks; `sizes`: elements of each parameter on the rank."""
+    n = sum(sizes)
+    if zero == 0:
+        return {"all_reduce": 4 * n}
+    if engine == "megatron":
+        return {"reduce_scatter": 4 * n, "all_gather": weight * n}
+    if zero < 3:
+        return {"all_reduce": (micro_batches if zero == 2 else 1) * 4 * n, "all_gather": weight * n}
+    divided = [size for size in sizes if size > PERSISTENT]
+    gathered = sum(divided) + _gathered_again(divided)
+    persistent = n - sum(divided)
+    return {"reduce_scatter": micro_batches * 4 * n, "all_gather": weight * (micro_batches * gathered + persistent)}
+
+
+def sharded_bytes(
+    chunk: Units, zero: int, sharers: int, weight: int, micro_batches: int, one_stage: bool, looked_up: bool
+) -> dict[str, int]:
+    """Payload per step among the ranks that share a copy of a chunk under FSDP; `looked_up`: its embedding multiplies nothing."""
+    once = sum(whole(group, sharers) for group in chunk.groups)
+    if zero == 2:
+        gathered = once
+    else:
+        again = chunk.layers * whole(chunk.layer, sharers)
+        again += 0 if looked_up else whole(chunk.embedding, sharers)
+        again += 0 if one_stage else whole(chunk.rest, sharers)
+        gathered = micro_batches * (once + again)
+    return {"reduce_scatter": micro_batches * 4 * once, "all_gather": weight * gathered}
+
+
+def _gathered_again(divided: Sequence[int]) -> int:
+    """Elements that DeepSpeed 3 lets go after their forward and gathers for their backward: between the two lie all parameters
+    behind them, twice."""
+    again, behind = 0, 0
+    for size in reversed(divided):
+        again += size if 2 * behind > REUSE else 0
+        behind += size
+    return again
+
+
+def conditions_of(kind: str, batch: Batch) -> int:
+    """Vectors that adaLN conditions a micro-batch with: one for all; told the noise, one for each row (sedd), or for each of a row's
+    blocks and its clean half (ssdlm)."""
+    if kind in ON_SIMPLEX:
+        return (batch.pattern.length // batch.pattern.block_size + 1) * batch.rows
+    return batch.rows if kind == "sedd" else 1
+
+
+def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict[str, int]:
+    """Payload over the tensor ranks of one forward and backward of a chunk, without the gradients of parameters."""
+    config, w = batch.config, batch.weight
+    whole = w * batch.computed(False) * config.hidden
+    scored = w * batch.computed(True) * config.hidden
+    taken = scored if batch.sequence and batch.sparse else 0
+    first, last = layers.start == 0, layers.stop == config.layers
+    shared = config.kv_heads % batch.tensor != 0
+    after = config.dropout > 0 or config.conditioning == "adaln"  # something behind the MLP keeps a tensor of it
+    sums = gathers = 0
+    for index in layers:
+        rows = scored if index + 1 == config.layers else whole
+        inputs, outputs = 2 * rows + whole, 2 * rows  # query, MLP up, key/value; attention output, MLP down
+        # A part is computed again up to the last tensor that is needed: of its last sum only where something behind it keeps one.
+        again = rows * ((recompute == "layer") + (recompute != "none" and after))
+        gathered_again = {"none": 0, "attention": rows + whole, "mlp": rows, "layer": inputs}[recompute]
+        if index + 1 == config.layers:
+            again += taken if recompute in ("attention", "layer") else 0
+            sums += taken
+            gathers += taken
+        sums += inputs + outputs + again
+        gathers += inputs + outputs + (inputs - (whole if shared else 0)) + gathered_again
+    sums += whole if first else 0
+    gathers += (whole if first else 0) + (scored if last else 0)
+    # The head is the same with sequence parallelism and without: its input is gathered before.
+    head = batch.selected * (w * config.hidden + 4 * (1 if kind == "sedd" else 3)) if last else 0
+    if not batch.sequence:
+        return {"all_reduce": sums + head}
+    condition = w * config.conditioning_size * conditions_of(kind, batch) if config.conditioning == "adaln" else 0
+    return {"reduce_scatter": sums, "all_gather": gathers, "all_reduce": head + condition}
+
+
+def partial_shapes(batch: Batch, layers: range) -> list[Shape]:
+    """Of the parameters whose gradient each tensor rank knows in part (see tensor.py)."""
+    config: ModelConfig = batch.config
+    hidden, each = config.hidden, []
+    vector = (hidden, 1)
+    if batch.sequence:
+        each += [vector] * (4 if config.norm_bias else 2)
+        each += [(6 * hidden, config.conditioning_size), (6 * hidden, 1)] if config.conditioning == "adaln" else []
+        each += ([vector] if config.attention_bias == "all" else []) + ([vector] if config.mlp_bias else [])
+    if config.kv_heads % batch.tensor:
+        width = 2 * config.kv_heads * config.head_size
+        each += [(width, hidden)] + ([(width, 1)] if config.attention_bias != "none" else [])
+    if config.query_key_norm:
+        each += [(config.head_size, 1)] * 2
+    positions = [(config.context, hidden)] if batch.sequence and layers.start == 0 and config.positions == "learned" else []
+    return each * len(layers) + positions
+
+
+def pipeline_bytes(batch: Batch, virtual: int, pipeline: int, pipeline_rank: int, micro_batches: int, sharers: int = 1) -> dict[str, int]:
+    """Payload from this rank to its neighbours, and in the sum of what all stages hold, of which each rank has its share."""
+    config = batch.config
+    state = batch.hidden_states
+    forwards, backwards = virtual - (pipeline_rank == pipeline - 1), virtual - (pipeline_rank == 0)
+    size = config.conditioning_size if config.conditioning == "adaln" else 0
+    condition = 4 * shard([(size, SINUSOIDS), (size, 1), (size, size), (size, 1)], sharers)
+    return {"send": micro_batches * (forwards + backwards) * state, "all_reduce": condition}

@@ -1,0 +1,98 @@
+"""Bytes of state on one rank of a layout, from the recipe alone: parameters, gradients, masters, moments, EMA, buckets.
+
+Tensor ranks divide the linears and the vocabulary (with its padding) and hold norms, modulations and shared key heads whole;
+stages hold their layers; the data-parallel ranks of ZeRO divide what its stage says. What each engine keeps (n elements on
+the rank, d data-parallel ranks, 4-byte numbers unless said otherwise; w: bytes of a weight that computes, 2 in bf16):
+
+| engine, ZeRO | parameters | gradients | masters | moments | EMA |
+|---|---|---|---|---|---|
+| DeepSpeed 0 (fp32) | 4n | 4n | the parameters | 8n | 4n |
+| DeepSpeed 1, fp32 | 4n | 4n | 4n/d | 8n/d | 4n/d |
+| DeepSpeed 1, bf16 | 2n | 4n and 2n of the weights' own | 4n/d | 8n/d | 4n/d |
+| DeepSpeed 2 | w n | 4n/d | 4n/d | 8n/d | 4n/d |
+| DeepSpeed 3 | w n/d, and the small ones whole | 4n/d | 4n/d | 8n/d | 4n/d |
+| megatron-core 0 (fp32) | 4n | 4n | the parameters | 8n | 4n |
+| megatron-core 1 | w n | 4n | 4n/d (fp32: views of the parameters) | 8n/d | 4n/d |
+| FSDP 2 | w p over a step's micro-batches | 4p/s | 4p/s | 8p/s | 4p/s |
+| FSDP 3 | layer by layer | 4p/s | 4p/s | 8p/s | 4p/s |
+
+(p: the elements with every parameter's rows padded to a multiple of s, the ranks that share a copy, `parallel.shard` or d.)
+
+DeepSpeed 3, and 1 in fp32, keep a reduce bucket while gradients are accumulated; the others have one for the time of a
+backward, not counted here.
+Activations and what PyTorch allocates for a moment are not counted. Invariant: a test measures every layout against this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from bd3_scale.costs.shapes import shard, units_of
+from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import ModelConfig
+
+LARGEST_BUCKET = 200_000_000
+"""Elements of DeepSpeed's reduce bucket (zero.py) where the model has as many."""
+SMALLEST_BUCKET = 1_000_000
+"""Elements below which a collective of megatron-core's engine costs more for being one than for what it moves."""
+PERSISTENT = 100_000
+"""Elements up to which ZeRO-3 keeps a parameter whole on every rank (DeepSpeed's default)."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Of one rank."""
+
+    parameters: int
+    gradients: int
+    masters: int
+    moments: int
+    ema: int
+    buckets: int
+    """What communication keeps."""
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def stage_parameters(config: ModelConfig, vocabulary: int, layers: range, tensor: int = 1, vocabulary_multiple: int = 1) -> list[int]:
+    """Elements of every parameter on one tensor rank of the stage that holds `layers`; `vocabulary` is V, MASK included."""
+    groups = units_of(config, vocabulary, layers, tensor, vocabulary_multiple).groups
+    return [rows * width for group in groups for rows, width in group]
+
+
+def bucket_elements(elements: int, ranks: int) -> int:
+    """Of gradients that megatron-core's engine reduces together, and weights that it gathers, of `elements` on this rank: an eighth,
+    so that there is something to hide behind, but neither so few that links idle nor more than megatron-core's own choice."""
+    return max(SMALLEST_BUCKET, min(elements // 8, max(40_000_000, 1_000_000 * ranks)))
+
+
+def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int, device: str, bf16: bool) -> StateBytes:
+    """Of a rank that holds `stages` (one per virtual stage), among `data` data-parallel ranks; `device`: cpu | cuda."""
+    parallel = recipe.parallel
+    multiple = 128 if device == "cuda" else 1
+    sizes = [size for layers in stages for size in stage_parameters(recipe.model, vocabulary, layers, parallel.tensor, multiple)]
+    if parallel.resolved_engine == "fsdp":
+        return _sharded_bytes(recipe, stages, vocabulary, parallel.shard or data, multiple, 2 if bf16 else 4)
+    n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(recipe.training.ema)
+    divided = -(-n // data)
+    if zero == 0:
+        return StateBytes(4 * n, 4 * n, 0, 8 * n, ema * n, 0)
+    if parallel.resolved_engine == "megatron":
+        return StateBytes(weight * n, 4 * n, 4 * divided if bf16 else 0, 8 * divided, ema * divided, 0)
+    if zero == 3:
+        whole = sum(size for size in sizes if size <= PERSISTENT)
+        buckets = weight * whole + 4 * min(n, LARGEST_BUCKET)
+        return StateBytes(weight * divided, 4 * divided, 4 * divided, 8 * divided, ema * divided, buckets)
+    gradients = (6 * n if bf16 else 4 * n) if zero == 1 else 4 * divided
+    bucket = 4 * min(n, LARGEST_BUCKET) if zero == 1 and not bf16 else 0
+    return StateBytes(weight * n, gradients, 4 * divided, 8 * divided, ema * divided, bucket)
+
+
+def _sharded_bytes(recipe: Recipe, stages: list[range], vocabulary: int, sharers: int, multiple: int, weight: int) -> StateBytes:
+    """Of the first of the ranks that share a copy: the last ones have fewer rows."""
+    chunks = [units_of(recipe.model, vocabulary, layers, recipe.parallel.tensor, multiple) for layers in stages]
+    own = sum(shard(group, sharers) for chunk in chunks for group in chunk.groups)
+    gathered = weight * sharers * own if recipe.parallel.zero == 2 else 0
+    return StateBytes(gathered, 4 * own, 4 * own, 8 * own, 4 * bool(recipe.training.ema) * own, 0)

@@ -1,0 +1,141 @@
+"""Which layers each pipeline stage holds: contiguous slices, as equal in cost as layers allow.
+
+A stage costs what its slowest member computes: the first also embeds, the last has the head, and the network's last layer
+is cheap because rows that are not scored yield keys and values only. Chunk c of the P x v chunks (v virtual stages a rank) lies on
+pipeline rank c mod P, as megatron-core's interleaved schedule has it.
+
+A run whose block size changes has phases, in which layers cost differently: its stages are cut for the mean over its steps.
+
+Invariants: every layer is in exactly one chunk, every chunk has a layer, and no other division has a cheaper costliest chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from bd3_scale.costs.flops import count_flops
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.noise_schedules import expected_masked
+from bd3_scale.recipe.objective_kinds import EVERY_TOKEN, IN_BLOCKS, ON_SIMPLEX, block_sizes
+from bd3_scale.recipe.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from bd3_scale.recipe import Recipe
+
+FLOPS_PER_BYTE = 150
+"""Machine balance of current GPUs (bf16 FLOP/s over memory bytes/s, derated), to weigh the embedding, which only moves memory."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of a run with one attention pattern: a stage of `objective.block_size`."""
+
+    steps: int
+    block_size: int
+    pattern: AttentionPattern
+
+
+def phases_of(recipe: Recipe, mask_id: int, device: str) -> tuple[Phase, ...]:
+    """The phases of the whole run, in their order; at least one, each with at least one step."""
+    total = recipe.total_steps
+    starts = [start for start, _ in block_sizes(recipe.objective.block_size)] if recipe.objective.kind in IN_BLOCKS else [0]
+    found = []
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        if start < min(end, total) or start == 0:
+            objective = recipe.objective_of(mask_id, start, device, None)
+            found.append(Phase(max(1, min(end, total) - start), objective.block_size, objective.pattern))
+    return tuple(found)
+
+
+def layer_costs(
+    config: ModelConfig, pattern: AttentionPattern, vocabulary: int, selected: float, rows: int, simplex: bool = False
+) -> tuple[list[float], float, float]:
+    """(cost of each layer, of the embedding, of the head) of one micro-batch of `rows`, in FLOPs of a forward.
+
+    The embedding's is the traffic of its gradient: V x hidden zeroed, scattered into and added, a third of it per pass; and the
+    products of expected embeddings (`simplex`), of which there are two in the three passes of a step.
+    """
+    one = count_flops(replace(config, layers=1), pattern, vocabulary, selected, simplex)
+    two = count_flops(replace(config, layers=2), pattern, vocabulary, selected, simplex)
+    middle, last = float(two.layers - one.layers) * rows, float(one.layers) * rows
+    embedding = 4.0 * vocabulary * config.hidden * FLOPS_PER_BYTE + 2 / 3 * one.embedding * rows
+    return [*[middle] * (config.layers - 1), last], embedding, one.head * rows
+
+
+def divide(costs: Sequence[float], chunks: int, first: float = 0.0, last: float = 0.0) -> list[range]:
+    """Layers of each chunk; `first` and `last` are what these two chunks cost beside their layers. Needs a layer per chunk."""
+    count = len(costs)
+    before = [0.0]
+    for layer in costs:
+        before.append(before[-1] + layer)
+
+    def cost(chunk: int, start: int, stop: int) -> float:
+        return before[stop] - before[start] + (first if chunk == 0 else 0.0) + (last if chunk == chunks - 1 else 0.0)
+
+    limit = min(_divisions(count, chunks, lambda worst, chunk, start, stop: max(worst, cost(chunk, start, stop)))[-1][count])[0]
+
+    def squares(total: float, chunk: int, start: int, stop: int) -> float:
+        # Among the divisions that cost no more: even ones, since the first stages hold the most micro-batches at a time.
+        own = cost(chunk, start, stop)
+        return total + own * own if own <= limit * (1 + 1e-12) else math.inf
+
+    best = _divisions(count, chunks, squares)
+    bounds = [count]
+    for chunk in reversed(range(chunks)):
+        bounds.append(min(best[chunk][bounds[-1]])[1])
+    bounds.reverse()
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _divisions(count: int, chunks: int, add: Callable[[float, int, int, int], float]) -> list[dict[int, list[tuple[float, int]]]]:
+    """[chunk][n]: (value, where the chunk starts) of all ways in which the chunks up to this one hold the first n layers, each
+    way going on from the best of the chunk before. `add(value so far, chunk, start, stop)` is the value with one more chunk."""
+    found: list[dict[int, list[tuple[float, int]]]] = [{n: [(add(0.0, 0, 0, n), 0)] for n in range(1, count - chunks + 2)}]
+    for chunk in range(1, chunks):
+        before = {n: min(ways)[0] for n, ways in found[-1].items()}
+        ends = range(chunk + 1, count - chunks + chunk + 2)
+        found.append({stop: [(add(before[start], chunk, start, stop), start) for start in range(chunk, stop)] for stop in ends})
+    return found
+
+
+def given(layers: Sequence[int]) -> list[range]:
+    """The chunks that a recipe asks for by their numbers of layers."""
+    bounds = [sum(layers[:chunk]) for chunk in range(len(layers) + 1)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def of_rank(chunks: Sequence[range], pipeline: int, pipeline_rank: int) -> list[range]:
+    """The chunks of one pipeline rank, virtual stage by virtual stage."""
+    return list(chunks[pipeline_rank::pipeline])
+
+
+def micro_batch_group(micro_batches: int, stages: int) -> int:
+    """Micro-batches that an interleaved schedule runs through one virtual stage before the next: the fewest that it takes."""
+    sizes = range(min(stages, micro_batches), micro_batches + 1)
+    return next(size for size in sizes if micro_batches % size == 0 or micro_batches % size >= stages)
+
+
+def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[Phase]) -> list[range]:
+    """The layers of every chunk, pipeline x virtual stages of them, among `replicas` data-parallel ranks: those that the recipe
+    gives, or by cost."""
+    parallel = recipe.parallel
+    if parallel.stage_layers is not None:
+        return given(parallel.stage_layers)
+    rows, simplex = recipe.micro_batch(replicas), recipe.objective.kind in ON_SIMPLEX
+    mean = [0.0] * (recipe.model.layers + 2)
+    for phase in phases:
+        share = selected_share(recipe, phase.pattern)
+        costs, embedding, head = layer_costs(recipe.model, phase.pattern, vocabulary, share, rows, simplex)
+        mean = [sum + phase.steps * cost for sum, cost in zip(mean, [*costs, embedding, head], strict=True)]
+    return divide(mean[:-2], parallel.pipeline * parallel.virtual_stages, *mean[-2:])
+
+
+def selected_share(recipe: Recipe, pattern: AttentionPattern, interval: Sequence[float] | None = None) -> float:
+    """Expected share of the data tokens that reach the head in training; `interval`: a tuned one."""
+    if pattern.kind == "causal" or recipe.objective.kind in EVERY_TOKEN:
+        return 1.0
+    return expected_masked(recipe.objective.schedule, interval or recipe.objective.interval)

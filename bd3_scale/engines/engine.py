@@ -1,0 +1,214 @@
+"""One small interface for training: forward-backward, step, evaluate, and the full-precision state by name.
+
+The loop, the EMA and the checkpoints see a rank's state as a list of flat fp32 tensors (`masters`, with their Adam
+moments) and a list of `Place`s that says which region of which canonical parameter lies where in them. Behind it stand
+DeepSpeed's ZeRO 0-3 (`zero.py`) and, driven by megatron-core's schedules (`schedule.py`), its distributed optimizer
+(`megatron.py`) and torch's `fully_shard` (`fsdp.py`).
+
+Invariants: the gradient is the gradient of sum(weighted nll) / (global data tokens of the step), whatever the layout;
+parameters carry their canonical names; every element of the unsharded state is owned by exactly one rank of a replica
+(`Place.owned`), however many hold it; nothing here copies the whole state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bd3_scale.checkpoint.slices import Fragment, Region, share
+from bd3_scale.distributed.layout import Layout
+from bd3_scale.engines.adamw import SkippingAdamW, StepRule
+from bd3_scale.model.initialise import fill
+from bd3_scale.model.layers import full_shape
+from bd3_scale.recipe.schema import ModelConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Place:
+    """`masters[master][offset : offset + numel]`, flattened, holds `region` of the canonical parameter `name`."""
+
+    name: str
+    region: Region
+    master: int
+    offset: int
+    owned: bool
+    """False where another tensor rank or stage of the same replica holds the same and speaks for it."""
+
+    @property
+    def numel(self) -> int:
+        return self.region.stop - self.region.start
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW. `clip`: largest global gradient norm, 0 for none; weight decay acts on matrices only; see adamw.py for spikes."""
+
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    clip: float
+    spike_deviations: float = 0.0
+
+    def adam(self, decayed: Sequence[Tensor], plain: Sequence[Tensor], device: torch.device) -> SkippingAdamW:
+        groups = [{"params": list(decayed), "weight_decay": self.weight_decay}, {"params": list(plain), "weight_decay": 0.0}]
+        return SkippingAdamW(groups, self.betas, self.epsilon, StepRule(self.spike_deviations, device))
+
+
+class Engine(ABC):
+    """A model that trains on this rank's part of the layout."""
+
+    layout: Layout
+    settings: OptimizerSettings
+    masters: list[Tensor]
+    """fp32 weights that this rank updates, in the order of its places."""
+    places: list[Place]
+
+    @abstractmethod
+    def forward_backward(self, micro_batches: Sequence[Any], tokens: int) -> Tensor:
+        """Accumulate the gradient of this rank's share. `tokens`: data tokens of the step over all ranks and micro-batches.
+        Returns this rank's part of the train loss (fp32 scalar on the device, no host sync; see `Layout.sum_of_replicas`)."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update (or leave the step out, see adamw.py), and return the global gradient norm before clipping."""
+
+    @abstractmethod
+    def evaluate(self, micro_batches: Sequence[Any]) -> list[Tensor | None]:
+        """Of each, the nll fp32 [n] of its selected positions without dropout; None on stages that have no head."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Copy the masters into the weights that compute (and to the other ranks, where weights are whole)."""
+
+    def settle(self) -> None:  # noqa: B027 - most engines have nothing under way between two calls
+        """Wait for whatever still reads the masters: to be called before others than the engine write them."""
+
+    adam: SkippingAdamW
+    """The torch optimizer whose parameters the masters are."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> list[Any]:
+        """The chunks of the network (`Transformer`) that this rank computes."""
+
+    @property
+    @abstractmethod
+    def replicas(self) -> tuple[int, int]:
+        """(index, count) of this rank among the data-parallel ranks that hold the same state."""
+
+    @property
+    def copy_of(self) -> Any:
+        """What this rank's weights are a copy of: equal on the ranks whose weights must be the same to the bit. None: no copies."""
+        return self.layout.tensor_rank, self.layout.pipeline_rank
+
+    @torch.no_grad()
+    def weight_sum(self) -> Tensor:
+        """Sum of the bits of this rank's weights, read as integers: int64 scalar on the device, which any one changed bit changes."""
+        self.settle()
+        total = torch.zeros((), dtype=torch.int64, device=self.layout.device)
+        for network in self.networks:
+            for parameter in network.parameters():
+                local = getattr(parameter, "to_local", lambda same=parameter: same)().detach().reshape(-1)
+                for piece in local.view(torch.int32 if local.element_size() == 4 else torch.int16).split(1 << 24):
+                    total += piece.sum(dtype=torch.int64)
+        return total
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of hooks, so that the state goes when the engine does. Nothing works afterwards."""
+
+    @torch.no_grad()
+    def initialise(self, config: ModelConfig, seed: int) -> None:
+        """Give every master its part of the initial weights, and nothing to what pads them; then publish. For engines that are
+        made around a network without weights, so that no rank ever holds more of it than it keeps."""
+        for master in self.masters:
+            master.zero_()
+        for place in self.places:
+            fill(self.masters[place.master].view(-1)[place.offset : place.offset + place.numel], place.name, place.region, config, seed)
+        self.publish()
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """Adam's moments, beside the masters; made as zeros where no step has been taken."""
+        state = self.adam.state
+        for master in self.masters:
+            if "exp_avg" not in state[master]:
+                # On the device for fused AdamW, else on the host: where torch's AdamW itself would make it.
+                step = torch.zeros((), dtype=torch.float32, device=master.device if master.is_cuda else "cpu")
+                state[master].update(step=step, exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+        return {kind: [state[master][kind] for master in self.masters] for kind in MOMENTS}
+
+    def fragments(self, ema: Sequence[Tensor] | None = None) -> list[Fragment]:
+        """Live views of all that this rank holds, to be written: weights, moments and, where given, EMA tensors parallel to `masters`."""
+        self.settle()
+        return [fragment for fragment, _ in self._fragments(ema)]
+
+    def owned_fragments(self, ema: Sequence[Tensor] | None = None) -> list[Fragment]:
+        """Those that this rank writes: over all ranks, every element of the state exactly once."""
+        return share([fragment for fragment, owned in self._fragments(ema) if owned], *self.replicas)
+
+    def _fragments(self, ema: Sequence[Tensor] | None) -> list[tuple[Fragment, bool]]:
+        kinds: dict[str, Sequence[Tensor]] = {"weight": self.masters, **self.moments()}
+        if ema is not None:
+            kinds["ema"] = ema
+        return [
+            (
+                Fragment(kind, place.name, place.region, flats[place.master].detach().view(-1)[place.offset : place.offset + place.numel]),
+                place.owned,
+            )
+            for kind, flats in kinds.items()
+            for place in self.places
+        ]
+
+    def resume(self, updates: int) -> None:
+        """After the fragments were filled from a checkpoint: set Adam's clock to the `updates` that were made (steps left out are none),
+        publish the weights, and make sure that no hyper-parameter was lost on the way."""
+        self.moments()
+        for master in self.masters:
+            self.adam.state[master]["step"].fill_(updates)
+        self.publish()
+        decays = {group["weight_decay"] for group in self.adam.param_groups if group["params"]}
+        assert decays <= {self.settings.weight_decay, 0.0}, f"the optimizer lost the weight decay of its groups: {decays}"
+
+
+def owns(parameter: Any, layout: Layout) -> bool:
+    """Whether this rank speaks for its part of the parameter among the tensor ranks and stages that hold the same."""
+    divided = full_shape(parameter, layout.tensor)[1] >= 0
+    return (divided or layout.tensor_rank == 0) and not getattr(parameter, "shared", False)
+
+
+def place(name: str, parameter: Tensor, layout: Layout, start: int, stop: int, master: int, offset: int) -> list[Place]:
+    """Elements [start, stop) of this rank's flattened parameter as places: one, or none where all of them are padding."""
+    shape, dimension = full_shape(parameter, layout.tensor)
+    owned = owns(parameter, layout)
+    if dimension < 0:
+        return [Place(name, Region(shape, 0, 0, shape[0], start, stop), master, offset, owned)]
+    first = layout.tensor_rank * parameter.shape[dimension]
+    size = min(parameter.shape[dimension], shape[dimension] - first)
+    stop = min(stop, parameter.numel() // parameter.shape[dimension] * size)
+    if size <= 0 or start >= stop:
+        return []
+    return [Place(name, Region(shape, dimension, first, size, start, stop), master, offset, owned)]
+
+
+def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
+    """2-norm (fp32, on the device) over the gradients that each rank of `group` owns; None: this rank's alone."""
+    square = torch.zeros((), device=device)
+    if gradients:
+        square = torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum()
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
+def clip(gradients: Sequence[Tensor], norm: Tensor, largest: float) -> None:
+    """Scale in place so that the global norm is at most `largest` (0: leave them), without waiting for the device."""
+    if largest and gradients:
+        torch._foreach_mul_(list(gradients), torch.clamp(largest / (norm + 1e-6), max=1.0))

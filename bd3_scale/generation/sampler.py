@@ -1,0 +1,256 @@
+"""Text from a network, block by block: denoise a block given the clean blocks before it, commit it, go on.
+
+Two ways to the same tokens (objective.md section 5): with a cache of the finished blocks, or recomputing all (see `reader`). A block
+sees itself and the clean blocks that fit into the `context` tokens that end with it, at any length.
+
+Invariants: MASK is never drawn and never left; a row's tokens depend on (seed, row index) and on its own prompt, not on
+the batch; every call of the network is counted. A network of the next-token loss (`shifted`) goes the same way with
+L' = 1, its forward of token i being both the commitment of i and the prediction of i + 1. A network that denoises rows as one
+block (L' = L) has no clean rows to go on from: longer texts come from windows of L tokens, each half a window further on,
+whose first half is known from the one before (as in MDLM's published code). Nothing is cached there. Blocks of SSD-LM are denoised by
+`simplex_sampler`, on the same clean rows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from bd3_scale.errors import RecipeError
+from bd3_scale.generation.cached_forward import Network, Reader, Trained, one_block
+from bd3_scale.generation.simplex_sampler import SimplexWalk
+from bd3_scale.generation.token_sampling import SCORE_SAMPLERS, SIMPLEX, SamplingOptions, histogram_entropy
+from bd3_scale.generation.unmasking import Chooser
+from bd3_scale.objectives.noise_schedules import schedule_named
+
+ENTROPY_WINDOW = 256
+"""Generated tokens whose histogram tells a text that repeats itself."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Texts of one call, row by row."""
+
+    tokens: list[np.ndarray]
+    """int64, BOS and prompt included, the token that ended the text not."""
+    prompt_lengths: list[int]
+    """Tokens given at the beginning, BOS included: tokens[row][prompt_lengths[row]:] is new."""
+    stops: list[str]
+    """end_of_text | entropy | length."""
+    nfe: int
+    """Calls of the network for the whole batch, the committing ones too."""
+    seconds: float
+
+    @property
+    def generated(self) -> int:
+        """New tokens of all rows."""
+        return sum(len(tokens) - prompt for tokens, prompt in zip(self.tokens, self.prompt_lengths, strict=True))
+
+
+@torch.inference_mode()
+def generate(
+    network: Network,
+    objective: Trained,
+    tokens: np.ndarray,
+    known: np.ndarray,
+    options: SamplingOptions,
+    *,
+    mask_id: int,
+    end_of_text: int | None,
+    seed: int = 0,
+    first_row: int = 0,
+    use_cache: bool = True,
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Fill in the tokens that are not `known` (bool [B, N]) in `tokens` (int64 [B, N]); position 0 of every row is known.
+
+    `end_of_text` ends a row's text where it is drawn (None: nothing does). Row r is sampled as row `first_row` + r of `seed`.
+    Raises RecipeError for what this objective cannot sample, CheckpointError for a network that gives no numbers.
+    """
+    started = time.perf_counter()
+    options = resolved(objective, options)
+    check(objective, options, known.shape[1])
+    if tokens.shape != known.shape or not known.shape[0] or not known[:, 0].all():
+        raise ValueError(
+            "tokens and known must both be [B, N] with position 0 of every row known: nothing precedes it that could predict it"
+        )
+    if not (tokens[known].min() >= 0 and tokens[known].max() < mask_id):
+        raise ValueError(f"known tokens must be ids of text, 0 to {mask_id - 1}")
+    size, windows = objective.block_size, one_block(objective)
+    text = _Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text)
+    reader = Reader(network, objective, text.width, len(tokens), use_cache and not windows, torch.device(device))
+    mine = range(first_row, first_row + len(tokens))
+    chooser = Chooser(options, size, schedule_named(getattr(objective, "schedule", "linear")), seed, mine)
+    if objective.shifted:
+        _next_token(text, reader, chooser)
+    else:
+        run = _window_by_window if windows else _block_by_block
+        run(text, reader, SimplexWalk(options, size, seed, mine) if objective.simplex else chooser)
+    prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
+    return Result(
+        tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
+        prompt_lengths=prompts,
+        stops=text.stops,
+        nfe=reader.nfe,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def own_sampler(objective: Trained) -> str:
+    """The sampler of texts for which none is named."""
+    return SIMPLEX if objective.simplex else "first_hitting"
+
+
+def resolved(objective: Trained, options: SamplingOptions) -> SamplingOptions:
+    """The options with a sampler. Raises RecipeError where others mean nothing to it."""
+    return options if options.sampler is not None else replace(options, sampler=own_sampler(objective))
+
+
+def check(objective: Trained, options: SamplingOptions, length: int) -> None:
+    """Raise RecipeError where a network of this objective cannot make texts of `length` tokens with these options."""
+    if length < 1:
+        raise RecipeError(f"length is {length} but a text has at least the token that begins it; set 1 or more")
+    if objective.shifted and options.sampler != "first_hitting":
+        raise RecipeError(f"sampler {options.sampler} needs a diffusion model, and this one predicts the next token; set first_hitting")
+    if objective.normalised and options.sampler in SCORE_SAMPLERS:
+        raise RecipeError(
+            f"sampler {options.sampler} needs scores that are not normalised (objective.kind=sedd); for this model they are one "
+            "with ancestral: set that"
+        )
+    if objective.simplex != (options.sampler == SIMPLEX):
+        raise RecipeError(
+            f"sampler {options.sampler} does not denoise what this model was trained on, "
+            f"{'noised logits of words (objective.kind=ssdlm)' if objective.simplex else 'masked words'}; set {own_sampler(objective)}"
+        )
+
+
+def _window_by_window(text: _Texts, reader: Reader, chooser: Chooser | SimplexWalk) -> None:
+    """For rows of one block. A window that is known already takes no call."""
+    for number, start in enumerate(range(0, text.width, text.stride)):
+        if not text.open():
+            break
+        stop = start + text.block_size
+        _denoise(text, reader, chooser, number, slice(start, stop))
+        text.finish(stop)
+
+
+def _block_by_block(text: _Texts, reader: Reader, chooser: Chooser | SimplexWalk) -> None:
+    size, start = text.block_size, 0
+    while text.open():
+        stop = start + text.known_blocks(start) * size
+        if stop > start:
+            reader.run(text.tokens, start, stop, clean=True)
+            start = stop
+            continue
+        stop = start + size
+        _denoise(text, reader, chooser, start // size, slice(start, stop))
+        text.finish(stop)
+        if text.open():
+            reader.run(text.tokens, start, stop, clean=True)
+        start = stop
+
+
+def _denoise(text: _Texts, reader: Reader, chooser: Chooser | SimplexWalk, number: int, block: slice) -> None:
+    """Find the unknown tokens of one block. The last block is a whole one, as in training, even where the text ends inside it."""
+    masked, wanted = ~text.known[:, block], text.length - block.start
+    if isinstance(chooser, SimplexWalk):
+        if masked[:, :wanted].any():
+            begins = block.start == 0 or reader.one_block
+            chooser.denoise(number, text.tokens[:, block], text.known[:, block], begins, partial(reader.project, text.tokens, block))
+            text.known[:, block] = True
+        return
+    chooser.begin_block(number, masked)
+    while masked[:, :wanted].any():
+        logits = reader.denoise(text.tokens, block, chooser.noise(masked))
+        revealed = chooser.reveal(masked, logits)
+        text.tokens[:, block][revealed] = chooser.draw(logits, revealed)
+        masked &= ~revealed
+    text.known[:, block] |= ~masked
+
+
+def _next_token(text: _Texts, reader: Reader, chooser: Chooser) -> None:
+    read = position = 0
+    while text.open():
+        position += text.known_blocks(position)
+        logits = reader.run(text.tokens, read, position, clean=True, last=1)
+        masked = ~text.known[:, position : position + 1]
+        chooser.begin_block(position, masked)
+        text.tokens[:, position : position + 1][masked] = chooser.draw(logits, masked)
+        text.known[:, position] = True
+        read, position = position, position + 1
+        text.finish(position)
+
+
+class _Texts:
+    """The rows while they grow: tokens int64 and known bool [B, width], the length rounded up to whole blocks.
+
+    A block begins `stride` tokens after the one before: `block_size`, or less where blocks overlap.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        known: np.ndarray,
+        block_size: int,
+        stride: int,
+        mask_id: int,
+        options: SamplingOptions,
+        end_of_text: int | None,
+    ) -> None:
+        rows, self.length = known.shape
+        self.block_size, self.stride = block_size, stride
+        self.width = block_size + -(-max(0, self.length - block_size) // stride) * stride
+        self.known = np.zeros((rows, self.width), bool)
+        self.known[:, : self.length] = known
+        self.tokens = np.full((rows, self.width), mask_id, np.int64)
+        self.tokens[self.known] = tokens[known]
+        self.given = self.known.copy()
+        self.options, self.end_of_text = options, end_of_text
+        self.ends = [self.length] * rows
+        self.stops = [""] * rows
+        self._checked = 0
+        for row in np.flatnonzero(known.all(1)):
+            self._end(int(row), "length", self.length)
+
+    def open(self) -> bool:
+        """Whether any row is unfinished."""
+        return "" in self.stops
+
+    def known_blocks(self, start: int) -> int:
+        """How many blocks from `start` on are known in all rows."""
+        whole = self.known[:, start:].all(0).reshape(-1, self.block_size).all(1)
+        return len(whole) if whole.all() else int(whole.argmin())
+
+    def finish(self, stop: int) -> None:
+        """Everything before `stop` is known now: end the rows that came to an end."""
+        stop = min(stop, self.length)
+        for row, reason in enumerate(self.stops):
+            if reason:
+                continue
+            drawn = ~self.given[row, :stop]
+            ends = np.flatnonzero(drawn[self._checked :] & (self.tokens[row, self._checked : stop] == self.end_of_text))
+            if len(ends):
+                self._end(row, "end_of_text", self._checked + int(ends[0]))
+            elif self._repeats(row, stop):
+                self._end(row, "entropy", stop)
+            elif stop == self.length or self.known[row, : self.length].all():
+                self._end(row, "length", self.length)
+        self._checked = stop
+
+    def _repeats(self, row: int, stop: int) -> bool:
+        if self.options.minimum_entropy is None:
+            return False
+        generated = self.tokens[row, :stop][~self.given[row, :stop]]
+        window = generated[-ENTROPY_WINDOW:]
+        return len(window) == ENTROPY_WINDOW and histogram_entropy(window) < self.options.minimum_entropy
+
+    def _end(self, row: int, reason: str, end: int) -> None:
+        self.stops[row], self.ends[row] = reason, end
+        # The others may go on: what this row holds from here on is nobody's text, but it must be known and no MASK.
+        unknown = ~self.known[row]
+        self.tokens[row, unknown] = self.tokens[row, 0]
+        self.known[row] = True

@@ -1,0 +1,164 @@
+"""Masked diffusion, of a row block by block or as one block: the noise of a row, the masked positions and their weights.
+
+Both predict the masked tokens with a network that is not told the time, and are scored by cross-entropy with the weight
+of the schedule (Arriola et al. 2025, eq. 8; Sahoo et al. 2024). Invariants: as in `objectives`, whose interface this is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from bd3_scale.errors import RecipeError
+from bd3_scale.objectives import noise
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.base import Traits, block_pattern, check_shape
+from bd3_scale.objectives.mask_resampling import resampled_tokens
+from bd3_scale.objectives.network_inputs import (
+    BlockSamples,
+    NetworkInputs,
+    block_losses,
+    checked_rows,
+    counted_tokens,
+    masked_counts,
+    network_inputs,
+)
+from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, check_interval, schedule_named
+
+
+class Diffusion(Traits):
+    """What block and masked diffusion share: everything but the fields and the attention pattern."""
+
+    mask_id: int
+    block_size: int
+    interval: tuple[float, float]
+    schedule: str
+    pad_to: int
+    resample: bool
+
+    def _check(self) -> None:
+        check_shape(self.context, self.pad_to)
+        schedule_named(self.schedule)
+        object.__setattr__(self, "interval", check_interval(self.interval))
+        if self.resample and self.block_size == 1:
+            raise RecipeError(
+                "objective.resample is on, but a block of one token is masked wholly or not at all; set objective.resample=false"
+            )
+
+    def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
+        """As `Objective.training_inputs`: t ~ U[beta, omega], the schedule's mask probability and weight."""
+        schedule = schedule_named(self.schedule)
+        times = noise.block_times(seed, step, slots, global_batch, self.blocks, self.interval)
+        probabilities = schedule.mask_probability(times)
+        if self.resample:
+            low, high = schedule.mask_probability(np.array(self.interval))
+            maskable = counted_tokens(self.pattern)
+            masked = resampled_tokens(seed, step, slots, probabilities, maskable, self.block_size, (float(low), float(high)))
+        else:
+            masked = noise.masked_tokens(seed, step, slots, probabilities, self.block_size)
+        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots))
+
+    def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
+        """As `Objective.validation_inputs`: t ~ U[1e-3, 1] and weight 1/t, whatever training does.
+
+        With L' = 1 the likelihood is exact: t = 1, every token but token 0 masked, weight 1.
+        """
+        exact = self.block_size == 1
+        return self.evaluation_inputs(rows, row_indices, seed, (1.0, 1.0) if exact else noise.VALIDATION_INTERVAL)
+
+    def evaluation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int, interval: tuple[float, float]) -> NetworkInputs:
+        """Held-out rows at t ~ U[beta, omega] of one's own choice, linear schedule, weight 1/t: for studies of an interval."""
+        times = noise.validation_times(seed, row_indices, self.blocks, check_interval(interval))
+        masked = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), self.block_size)
+        return self._inputs(rows, masked, times, LINEAR, np.zeros(len(row_indices), np.int64))
+
+    def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
+        """As `Objective.block_samples`: the B blocks of each row with t ~ U[1e-3, 1].
+
+        With L' = 1 validation is exact, and the nll of a token given the clean tokens before it does not depend on t: what
+        a pass at t ~ U[1e-3, 1] would give is nll / t where the token is masked and 0 elsewhere, without another forward.
+        Then there are 2B draws a row: those, and the exact ones with t = 1. (Drawn t lie below 1.)
+        """
+        losses, masked, maskable = block_losses(inputs, nll), masked_counts(inputs), counted_tokens(self.pattern)
+        times = noise.validation_times(seed, row_indices, self.blocks)
+        if self.block_size > 1:
+            return BlockSamples(times, losses, masked, maskable)
+        drawn = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), 1)
+        weighted = losses * np.where(drawn, LINEAR.weight(times), 0.0)
+        return BlockSamples(
+            times=np.concatenate([times, np.ones_like(times)], axis=1),
+            losses=np.concatenate([weighted, losses], axis=1),
+            masked=np.concatenate([drawn.astype(np.int64), masked], axis=1),
+            maskable=np.concatenate([maskable, maskable]),
+        )
+
+    def _inputs(
+        self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray
+    ) -> NetworkInputs:
+        rows = checked_rows(rows, len(masked), masked.shape[1], self.mask_id)
+        noisy = np.where(masked, self.mask_id, rows)
+        selected = np.flatnonzero(masked)
+        # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
+        weights = schedule.weight(times.ravel()[selected // self.block_size])
+        return network_inputs(noisy, rows, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to, sparse=True)
+
+
+@dataclass(frozen=True)
+class BlockDiffusion(Diffusion):
+    """Block diffusion (Arriola et al. 2025): [x_t ; x_0] in one pass, masked noisy positions scored with the schedule's weight.
+
+    Raises RecipeError when block size, interval, schedule or clean half cannot work.
+    """
+
+    kind: ClassVar[str] = "bd3"
+
+    mask_id: int
+    context: int
+    """L, data tokens per row."""
+    block_size: int
+    """L', tokens per block."""
+    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
+    """[beta, omega] of training; validation never looks at it."""
+    clean_half: str = "block_causal"
+    schedule: str = "linear"
+    pad_to: int = 1
+    """The number of selected positions is padded to a multiple of this, so that shapes repeat."""
+    resample: bool = False
+    """Training keeps the masked fraction of every block inside the interval, too (see `resample`)."""
+    document_end: int | None = None
+    """Documents that share a row and end with this token do not see each other (see `mask`)."""
+    row_multiple: int = 1
+    """The clean half is cut where nothing is seen of it if it stays a multiple of this."""
+    pattern: AttentionPattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
+        self._check()
+        object.__setattr__(self, "pattern", pattern)
+
+
+@dataclass(frozen=True)
+class MaskedDiffusion(Diffusion):
+    """Masked diffusion (MDLM, Sahoo et al. 2024): one block and one t per row, and x_t alone in the network.
+
+    It is block diffusion with L' = L: the same noise, weights, losses and rows of the network.
+    """
+
+    kind: ClassVar[str] = "mdlm"
+
+    mask_id: int
+    context: int
+    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
+    schedule: str = "linear"
+    pad_to: int = 1
+    resample: bool = False
+    block_size: int = field(init=False)
+    pattern: AttentionPattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", self.context)
+        self._check()
+        object.__setattr__(self, "pattern", AttentionPattern("full", self.context, self.context))

@@ -1,0 +1,317 @@
+"""The interval tuner: one validation pass gives the variance of the objective on every candidate interval; the least wins.
+
+Clipping t to [beta, omega] changes nothing but the variance of the train loss and gradient, and that decides how well a
+block size trains (Arriola et al. 2025, section 5). The statistic of a candidate is the variance, over rows and blocks, of
+a block's mean weighted loss at t ~ U[beta, omega]. A pass at t ~ U[1e-3, 1] has an exact sample of that for every
+candidate at once: its blocks whose t falls inside. With `objective.resample` training draws other masks than that, and
+every block of the pass counts with an importance weight (see `resample`).
+
+From pass to choice:
+    Objective.block_samples    -> single blocks of one micro-batch
+    row_statistics             -> (weight, mean, M2) of every row and interval, on the rank that holds the row
+    interval_statistics        -> all ranks' rows joined by Chan's formula, after one all-gather
+    choose                     -> the interval, on the leader; broadcast; `agreed` compares what every rank then has
+
+Invariants: a row's statistics are made from that row alone and rows are joined in the order of their index, so that the
+result does not depend, bit for bit, on ranks or micro-batches, as long as the losses do not. Losses do differ by rounding
+(1e-7) between layouts; a change of the interval needs a margin far above that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bd3_scale.errors import CheckpointError, RecipeError, TrainingError
+from bd3_scale.objectives.estimates import Moments, combine
+from bd3_scale.objectives.mask_resampling import importance
+from bd3_scale.objectives.network_inputs import BlockSamples
+from bd3_scale.objectives.noise import VALIDATION_INTERVAL
+from bd3_scale.recipe.objective_kinds import block_sizes
+from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
+
+Interval = tuple[float, float]
+
+LEAST_BLOCKS = 30
+"""A variance of fewer (effective) blocks is no basis for a choice: its relative standard error is above a quarter."""
+TIE = 1e-6
+"""Variances this close, relative, are one: layouts round losses differently by 1e-7, distinct candidates lie further apart."""
+
+
+def candidates(block_size: int) -> tuple[Interval, ...]:
+    """The intervals that are searched, always in this order; the first is the whole of [1e-3, 1].
+
+    For L' > 1 these are 36: after it widths .5 .6 .7 .8 .9, each from starts in steps of .05. A start at 0 is one at 1e-3:
+    validation draws no smaller t, and below it the variance only grows, as log(1 / beta). For L' = 1: [1e-3, 1] and [1, 1].
+    """
+    if block_size == 1:
+        return VALIDATION_INTERVAL, (1.0, 1.0)
+    clips = ((start, width) for width in (50, 60, 70, 80, 90) for start in range(0, 101 - width, 5))
+    return VALIDATION_INTERVAL, *((max(start / 100, VALIDATION_INTERVAL[0]), (start + width) / 100) for start, width in clips)
+
+
+def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
+    """Refuse a `tuner` section that cannot work with this objective. Raises RecipeError."""
+    for key, least in (("every", 1), ("start_step", 0), ("rows", 1)):
+        value = getattr(tuner, key)
+        if value is not None and value < least:
+            raise RecipeError(f"tuner.{key} is {value}; set {least} or more")
+    if not 0 <= tuner.margin < 1:
+        raise RecipeError(f"tuner.margin is {tuner.margin}, but it is a fraction of the variance; set 0 <= margin < 1, such as 0.02")
+    if not tuner.enabled:
+        return
+    if objective.kind == "ar":
+        raise RecipeError("tuner.enabled is on, but objective.kind=ar has no interval to tune; set tuner.enabled=false")
+    if objective.kind == "ssdlm":
+        raise RecipeError(
+            "tuner.enabled is on, but objective.kind=ssdlm has no likelihood bound whose variance could be tuned; set tuner.enabled=false"
+        )
+    if objective.schedule != "linear":
+        raise RecipeError(
+            f"tuner.enabled is on, but its statistic is that of the linear schedule, not of objective.schedule={objective.schedule}; "
+            "set objective.schedule=linear or tuner.enabled=false"
+        )
+    sizes = [size for _, size in block_sizes(objective.block_size)] if objective.kind == "bd3" else [2]
+    for size in sizes:
+        if tuple(objective.interval) not in candidates(size):
+            of_size = " of block size 1" if size == 1 else ""
+            raise RecipeError(
+                f"objective.interval is {list(objective.interval)}, but with tuner.enabled it is where the search starts and must be "
+                f"one of the candidates{of_size}; set objective.interval=[0.001, 1.0] or tuner.enabled=false"
+            )
+
+
+def due(tuner: TunerConfig, step: int) -> bool:
+    """Whether the interval is tuned after `step` updates."""
+    return tuner.enabled and step >= tuner.start_step and step > 0 and step % tuner.every == 0
+
+
+# -- The statistic -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Moments of the block losses of m rows on k intervals, row by row; what one rank sends to the others."""
+
+    rows: np.ndarray
+    """int64 [m]: indices of the held-out rows."""
+    intervals: tuple[Interval, ...]
+    count: np.ndarray
+    """float64 [m, k], as `mean`, `m2` and `squares`: blocks inside each interval (sum of their weights)."""
+    mean: np.ndarray
+    m2: np.ndarray
+    squares: np.ndarray
+    """Sum of squared weights."""
+
+    def first(self, rows: int) -> RowStatistics:
+        """Those of the first `rows` held-out rows only."""
+        kept = self.rows < rows
+        arrays = (getattr(self, name)[kept] for name in ("count", "mean", "m2", "squares"))
+        return RowStatistics(self.rows[kept], self.intervals, *arrays)
+
+
+def row_statistics(
+    samples: BlockSamples, row_indices: np.ndarray, intervals: tuple[Interval, ...], resample: bool = False
+) -> RowStatistics:
+    """`samples` of m rows of the given indices -> their statistics on `intervals`; `resample` as in `objective.resample`.
+
+    A block counts where beta <= t < omega, for a point [t, t] where t is exactly that. For no rows at all see `no_rows`.
+    """
+    values = np.zeros((4, len(row_indices), len(intervals)))
+    counted = samples.maskable > 0
+    maskable = samples.maskable[counted]
+    # Row by row: vectorised sums may round differently with the number of rows beside.
+    for row in range(len(row_indices)):
+        times, losses, masked = (of[row, counted] for of in (samples.times, samples.losses, samples.masked))
+        if resample:
+            weights, means, within = _as_resampled(times, losses, masked, maskable, intervals)
+        else:
+            weights = np.stack([_inside(times, interval) for interval in intervals], axis=1).astype(np.float64)
+            means, within = losses[:, None], np.zeros((1, 1))
+        total = weights.sum(0)
+        with np.errstate(invalid="ignore"):  # an infinite loss is reported once all rows are together
+            mean = np.divide((weights * means).sum(0), total, out=np.zeros_like(total), where=total > 0)
+            values[:, row] = total, mean, (weights * (np.square(means - mean) + within)).sum(0), np.square(weights).sum(0)
+    return RowStatistics(np.asarray(row_indices, np.int64), intervals, *values)
+
+
+def no_rows(intervals: tuple[Interval, ...]) -> RowStatistics:
+    """What a rank without rows of its own sends (a tensor or pipeline peer of one that speaks for the replica)."""
+    return RowStatistics(np.zeros(0, np.int64), intervals, *np.zeros((4, 0, len(intervals))))
+
+
+def _inside(times: np.ndarray, interval: Interval) -> np.ndarray:
+    beta, omega = interval
+    return (times >= beta) & (times < omega) if beta < omega else times == beta
+
+
+def _as_resampled(
+    times: np.ndarray, losses: np.ndarray, masked: np.ndarray, maskable: np.ndarray, intervals: tuple[Interval, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks [b] of the pass as those that `resample` draws on each interval: weight, mean and variance of loss, [b, k] each.
+
+    Under an interval a block's t is not known, only its masked count: its loss is sum(nll) / t with t's conditional mean and
+    variance of 1 / t.
+    """
+    sums = losses * times
+    weights, means, within = np.empty((3, len(times), len(intervals)))
+    for size in np.unique(maskable):
+        here = maskable == size
+        table = importance(int(size), intervals)
+        weights[here] = table.weight[masked[here]]
+        means[here] = sums[here, None] * table.inverse_time[masked[here]]
+        within[here] = np.square(sums[here, None]) * table.inverse_time_variance[masked[here]]
+    return weights, means, within
+
+
+@dataclass(frozen=True)
+class IntervalStatistics:
+    """The block losses of all rows on each of k intervals."""
+
+    intervals: tuple[Interval, ...]
+    moments: Moments
+    """float64 [k] each; `count` is the sum of weights."""
+    squares: np.ndarray
+    """float64 [k]: sum of squared weights."""
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """Effective number of blocks, float64 [k]: (sum w)^2 / sum w^2, the plain number where all weights are 1."""
+        return np.divide(np.square(self.moments.count), self.squares, out=np.zeros_like(self.squares), where=self.squares > 0)
+
+    @property
+    def variances(self) -> np.ndarray:
+        """Sample variance, float64 [k], in (nats per data token)^2; nan where there are fewer than two blocks."""
+        blocks, count = self.blocks, np.asarray(self.moments.count)
+        enough = blocks > 1 + 1e-9
+        biased = np.divide(self.moments.m2, count, out=np.full_like(count, np.nan), where=enough)
+        return biased * np.divide(blocks, blocks - 1, out=np.ones_like(blocks), where=enough)
+
+
+def interval_statistics(parts: Sequence[RowStatistics]) -> IntervalStatistics:
+    """All rows of all parts (ranks, micro-batches; in any order) joined in the order of their indices.
+
+    Raises TrainingError where a row has a loss that is not a finite number (on every rank alike, if all have all parts),
+    ValueError for no rows, rows that occur twice and parts of different intervals.
+    """
+    if len({part.intervals for part in parts}) != 1:
+        raise ValueError("the parts of a tuning must be of the same intervals")
+    rows = np.concatenate([part.rows for part in parts])
+    order = np.argsort(rows, kind="stable")
+    if rows.size == 0 or (np.diff(rows[order]) == 0).any():
+        raise ValueError("a tuning needs rows, each of them once")
+    count, mean, m2, squares = (
+        np.concatenate([getattr(part, name) for part in parts])[order] for name in ("count", "mean", "m2", "squares")
+    )
+    bad = ~np.isfinite(m2).all(1)
+    if bad.any():
+        raise TrainingError(
+            f"the tuner met a loss that is not a finite number in held-out row {rows[order][bad][0]}; continue from an earlier "
+            "checkpoint (its name in checkpoints/latest), with a lower training.learning_rate and run.amend=[training.learning_rate]"
+        )
+    joined = combine(Moments(*row) for row in zip(count, mean, m2, strict=True))
+    return IntervalStatistics(parts[0].intervals, joined, squares.sum(0))
+
+
+# -- The choice --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The interval to train on from now, and why."""
+
+    interval: Interval
+    variance: float
+    """Of `interval`; nan where too few blocks fell into it."""
+    changed: bool
+
+
+def choose(intervals: Sequence[Interval], variances: np.ndarray, blocks: np.ndarray, current: Interval, margin: float) -> Choice:
+    """The interval with the least variance, if it beats the current one by more than `margin`; else the current one.
+
+    variances, blocks: float64 [k]. An interval of fewer than LEAST_BLOCKS blocks is not eligible, and an unmeasured current
+    one is kept, because nothing then shows that another is better. Ties keep the wider interval, then the earlier one.
+
+    Why a margin, and why 2 % by default: a variance of n blocks has the relative standard error sqrt((kurtosis - 1) / n),
+    which at the default 512 rows of 64 blocks (L' = 16) is one or two per cent, so that a smaller difference says nothing.
+    Differences that matter are far larger: in the paper at L' = 16 clipping halves the variance (7.62 to 3.60 and 3.58,
+    table 8), while the two clips, 0.6 % apart, are equals to us. As every tuning sees the same rows and noise, what the
+    margin holds back is the slow drift of the weights, which would otherwise walk the interval among equals.
+    """
+    if current not in intervals:
+        raise ValueError(f"the current interval {current} is not among those measured")
+    usable = [k for k in range(len(intervals)) if blocks[k] >= LEAST_BLOCKS and math.isfinite(variances[k])]
+    here = list(intervals).index(current)
+    if here not in usable:
+        return Choice(current, math.nan, False)
+    least = min(variances[k] for k in usable)
+    tied = [k for k in usable if variances[k] <= least * (1 + TIE)]
+    best = min(tied, key=lambda k: (-round(intervals[k][1] - intervals[k][0], 9), k))
+    if variances[best] < (1 - margin) * variances[here]:
+        return Choice(intervals[best], float(variances[best]), True)
+    return Choice(current, float(variances[here]), False)
+
+
+def agreed(values: Sequence[Interval]) -> Interval:
+    """The interval that all ranks have (`values` in rank order). Raises TrainingError that names the ranks that differ."""
+    different = {rank: value for rank, value in enumerate(values) if tuple(value) != tuple(values[0])}
+    if different:
+        named = ", ".join(f"rank {rank} has {list(value)}" for rank, value in different.items())
+        raise TrainingError(
+            f"ranks train on different intervals: rank 0 has {list(values[0])}, {named}; resume the run from its last checkpoint"
+        )
+    return _pair(values[0])
+
+
+# -- The state ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TunerState:
+    """What tuning has decided so far: goes into every checkpoint as a plain dictionary. A fixed interval is a state, too."""
+
+    block_size: int
+    """L' that `interval` was found for."""
+    interval: Interval
+    history: tuple[dict[str, Any], ...] = ()
+    """One {step, block_size, interval, variance} per tuning; variance None where it could not be measured."""
+
+    def at(self, block_size: int, start: Interval) -> TunerState:
+        """The state under `block_size`: another L' has another best interval, whose search begins at the recipe's."""
+        return self if block_size == self.block_size else replace(self, block_size=block_size, interval=_pair(start))
+
+    def after(self, step: int, choice: Choice) -> TunerState:
+        """The state once `choice` is made after `step` updates."""
+        variance = choice.variance if math.isfinite(choice.variance) else None
+        entry = {"step": step, "block_size": self.block_size, "interval": list(choice.interval), "variance": variance}
+        return replace(self, interval=choice.interval, history=(*self.history, entry))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, lists and strings only: the same after JSON."""
+        return {"block_size": self.block_size, "interval": list(self.interval), "history": [dict(entry) for entry in self.history]}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> TunerState:
+        """Raises CheckpointError for what `to_dict` cannot have written."""
+        try:
+            history = tuple(
+                {
+                    "step": int(entry["step"]),
+                    "block_size": int(entry["block_size"]),
+                    "interval": list(_pair(entry["interval"])),
+                    "variance": None if entry["variance"] is None else float(entry["variance"]),
+                }
+                for entry in state["history"]
+            )
+            return cls(int(state["block_size"]), _pair(state["interval"]), history)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's tuner state cannot be read ({error!r}); resume from another checkpoint") from None
+
+
+def _pair(interval: Sequence[float]) -> Interval:
+    beta, omega = interval
+    return float(beta), float(omega)

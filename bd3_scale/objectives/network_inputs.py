@@ -1,0 +1,201 @@
+"""What an objective hands to the network, and what the network's answers say about blocks and rows.
+
+The network answers `NetworkInputs` with one negative log-likelihood (nll), or a score entropy, per selected position; here
+these become losses per block and per row. Invariants: sums are divided by data tokens, never by masked ones; token 0 of a row is never
+counted; padding adds exactly nothing; the losses of a row depend on no other row of the micro-batch, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_scale.errors import DataError
+from bd3_scale.objectives.attention_mask import AttentionPattern, document_segments
+from bd3_scale.objectives.simplex import SimplexNoise
+
+
+@dataclass(frozen=True)
+class NetworkInputs:
+    """One micro-batch of m rows of L data tokens, ready for the network. Made on the host, then moved.
+
+    `selected` ascends over its first entries; padding entries follow with position 0, target 0, weight 0. There is always
+    at least one entry, so that no kernel meets an empty tensor.
+    """
+
+    tokens: Tensor
+    """int64 [m, pattern.rows]: [x_t ; x_0] for block diffusion, x_t for masked diffusion, x_0 for the next-token loss; for ssdlm
+    [x_0 ; x_0], of whose first half the network sees what `simplex` leaves. Of the clean half the first `pattern.clean_rows`."""
+    positions: Tensor
+    """int64 [pattern.rows]: rotary position of each row of the network, from 0 in both halves."""
+    selected: Tensor
+    """int64 [n]: flat index b * L + i of each scored position of sample b in the scored half (the first L rows)."""
+    targets: Tensor
+    """int64 [n]: the token to predict at each selected position: token i, for the next-token loss token i + 1."""
+    weights: Tensor
+    """float32 [n]: loss weight of each selected position; 0 marks padding."""
+    dropout_keys: Tensor
+    """int64 [m] in [0, 2^32): seed for the dropout of each row."""
+    pattern: AttentionPattern
+    segments: Tensor | None = None
+    """int32 [m, pattern.rows]: which document of its row each row of the network is in; None where rows are one text."""
+    noise_levels: Tensor | None = None
+    """float32: how noisy the input is, for networks that are told; None: no network is. [m]: each row (sedd's sigma). [m, B]: each
+    noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""
+    normalised: bool = True
+    """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `score_entropy`)."""
+    sparse: bool = False
+    """Whether many of the scored rows are not selected: the network's last layer then computes the selected ones alone, and of the
+    others keys and values. The answer is the same."""
+    simplex: SimplexNoise | None = None
+    """What becomes of the words of the first L rows, [m, L], before the network sees them (ssdlm; see `simplex`); None: nothing."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NetworkInputs:
+        """A copy on `device`. `non_blocking` to CUDA goes through pinned memory, without which it would block."""
+        pin = non_blocking and torch.device(device).type == "cuda"
+
+        def move(value: Tensor) -> Tensor:
+            value = value.pin_memory() if pin and not value.is_cuda else value
+            return value.to(device, non_blocking=non_blocking)
+
+        return self._moved(move)
+
+    def pinned(self) -> NetworkInputs:
+        """A copy in pinned memory, from which copies to a device need not wait; what is there already stays."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> NetworkInputs:
+        return NetworkInputs(
+            tokens=move(self.tokens),
+            positions=move(self.positions),
+            selected=move(self.selected),
+            targets=move(self.targets),
+            weights=move(self.weights),
+            dropout_keys=move(self.dropout_keys),
+            pattern=self.pattern,
+            segments=None if self.segments is None else move(self.segments),
+            noise_levels=None if self.noise_levels is None else move(self.noise_levels),
+            normalised=self.normalised,
+            sparse=self.sparse,
+            simplex=None if self.simplex is None else self.simplex.moved(move),
+        )
+
+
+def network_inputs(
+    scored: np.ndarray,
+    rows: np.ndarray,
+    selected: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    dropout_keys: np.ndarray,
+    pattern: AttentionPattern,
+    pad_to: int,
+    sparse: bool = False,
+) -> NetworkInputs:
+    """`NetworkInputs` of the scored half and the data tokens, int64 [m, L] both, and of host arrays of the same names, the selected
+    positions padded to a multiple of `pad_to`."""
+    capacity = -(-max(len(selected), 1) // pad_to) * pad_to
+    padding = (0, capacity - len(selected))
+    return NetworkInputs(
+        tokens=torch.from_numpy(np.concatenate([scored, rows[:, : pattern.clean_rows]], axis=1)),
+        positions=torch.from_numpy(np.arange(pattern.rows) % pattern.length),
+        selected=torch.from_numpy(np.pad(selected, padding)),
+        targets=torch.from_numpy(np.pad(targets, padding)),
+        weights=torch.from_numpy(np.pad(weights, padding).astype(np.float32)),
+        dropout_keys=torch.from_numpy(dropout_keys),
+        pattern=pattern,
+        segments=torch.from_numpy(document_segments(rows, pattern)) if pattern.document_end is not None else None,
+        sparse=sparse,
+    )
+
+
+def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
+    """The same inputs of which only the first `real` rows are scored: the others become padding, which adds exactly nothing to loss,
+    gradients and statistics. Shapes stay as they are."""
+    if real == inputs.tokens.shape[0]:
+        return inputs
+    ours = inputs.selected < real * inputs.pattern.length
+    return replace(
+        inputs,
+        selected=torch.where(ours, inputs.selected, 0),
+        targets=torch.where(ours, inputs.targets, 0),
+        weights=torch.where(ours, inputs.weights, 0.0),
+    )
+
+
+def checked_rows(rows: np.ndarray, count: int, length: int, mask_id: int) -> np.ndarray:
+    """Rows as int64 [count, length]. Raises ValueError for another shape, DataError for an id that is MASK or beyond."""
+    rows = np.asarray(rows, np.int64)
+    if rows.shape != (count, length):
+        raise ValueError(f"rows have shape {rows.shape}, their noise {(count, length)}; both must be [rows, model.context]")
+    if rows.size and not (rows.min() >= 0 and rows.max() < mask_id):
+        raise DataError(
+            f"rows hold token ids {rows.min()}..{rows.max()}, but data ids must lie in [0, {mask_id}) because "
+            f"{mask_id} is MASK; pack the data with the recipe's tokenizer"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class BlockSamples:
+    """Single blocks as one validation pass shows them, m rows of k draws: what the interval tuner lives on."""
+
+    times: np.ndarray
+    """float64 [m, k]: t of each block."""
+    losses: np.ndarray
+    """float64 [m, k]: mean weighted loss of each block, linear schedule; meaningless where `maskable` is 0."""
+    masked: np.ndarray
+    """int64 [m, k]: masked tokens of each block."""
+    maskable: np.ndarray
+    """int64 [k]: data tokens of each block (token 0 of a row is none); 0 marks a column to leave out."""
+
+
+def counted_tokens(pattern: AttentionPattern) -> np.ndarray:
+    """Data tokens of each block, int64 [B]: L', one less in the first block (0 there when L' = 1)."""
+    counts = np.full(pattern.length // pattern.block_size, pattern.block_size, np.int64)
+    counts[0] -= 1
+    return counts
+
+
+def _block_sums(inputs: NetworkInputs, values: np.ndarray) -> np.ndarray:
+    """Sum of float64 [n] `values` over each block's selected positions, float64 [m, B]; padding adds exactly nothing."""
+    pattern = inputs.pattern
+    rows, blocks = inputs.tokens.shape[0], pattern.length // pattern.block_size
+    # The last row of a causal pattern is never selected, so that the predicted token i + 1 stays in its own sample.
+    predicted = inputs.selected.cpu().numpy() + (pattern.kind == "causal")
+    return np.bincount(predicted // pattern.block_size, values, minlength=rows * blocks).reshape(rows, blocks)
+
+
+def _weighted(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
+    weights = inputs.weights.detach().cpu().double().numpy()
+    return np.multiply(weights, nll.detach().cpu().double().numpy(), out=np.zeros_like(weights), where=weights > 0)
+
+
+def block_losses(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
+    """Mean weighted loss of every block, float64 [m, B], in nats per data token.
+
+    `nll`: float [n], one per selected position, as the network returns it. Each block's sum is divided by its data tokens
+    (L', L' - 1 in the first block), not by its masked ones: a block without masked tokens has loss 0. With L' = 1 the first
+    block has no data token and its loss is nan: leave it out where `counted_tokens` is 0. Of the next-token loss every
+    token is a block.
+    """
+    counts = counted_tokens(inputs.pattern).astype(np.float64)
+    sums = _block_sums(inputs, _weighted(inputs, nll))
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def masked_counts(inputs: NetworkInputs) -> np.ndarray:
+    """Scored tokens of every block, int64 [m, B]: the masked ones, for the next-token loss all but token 0."""
+    return _block_sums(inputs, (inputs.weights.cpu().numpy() > 0).astype(np.float64)).astype(np.int64)
+
+
+def row_nelbo(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
+    """NELBO of every row, float64 [m], in nats per data token (L - 1 of them), from `validation_inputs` and their nll [n].
+
+    The mean over rows is the set's NELBO (all rows have the same number of data tokens).
+    """
+    return _block_sums(inputs, _weighted(inputs, nll)).sum(axis=1) / (inputs.pattern.length - 1)

@@ -1,0 +1,91 @@
+"""The objective of SSD-LM (`simplex` has the method): rows as [x_t ; x_0], every word of every noisy block scored alike.
+
+Invariants: as in `objectives`, whose interface this is, except that the validation loss is a mean cross-entropy at
+t ~ U[1e-3, 1] and no bound of anything: it is reported under a name of its own, and neither perplexity nor tuner use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from bd3_scale.objectives import noise
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.base import Traits, block_pattern, check_shape
+from bd3_scale.objectives.network_inputs import (
+    BlockSamples,
+    NetworkInputs,
+    block_losses,
+    checked_rows,
+    counted_tokens,
+    masked_counts,
+    network_inputs,
+)
+from bd3_scale.objectives.noise_schedules import check_interval
+from bd3_scale.objectives.simplex import SimplexNoise, told
+
+
+@dataclass(frozen=True)
+class SimplexDiffusion(Traits):
+    """SSD-LM: one t per block, the expected embedding of noised words in the noisy half, cross-entropy of all of them.
+
+    Raises RecipeError when block size, interval or clean half cannot work.
+    """
+
+    kind: ClassVar[str] = "ssdlm"
+    timed: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+    simplex: ClassVar[bool] = True
+
+    mask_id: int
+    context: int
+    block_size: int
+    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
+    clean_half: str = "block_causal"
+    pad_to: int = 1
+    document_end: int | None = None
+    row_multiple: int = 1
+    pattern: AttentionPattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_shape(self.context, self.pad_to)
+        object.__setattr__(self, "interval", check_interval(self.interval))
+        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
+        object.__setattr__(self, "pattern", pattern)
+
+    def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
+        """As `Objective.training_inputs`: t ~ U[beta, omega], in strata as for the other kinds."""
+        times = noise.block_times(seed, step, slots, global_batch, self.blocks, self.interval)
+        keys = noise.simplex_keys(seed, step, slots, self.context)
+        return self._inputs(rows, times, keys, noise.dropout_keys(seed, step, slots))
+
+    def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
+        """As `Objective.validation_inputs`: t ~ U[1e-3, 1], weight 1."""
+        times = noise.validation_times(seed, row_indices, self.blocks)
+        keys = noise.validation_simplex_keys(seed, row_indices, self.context)
+        return self._inputs(rows, times, keys, np.zeros(len(row_indices), np.int64))
+
+    def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
+        """As `Objective.block_samples`; every counted token is scored."""
+        times = noise.validation_times(seed, row_indices, self.blocks)
+        return BlockSamples(times, block_losses(inputs, nll), masked_counts(inputs), counted_tokens(self.pattern))
+
+    def _inputs(self, rows: np.ndarray, times: np.ndarray, keys: np.ndarray, dropout_keys: np.ndarray) -> NetworkInputs:
+        rows = checked_rows(rows, len(keys), self.context, self.mask_id)
+        scored = np.arange(rows.size).reshape(rows.shape)[:, 1:].ravel()
+        made = network_inputs(
+            rows,
+            rows,
+            scored,
+            rows[:, 1:].ravel(),
+            np.ones(len(scored)),
+            dropout_keys,
+            self.pattern,
+            self.pad_to,
+        )
+        of_positions = np.repeat(times, self.block_size, axis=1)
+        of_positions[:, 0] = 0.0
+        return replace(made, noise_levels=told(times), simplex=SimplexNoise.at(keys, of_positions))

@@ -1,0 +1,27 @@
+"""A recipe: nested dataclasses, read from YAML and dotted overrides, checked before anything is started.
+
+`schema.py` has every key on one page, `load.py` reads, `validate.py` asks the rules: `key_rules.py` of single keys, `rules*.py` across
+keys, with cures from `suggestions.py`. `resume_check.py` says what a continued run may change. Invariants: an unknown key, a wrong type
+or an impossible combination is a `RecipeError` of one line that names the key, what is wrong and what to set; nothing is silently
+changed; nothing here touches torch.distributed.
+"""
+
+from bd3_scale.recipe.environment import resolve_device, resolve_precision, world_size_of_environment
+from bd3_scale.recipe.load import load
+from bd3_scale.recipe.resume_check import compare
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.text import as_dictionary, flatten, to_yaml
+from bd3_scale.recipe.validate import validate
+
+__all__ = [
+    "Recipe",
+    "as_dictionary",
+    "compare",
+    "flatten",
+    "load",
+    "resolve_device",
+    "resolve_precision",
+    "to_yaml",
+    "validate",
+    "world_size_of_environment",
+]

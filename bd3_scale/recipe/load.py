@@ -1,0 +1,106 @@
+"""Reading a recipe: defaults, then the YAML file, then dotted overrides.
+
+Invariants: an unknown key or a wrong type is a `RecipeError` of one line that names the key, what is wrong and what to set;
+nothing is silently changed; nothing here touches torch.distributed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bd3_scale.errors import RecipeError
+from bd3_scale.recipe import rules_device
+from bd3_scale.recipe.key_rules import CHOICES
+from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.suggestions import as_text, as_yaml
+
+FORMER = {
+    "training.recompute": {True: "layer", False: "none"},
+    "training.compile": {True: "blocks", False: "none"},
+}
+"""Keys that once were true or false: what these mean in a saved recipe, and the cure where somebody writes them."""
+
+
+def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = False) -> Recipe:
+    """Defaults, then the YAML file, then `dotted.key=value` overrides. Raises RecipeError; does not `validate`.
+
+    `saved`: the file was written by this program, maybe by an earlier version: former values are read as what they mean now.
+    """
+    path = Path(path)
+    try:
+        text = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist; name a YAML file, for example recipes/quickstart.yaml") from None
+    except IsADirectoryError:
+        raise RecipeError(f"recipe {path} is a folder; name the YAML file inside it") from None
+    except Exception as error:  # YAML errors have no common base that OmegaConf exports
+        raise RecipeError(f"recipe {path} is not valid YAML: {_one_line(error)}; mend the line named") from None
+    if not isinstance(text, DictConfig):
+        raise RecipeError(f"recipe {path} must hold sections such as `model:` and `training:`, not {type(text).__name__}")
+    for item in overrides or []:
+        key, sign, _ = item.partition("=")
+        if not sign or not key or key.startswith("-"):
+            raise RecipeError(f"override {item!r} must have the form dotted.key=value, without dashes")
+    if saved:
+        _renew(text)
+    try:
+        written = text, OmegaConf.from_dotlist(overrides or [])
+        for part in written:
+            _check_written(OmegaConf.to_container(part, resolve=False))
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), *written)
+        OmegaConf.resolve(merged)
+        recipe = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        full_key = getattr(error, "full_key", None)
+        where = f"{full_key}: " if full_key else ""
+        raise RecipeError(f"{where}{_one_line(error)}; see the sections' classes in bd3_scale/recipe/schema.py for all keys") from None
+    assert isinstance(recipe, Recipe)
+    if rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
+        recipe.parallel.engine = "fsdp"
+    return recipe
+
+
+def _renew(text: DictConfig) -> None:
+    """Replace the values of `FORMER` by today's."""
+    for key, meanings in FORMER.items():
+        value = OmegaConf.select(text, key)
+        if isinstance(value, bool):
+            OmegaConf.update(text, key, meanings[value])
+
+
+def _check_written(written: Any) -> None:
+    """Refuse what OmegaConf would take for something else (3 for true) or refuse without naming the key."""
+    for section in fields(Recipe):
+        if section.name not in written:
+            continue
+        values, plain = written[section.name], getattr(Recipe(), section.name)
+        types = get_type_hints(type(plain))
+        if not isinstance(values, dict):
+            example = as_text({f"{section.name}.{name}": getattr(plain, name) for name in list(types)[:1]})
+            raise RecipeError(f"{section.name} is {as_yaml(values)} but is a section; {example} and so on, each key by itself")
+        for name, value in values.items():
+            key, kind = f"{section.name}.{name}", types.get(name)
+            if isinstance(value, str) and "${" in value:
+                continue  # known only when it is resolved
+            if kind is bool and not isinstance(value, bool):
+                raise RecipeError(f"{key} is {as_yaml(value)} but must be true or false; set {key}=true, or set {key}=false")
+            if isinstance(value, bool) and key in FORMER:
+                choices = ", ".join(str(choice) for choice in CHOICES[key])
+                raise RecipeError(
+                    f"{key} is {as_yaml(value)} but is one of {choices}; {as_text({key: FORMER[key][value]})} for what {as_yaml(value)} was"
+                )
+            if get_origin(kind) is tuple:
+                numbers = value if isinstance(value, list) else []
+                if len(numbers) != len(get_args(kind)) or not all(type(one) in (int, float) or "${" in str(one) for one in numbers):
+                    example = as_text({key: getattr(plain, name)})
+                    raise RecipeError(f"{key} is {as_yaml(value)} but must be {len(get_args(kind))} numbers; {example}, for example")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type=")))

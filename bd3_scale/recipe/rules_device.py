@@ -1,0 +1,73 @@
+"""The rules between a recipe and the device that computes: which attention kernel and which compilation it can have.
+
+Part of `recipe_rules.py`, which asks them. Here stands what the recipe and the kind of device say alone; whether a backend works on the
+GPU at hand is found by `engines/kernel_probe.py` when a run starts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bd3_scale.recipe.objective_kinds import IN_BLOCKS
+from bd3_scale.recipe.suggestions import Case, Problem
+
+if TYPE_CHECKING:
+    from bd3_scale.recipe.schema import Recipe
+
+FLEX = ("flex", "flex_triton", "flex_flash")
+
+
+def kernel_suits_the_device(case: Case) -> Problem | None:
+    kernel, device = case.recipe.model.attention, case.device
+    if kernel in FLEX and device == "cpu":
+        text = f"model.attention = {kernel} needs CUDA because FlexAttention has no backward on CPU"
+    elif kernel == "tiled" and device == "cuda":
+        text = "model.attention = tiled is the CPU kernel"
+    else:
+        return None
+    return Problem(text, lambda: ["set model.attention=auto"])
+
+
+def backend_is_used(case: Case) -> Problem | None:
+    """A backend of FlexAttention that is asked for by name runs, or there is no such recipe."""
+    recipe, kernel = case.recipe, case.recipe.model.attention
+    if kernel not in FLEX[1:]:
+        return None
+    if recipe.objective.kind not in IN_BLOCKS and not recipe.data.document_mask:
+        text = (
+            f"model.attention = {kernel} is a backend of FlexAttention, which objective.kind = {recipe.objective.kind} does not need: its "
+        )
+        return Problem(text + "mask is causal or none, and torch's own kernels have it", lambda: ["set model.attention=auto"])
+    if kernel == "flex_flash" and case.precision == "fp32":
+        text = "model.attention = flex_flash computes in bf16, but training.precision is fp32"
+        return Problem(text, lambda: ["set training.precision=bf16", "set model.attention=auto"])
+    return None
+
+
+def tuning_has_a_gpu(case: Case) -> Problem | None:
+    if case.recipe.training.compile != "max-autotune" or case.device != "cpu":
+        return None
+    return Problem(
+        "training.compile = max-autotune needs CUDA because it chooses among GPU kernels by timing them",
+        lambda: ["set training.compile=none", "set training.compile=blocks"],
+    )
+
+
+def compiled_in_pieces(recipe: Recipe) -> bool:
+    """Whether layers would be compiled whose weights DeepSpeed gathers linear by linear: its hooks cut a layer at each of them."""
+    parallel = recipe.parallel
+    return recipe.training.compile != "none" and parallel.zero == 3 and parallel.resolved_engine == "deepspeed"
+
+
+def layers_are_compiled_whole(case: Case) -> Problem | None:
+    if not compiled_in_pieces(case.recipe):
+        return None
+    return Problem(
+        f"training.compile = {case.recipe.training.compile} compiles whole layers, but parallel.engine = deepspeed with parallel.zero = 3 "
+        "gathers the weights of every linear by itself",
+        lambda: ["set parallel.engine=fsdp", "set training.compile=none"],
+    )
+
+
+DEVICE_RULES = (kernel_suits_the_device, backend_is_used, tuning_has_a_gpu, layers_are_compiled_whole)
+"""In the order in which they are asked."""

@@ -1,0 +1,55 @@
+"""The rules for how a run goes in time: the learning rate's schedule, samples left out, changes of a run that is continued.
+
+As `recipe_rules.py`, which asks them; none of these depends on the layout.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from bd3_scale.recipe.objective_kinds import block_sizes
+from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml
+
+
+def decay_has_its_schedule(case: Case) -> Problem | None:
+    training = case.recipe.training
+    decay, room = training.decay, case.recipe.total_steps - training.warmup
+    if training.schedule != "wsd":
+        if decay == 0:
+            return None
+        text = f"training.decay = {decay} is for wsd, but training.schedule = {training.schedule}"
+        return Problem(text, lambda: ["set training.decay=0", "set training.schedule=wsd"])
+    if 0 < decay <= room:
+        return None
+    text = f"training.decay = {decay} must lie between 1 and training.steps - training.warmup = {room} because wsd decays in the last steps"
+    return Problem(text, lambda: [as_text({"training.decay": max(1, room // 5)}) if room > 0 else as_text({"training.warmup": 0})])
+
+
+def rewarmup_has_its_change(case: Case) -> Problem | None:
+    steps = case.recipe.training.rewarmup
+    if steps == 0 or len(block_sizes(case.recipe.objective.block_size)) > 1:
+        return None
+    text = f"training.rewarmup = {steps} follows a change of objective.block_size, which never changes"
+    return Problem(text, lambda: ["set training.rewarmup=0"])
+
+
+def skipped_ranges_ascend(case: Case) -> Problem | None:
+    ranges = case.recipe.data.skip
+    pairs = all(isinstance(one, (list, tuple)) and len(one) == 2 and all(type(place) is int for place in one) for one in ranges)
+    if pairs and all(0 <= first < stop for first, stop in ranges) and all(a[1] <= b[0] for a, b in pairwise(ranges)):
+        return None
+    text = f"data.skip is {as_yaml(ranges)} but must be ranges [from, to] of samples, in ascending order and apart"
+    return Problem(text, lambda: ["set data.skip=[], or data.skip=[[51200,56320]], for example"])
+
+
+def amended_keys_may_be(case: Case) -> Problem | None:
+    from bd3_scale.recipe.resume_check import AMENDABLE
+
+    wrong = next((key for key in case.recipe.run.amend if key not in AMENDABLE), None)
+    if wrong is None:
+        return None
+    text = f"run.amend has {wrong!r}, which no continued run can change"
+    return Problem(text, lambda: [f"use some of {', '.join(sorted(AMENDABLE))}"])
+
+
+RUN_RULES = (decay_has_its_schedule, rewarmup_has_its_change, skipped_ranges_ascend, amended_keys_may_be)

@@ -1,0 +1,117 @@
+"""Pictures of a run, made from nothing but its metrics.jsonl: they can be made again at any time, for several runs at once.
+
+Invariant: train loss and validation are never in one picture, since they are different numbers; what a line does not
+hold (an unknown MFU, a loss that is not a number) leaves a gap and stops nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.reporting.figure import empty_figure
+
+Lines = Sequence[Mapping[str, Any]]
+SMOOTH_FROM = 200
+"""Points from which a curve is drawn pale, with its running mean (over a fiftieth of them) on top."""
+
+
+def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
+    """Write loss.png, perplexity.png, cross_entropy.png (of runs without a perplexity), throughput.png and tuner.png of the named runs into
+    `folder`; what has no data is left out.
+
+    Returns the files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "loss.png": _figure(runs, "train", "loss", "train loss (nats per data token)"),
+        "perplexity.png": _figure(runs, "validation", "perplexity", "validation perplexity"),
+        "cross_entropy.png": _figure(runs, "validation", "cross_entropy", "validation cross-entropy (nats; no likelihood)"),
+        "throughput.png": _figure(runs, "train", "tokens_per_second", "data tokens per second"),
+        "tuner.png": _tuner_figure(runs),
+    }
+    written = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=120)
+            written.append(folder / name)
+    return written
+
+
+def series(lines: Lines, kind: str, key: str) -> tuple[list[float], list[float]]:
+    """(data tokens, values) of the lines of a kind that have a number under `key`."""
+    points = [(line["data_tokens"], line[key]) for line in lines if line.get("kind") == kind and _number(line.get(key))]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _figure(runs: Mapping[str, Lines], kind: str, key: str, label: str) -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    curves = {name: series(lines, kind, key) for name, lines in runs.items()}
+    if not any(x for x, _ in curves.values()):
+        return None
+    figure = empty_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for index, (name, (x, y)) in enumerate(curves.items()):
+        color = f"C{index % 10}"
+        if kind == "validation":
+            axes.plot(x, y, color=color, label=name, marker="o", markersize=4)
+        elif len(y) < SMOOTH_FROM:
+            axes.plot(x, y, color=color, label=name)
+        else:
+            axes.plot(x, y, color=color, alpha=0.25)
+            axes.plot(x, running_mean(y, len(y) // 50), color=color, label=name)
+    if key == "perplexity":
+        for index, (name, lines) in enumerate(runs.items()):
+            unigram = next((line["unigram_perplexity"] for line in lines if _number(line.get("unigram_perplexity"))), None)
+            if unigram is not None:
+                name_of_line = f"unigram model{f' ({name})' if len(runs) > 1 else ''}"
+                axes.axhline(unigram, linestyle="--", color=f"C{index % 10}", label=name_of_line)
+        axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(lambda value, place: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel("data tokens")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place (of fewer at the start)."""
+    total, means = 0.0, []
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _tuner_figure(runs: Mapping[str, Lines]) -> Any:
+    """Of each run: the variance of every candidate interval over (beta, omega) at its last tuning, and the path of the choice."""
+    from matplotlib.colors import LogNorm
+
+    tuned = {name: [line for line in lines if line.get("kind") == "tuner"] for name, lines in runs.items()}
+    tuned = {name: lines for name, lines in tuned.items() if lines}
+    if not tuned:
+        return None
+    figure = empty_figure(6 * len(tuned), 5)
+    for axes, (name, lines) in zip(figure.subplots(1, len(tuned), squeeze=False)[0], tuned.items(), strict=True):
+        points = [(*item["interval"], item["variance"]) for item in lines[-1]["variances"] if _number(item["variance"])]
+        if points:
+            beta, omega, variance = zip(*points, strict=True)
+            positive = min(variance) > 0
+            image = axes.scatter(beta, omega, c=variance, s=260, marker="s", cmap="viridis_r", norm=LogNorm() if positive else None)
+            figure.colorbar(image, ax=axes, label="variance of a block's loss")
+        chosen = [line["interval"] for line in lines]
+        axes.plot([x for x, _ in chosen], [y for _, y in chosen], color="crimson", marker="o", markersize=5, label="chosen")
+        axes.set_xlabel("beta")
+        axes.set_ylabel("omega")
+        axes.set_title(f"{name}, step {lines[-1]['step']}")
+        axes.legend(loc="lower right")
+    return figure

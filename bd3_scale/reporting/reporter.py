@@ -1,0 +1,229 @@
+"""What a person sees of a run: a progress line, metrics.jsonl, wandb, plots. Only the leader writes; every rank may call.
+
+Invariant: a training line has the keys of design.md section 3; train loss and NELBO are different numbers and never mixed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bd3_scale.costs.flops import peak_flops, training_flops_per_token
+from bd3_scale.data.preparation.packing import texts_end_at
+from bd3_scale.distributed.layout import Layout
+from bd3_scale.distributed.pipeline_stages import selected_share
+from bd3_scale.engines.kernel_probe import Probed, as_line, as_text
+from bd3_scale.errors import TrainingError
+from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.interval_tuner import Choice
+from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
+from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
+from bd3_scale.recipe.suggestions import as_yaml
+from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
+from bd3_scale.reporting.plots import draw
+from bd3_scale.reporting.tracking import Tracker
+from bd3_scale.training.validation import Validated, Validation
+
+PLOTS_TAKE = 0.01
+"""The most that drawing plots takes of a run's time, but for the first and the last ones."""
+
+
+class Reporter:
+    """Opens the run directory's files; `first_step` is 0 or the step that is continued."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        folder: Path,
+        run_state: dict[str, Any],
+        *,
+        first_step: int,
+        flops_per_token: float,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`may_write`: see MetricsFile."""
+        self.recipe, self.layout, self.folder, self.first_step = recipe, layout, folder, first_step
+        self.file: MetricsFile | None = None
+        self.plots_wait_until = 0.0
+        if layout.leader:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(to_yaml(recipe))
+            self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
+            self.tracker = Tracker(recipe, folder, run_state)
+            self.bar = _bar(recipe, first_step)
+            if (ends := texts_end_at(recipe.data.row_special, recipe.model.context)) is not None:
+                self.say(ends)
+        # Last, so that neither the start of wandb nor a long metrics.jsonl is counted as training.
+        self.began = time.perf_counter()
+        self.meter = Meter(layout.device, first_step * recipe.tokens_per_step, flops_per_token, _peak(recipe, layout))
+
+    def probed(self, found: Sequence[Probed]) -> None:
+        """Say and write down which kernels were tried and work; see engines/kernel_probe.py."""
+        for one in found:
+            self.say(as_text(one))
+            if self.file is not None:
+                self._write({**as_line(one), "step": self.first_step})
+
+    def continued(self, step: int, amendments: Sequence[dict[str, Any]], remarks: Sequence[str]) -> None:
+        """Say and write down what is other from `step` on."""
+        for remark in remarks:
+            self.warning(step, remark)
+        for one in (one for one in amendments if one["step"] == step):
+            self.say(f"run.amend: {one['key']} is {as_yaml(one['now'])} from step {step} on, {as_yaml(one['before'])} before")
+            if self.file is not None:
+                self._write({"kind": "amendment", **one})
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """A step was made; see `Meter.add`."""
+        self.meter.add(loss, norm)
+
+    def train(
+        self,
+        *,
+        step: int,
+        learning_rate: float,
+        interval: list[float],
+        reduce: Callable[[Tensor], Tensor],
+        skipped: Tensor,
+        pace: Callable[[Callable[[str], None]], dict[str, float]] = lambda tell: {},
+    ) -> dict[str, Any]:
+        """Write a training line of the steps since the last one; collective over the replicas. `skipped`: counts of `StepRule`; `pace`:
+        see `Pace.read`."""
+        tokens = step * self.recipe.tokens_per_step
+        values = self.meter.read(tokens, reduce)
+        _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()
+        line = {"kind": "train", "step": step, "data_tokens": tokens, "learning_rate": learning_rate, "interval": interval, **values}
+        if own := pace(lambda text: self.warning(step, text)):
+            line["own_seconds"] = own
+        if self.file is not None:
+            self._write(line)
+            self._progress(line)
+        return line
+
+    def validation(self, *, step: int, result: Validated, seconds: float, unigram_perplexity: float | None) -> None:
+        """Write a validation line; `seconds` it took are not counted as training time."""
+        self.skip(seconds)
+        if self.file is None:
+            return
+        line: dict[str, Any] = {
+            "kind": "validation",
+            "step": step,
+            "data_tokens": step * self.recipe.tokens_per_step,
+            **asdict(result),
+        }
+        if unigram_perplexity is not None and isinstance(result, Validation):
+            line["unigram_perplexity"] = unigram_perplexity
+        self._write(line)
+        self.say(f"step {step}: validation {result}")
+        self.plot()
+
+    def tuner(self, *, step: int, choice: Choice, intervals: Sequence[tuple[float, float]], variances: np.ndarray) -> None:
+        """Write a tuner line: what was chosen and the variance of every candidate."""
+        if self.file is None:
+            return
+        all_variances = [{"interval": list(interval), "variance": float(v)} for interval, v in zip(intervals, variances, strict=True)]
+        line = {
+            "kind": "tuner",
+            "step": step,
+            "interval": list(choice.interval),
+            "variance": choice.variance,
+            "changed": choice.changed,
+            "variances": all_variances,
+        }
+        self._write(line)
+        verb = "changes to" if choice.changed else "stays"
+        self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
+        self.plot()
+
+    def skip(self, seconds: float) -> None:
+        """Leave time that was not spent on training (a checkpoint, a tuning) out of data tokens/s and MFU."""
+        self.meter.skip(seconds)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.file is None:
+            return
+        if self.bar is not None:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def warning(self, step: int, text: str) -> None:
+        """Say loudly what threatens the run, and count it in metrics.jsonl as far as the file system takes it."""
+        self.say(f"bd3_scale: WARNING: {text}")
+        if self.file is None:
+            return
+        try:
+            self._write({"kind": "warning", "step": step, "text": text})
+        except TrainingError as error:  # the same full disk, most likely, and it has been said
+            self.say(f"bd3_scale: WARNING: {error}")
+
+    def plot(self, *, now: bool = False) -> None:
+        """Draw report/*.png from metrics.jsonl, unless that was done a short while ago. All other ranks wait for the leader, so it
+        does not draw often (`now`: whenever it was). A picture that fails is said and stops nothing; its time is not training."""
+        start = time.perf_counter()
+        if self.file is None or not self.recipe.tracking.plots or (start < self.plots_wait_until and not now):
+            return
+        try:
+            draw({self.folder.resolve().name: read_metrics(self.file.path)}, self.folder / "report")
+        except Exception as error:  # a full disk, a font cache that cannot be written: no reason to lose a run
+            self.say(f"bd3_scale: warning: no plots ({type(error).__name__}: {error}); draw them later with tools/plot_run.py")
+        seconds = time.perf_counter() - start
+        self.plots_wait_until = start + seconds / PLOTS_TAKE
+        self.skip(seconds)
+
+    def close(self) -> None:
+        """End the progress line and wandb, draw the last plots."""
+        if self.file is not None:
+            if self.bar is not None:
+                self.bar.close()
+            self.plot(now=True)
+            self.tracker.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self.file is not None
+        self.tracker.log(self.file.write(line))
+
+    def _progress(self, line: dict[str, Any]) -> None:
+        total, step = self.recipe.total_steps, line["step"]
+        mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
+        text = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} data tokens/s{mfu}, lr {line['learning_rate']:.2e}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self.recipe.tracking.progress:
+            left = (time.perf_counter() - self.began) / max(1, step - self.first_step) * (total - step)
+            print(f"step {step}/{total}: {text}, ETA {tqdm.format_interval(left)}", file=sys.stderr, flush=True)
+
+
+def _bar(recipe: Recipe, first_step: int) -> Any:
+    """A progress bar on a terminal; plain lines elsewhere."""
+    if not (recipe.tracking.progress and sys.stderr.isatty()):
+        return None
+    return tqdm(total=recipe.total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+
+def _peak(recipe: Recipe, layout: Layout) -> float | None:
+    if layout.device.type != "cuda":
+        return None
+    one = peak_flops(torch.cuda.get_device_name(layout.device), resolve_precision(recipe, "cuda"))
+    return None if one is None else one * layout.world_size
+
+
+def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, interval: Sequence[float] | None = None) -> float:
+    """Model FLOPs of a training step per data token, with the expected share of masked positions; `interval`: a tuned one.
+
+    Recomputed forwards are not counted: MFU says what came out, and activation checkpointing must not raise it.
+    """
+    share, simplex = selected_share(recipe, pattern, interval), recipe.objective.kind in ON_SIMPLEX
+    return training_flops_per_token(recipe.model, pattern, vocabulary, share, simplex=simplex)

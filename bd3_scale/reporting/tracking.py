@@ -1,0 +1,103 @@
+"""Weights & Biases, where a recipe asks for it: off by default, offline or online, one run however often it is restarted.
+
+Invariants: the mode is always passed (wandb's own default asks for a key and ends the training); a failure of wandb is
+said once and never stops a run; nothing secret is written (the key stays in wandb's own environment or netrc, credentials
+inside URLs are blotted out). Made on the leader only.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bd3_scale.recipe import Recipe, as_dictionary
+
+ID_FILE = Path("wandb") / "run_id"
+"""In the run directory: the id, for a run that is killed before its first checkpoint."""
+
+
+class Tracker:
+    """Sends lines to wandb, or does nothing."""
+
+    def __init__(self, recipe: Recipe, folder: Path, run_state: dict[str, Any]) -> None:
+        """`folder`: the run directory. `run_state["wandb"]` is the id to continue; a new one is put there for checkpoints to keep."""
+        self.run: Any = None
+        if recipe.tracking.wandb == "disabled":
+            return
+        try:
+            import wandb
+
+            run_state["wandb"] = run_id = run_state.get("wandb") or _remembered(folder) or secrets.token_hex(4)
+            (folder / ID_FILE).parent.mkdir(parents=True, exist_ok=True)
+            (folder / ID_FILE).write_text(run_id + "\n")
+            self.run = wandb.init(
+                mode=recipe.tracking.wandb,  # type: ignore[arg-type]
+                project=recipe.tracking.project,
+                entity=recipe.tracking.entity,
+                name=recipe.run.name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=without_credentials(as_dictionary(recipe)),
+                # Our own files have what is printed, and a progress bar is no log.
+                settings=wandb.Settings(console="off"),
+            )
+            # The step is a value, not wandb's own counter: that one refuses the steps that a continued run makes again.
+            self.run.define_metric("step", hidden=True)
+            self.run.define_metric("*", step_metric="step")
+        except Exception as error:  # wandb raises many kinds; none of them is a reason to lose a run
+            self._give_up(error)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Send the numbers of a line of metrics.jsonl, named kind/key."""
+        if self.run is None:
+            return
+        try:
+            self.run.log({"step": line["step"], **_numbers(line)})
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Hand over what is still waiting; safe to call twice."""
+        run, self.run = self.run, None
+        if run is not None:
+            try:
+                run.finish()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.run = None
+        text = " ".join(str(error).split())
+        print(
+            f"bd3_scale: warning: wandb failed ({type(error).__name__}: {text}); training goes on without it", file=sys.stderr, flush=True
+        )
+
+
+def _remembered(folder: Path) -> str | None:
+    path = folder / ID_FILE
+    return path.read_text().strip() or None if path.is_file() else None
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    kind = line.get("kind", "train")
+    values = {f"{kind}/{key}": value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
+    interval = line.get("interval")
+    if interval is not None:
+        values |= {f"{kind}/interval_{name}": float(value) for name, value in zip(("beta", "omega"), interval, strict=True)}
+    return values
+
+
+def without_credentials(value: Any) -> Any:
+    """A copy without user:password@ and ?signature in URLs."""
+    if isinstance(value, dict):
+        return {key: without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]*@", "://***@", value))
+    return value

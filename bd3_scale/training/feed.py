@@ -1,0 +1,80 @@
+"""The inputs of the coming steps on one replica: rows, noise and layout are made by the loader's thread while the device computes.
+
+Inputs of a later step are made with the objective that this step has as far as is known. A tuning may change its interval after
+that; then they are made again when they are taken. Invariants: what is taken is a function of (seed, step, samples, objective) alone,
+whoever made it and when; filler is scored nowhere; what goes wrong in the thread is raised where the step is taken; on CUDA everything
+lies in pinned memory, so that the main thread starts copies and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bd3_scale.data.loader import MicroBatch
+from bd3_scale.objectives.network_inputs import NetworkInputs, scored_rows
+from bd3_scale.objectives.table import Objective
+
+if TYPE_CHECKING:
+    from bd3_scale.data.open import Data
+    from bd3_scale.distributed.layout import Layout
+    from bd3_scale.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one replica computes in one step, one entry for each forward."""
+
+    objective: Objective
+    micro_batches: list[MicroBatch]
+    inputs: list[NetworkInputs]
+
+
+class Feed:
+    """Inputs of steps in order, or after a jump; `close` ends the threads."""
+
+    def __init__(
+        self, recipe: Recipe, layout: Layout, data: Data, objective_at: Callable[[int], Objective], *, step: int, samples: int
+    ) -> None:
+        """`objective_at`: the objective of a step as far as is known now; also called by the thread. `step` and `samples`: where the run
+        is, so many updates and rows."""
+        self._seed, self._global_batch, self._objective_at = recipe.run.seed, recipe.training.global_batch, objective_at
+        self._first_step, self._first_samples, self._device = step, samples, layout.device
+        self._loader = data.loader(
+            self._seed,
+            global_batch=self._global_batch,
+            micro_batch=recipe.parallel.micro_batch,
+            replica=layout.data_rank,
+            replicas=layout.data,
+            prepare=self._prepare,
+        )
+
+    def take(self, step: int, samples: int) -> StepInputs:
+        """The inputs of update `step`, whose rows come after `samples` rows of the run. Raises DataError where a row cannot be read or
+        is none."""
+        micro_batches, made = self._loader.take(samples)
+        objective = self._objective_at(step)
+        inputs = made.inputs if made.objective == objective else self._make(objective, step, micro_batches)
+        return StepInputs(objective, micro_batches, inputs)
+
+    def close(self) -> None:
+        """End the threads, waiting for what is under way."""
+        self._loader.close()
+
+    def _prepare(self, samples: int, micro_batches: list[MicroBatch]) -> StepInputs:
+        step = self._first_step + (samples - self._first_samples) // self._global_batch
+        objective = self._objective_at(step)
+        return StepInputs(objective, micro_batches, self._make(objective, step, micro_batches))
+
+    def _make(self, objective: Objective, step: int, micro_batches: list[MicroBatch]) -> list[NetworkInputs]:
+        made = []
+        for batch in micro_batches:
+            inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._global_batch)
+            made.append(scored_rows(inputs, batch.real))
+        if self._device.type != "cuda":
+            return made
+        with torch.cuda.device(self._device):  # a thread begins on the first device, whose ranks are others
+            return [inputs.pinned() for inputs in made]

@@ -1,0 +1,128 @@
+"""NELBO on the held-out rows with fixed noise and the averaged weights, with its standard error.
+
+An objective without a bound (ssdlm) has its cross-entropy instead, under that name and without a perplexity.
+
+Invariants: t ~ U[1e-3, 1] and weight 1/t whatever training does (exact where L' = 1); the same rows and the same noise
+every time, on every layout; each row counts once however the ranks share them. The same pass feeds the interval tuner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from bd3_scale.data.loader import Rows, validation_rows
+from bd3_scale.distributed.layout import Layout
+from bd3_scale.errors import RecipeError
+from bd3_scale.objectives.estimates import Moments, mean_and_standard_error, perplexity
+from bd3_scale.objectives.interval_tuner import IntervalStatistics, candidates, interval_statistics, no_rows, row_statistics
+from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
+from bd3_scale.objectives.table import Objective
+
+Evaluate = Callable[[Sequence[NetworkInputs]], list[Tensor | None]]
+EVALUATED_TOGETHER = 32
+"""Micro-batches handed over at a time: enough to keep the stages of a pipeline busy, few enough to hold on the host."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """nats per data token, its standard error over rows, and exp of it."""
+
+    nelbo: float
+    standard_error: float
+    perplexity: float
+    rows: int
+
+    def __str__(self) -> str:
+        return f"NELBO {self.nelbo:.4f} +- {self.standard_error:.4f}, perplexity {self.perplexity:.2f}"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The same of an objective whose loss bounds no likelihood: nats per data token at t ~ U[1e-3, 1], and its standard error."""
+
+    cross_entropy: float
+    standard_error: float
+    rows: int
+
+    def __str__(self) -> str:
+        return f"cross-entropy {self.cross_entropy:.4f} +- {self.standard_error:.4f} (no likelihood)"
+
+
+Validated = Validation | CrossEntropy
+
+
+class Validator:
+    """Holds this replica's share of the held-out rows. Every replica makes the same number of forwards, as ZeRO-3 needs."""
+
+    def __init__(
+        self,
+        reader: Rows,
+        layout: Layout,
+        *,
+        rows: int,
+        micro_batch: int,
+        seed: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`interrupted` is asked between groups of micro-batches, on all ranks alike, and ends a pass without a result."""
+        self.layout, self.micro_batch, self.seed, self.interrupted = layout, micro_batch, seed, interrupted
+        self.total = min(rows, len(reader))
+        if self.total < layout.data:
+            raise RecipeError(
+                f"validation.rows gives {self.total} held-out rows for {layout.data} data-parallel ranks, but each needs one; "
+                f"set validation.rows={layout.data} or more, or prepare a larger held-out set"
+            )
+        self.indices, self.rows = validation_rows(reader, rows, layout.data_rank, layout.data)
+        largest_share = math.ceil(self.total / layout.data)
+        self.forwards = math.ceil(largest_share / micro_batch)
+
+    def __call__(self, objective: Objective, evaluate: Evaluate) -> Validated | None:
+        """`evaluate`: micro-batches -> nll of the selected positions of each, None on ranks that do not score."""
+        return self._pass(objective, evaluate, lambda inputs, nll, indices: None)
+
+    def and_tune(
+        self, objective: Objective, evaluate: Evaluate, *, resample: bool, rows: int | None
+    ) -> tuple[Validated | None, IntervalStatistics | None]:
+        """The same pass, and the variance of every candidate interval from the first `rows` held-out rows; collective."""
+        intervals = candidates(objective.block_size)
+        parts = [no_rows(intervals)]
+
+        def collect(inputs: NetworkInputs, nll: Tensor, indices: np.ndarray) -> None:
+            part = row_statistics(objective.block_samples(inputs, nll, indices, self.seed), indices, intervals, resample)
+            parts.append(part.first(self.total if rows is None else rows))
+
+        validation = self._pass(objective, evaluate, collect)
+        if validation is None:
+            return None, None
+        mine = parts if self.layout.speaks else parts[:1]
+        return validation, interval_statistics([part for share in self.layout.all_gather(mine) for part in share])
+
+    def _pass(
+        self, objective: Objective, evaluate: Evaluate, collect: Callable[[NetworkInputs, Tensor, np.ndarray], None]
+    ) -> Validated | None:
+        moments = Moments()
+        for first in range(0, self.forwards, EVALUATED_TOGETHER):
+            if first and self.interrupted():
+                return None
+            parts = [self._part(index) for index in range(first, min(first + EVALUATED_TOGETHER, self.forwards))]
+            # A share that is one row short joins the last forward with a row that is not counted.
+            given = [part if len(part[0]) else (self.indices[:1], self.rows[:1]) for part in parts]
+            inputs = [objective.validation_inputs(rows, indices, self.seed) for indices, rows in given]
+            for (indices, _), one, nll in zip(parts, inputs, evaluate(inputs), strict=True):
+                if nll is not None and len(indices):
+                    moments = moments + Moments.of(row_nelbo(one, nll))
+                    collect(one, nll, indices)
+        # Tensor peers score the same rows: one of them speaks for the replica.
+        mean, error = mean_and_standard_error(self.layout.all_gather(moments if self.layout.speaks else Moments()))
+        if not objective.bounded:
+            return CrossEntropy(mean, error, self.total)
+        return Validation(mean, error, perplexity(mean), self.total)
+
+    def _part(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        here = slice(index * self.micro_batch, (index + 1) * self.micro_batch)
+        return self.indices[here], self.rows[here]

@@ -1,0 +1,187 @@
+"""GPT-2, Llama and Qwen from Hugging Face directories: our network of the imported weights computes their logits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bd3_scale.checkpoint.reader import Checkpoint
+from bd3_scale.convert.parameter_shapes import parameter_shapes
+from bd3_scale.data.formats.streaming_compat import prepare_torchvision
+from bd3_scale.generation.load_model import load_network
+from bd3_scale.model.transformer import Transformer
+from bd3_scale.recipe import load, validate
+from bd3_scale.recipe.schema import ModelConfig
+from tools import convert_checkpoint
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+IDS, LENGTH = 257, 24
+SMALL: dict[str, Any] = {"vocab_size": IDS, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "max_position_embeddings": 32}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"vocab_size": IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "layer_norm_epsilon": 1e-4}),
+    "gpt2, untied": ("GPT2", {"vocab_size": IDS, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "n_inner": 48,
+                              "tie_word_embeddings": False}),
+    "llama, grouped": ("Llama", {**SMALL, "num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-4}),
+    "llama, biases, tied": ("Llama", {**SMALL, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "qwen2, padded ids": ("Qwen2", {**SMALL, "vocab_size": IDS + 7, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**SMALL, "num_key_value_heads": 1, "sliding_window": None}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    prepare_torchvision()
+    import transformers
+
+    return transformers
+
+
+def make(transformers: Any, name: str, folder: Path, **save: Any) -> Any:
+    family, options = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(
+        getattr(transformers, f"{family}Config")(**options)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # every parameter drawn, so that every path matters
+            parameter.normal_(1.0 if parameter.dim() == 1 and "norm" in name else 0.0, 0.2)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def convert(*arguments: Any) -> int:
+    return convert_checkpoint.main([str(argument) for argument in arguments])
+
+
+def causal_logits(run: Path, tokens: Tensor) -> Tensor:
+    network = load_network(run, device="cpu").network
+    return network.decode(tokens, torch.arange(LENGTH), None, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), last=LENGTH)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_causal_logits_are_theirs(name: str, transformers: Any, tmp_path: Path) -> None:
+    model = make(transformers, name, tmp_path / "hf", max_shard_size="20KB" if "grouped" in name else "5GB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == ("grouped" in name)
+    assert convert("import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "bytes", "--objective", "ar") == 0
+    tokens = torch.randint(0, IDS, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens).logits[..., :IDS]
+    found = causal_logits(tmp_path / "run", tokens)
+    assert torch.isneginf(found[..., IDS]).all() and found.shape[-1] == IDS + 1
+    torch.testing.assert_close(found[..., :IDS], expected, rtol=1e-5, atol=1e-5)
+    checkpoint = Checkpoint(tmp_path / "run" / "checkpoints" / "step_00000000")
+    checkpoint.verify_files()
+    embedding = checkpoint.read("weight", "embedding.weight")
+    torch.testing.assert_close(embedding[IDS], embedding[:IDS].mean(0))
+    recipe = load(tmp_path / "run" / "recipe.yaml")
+    validate(recipe)
+    assert recipe.objective.kind == "ar" and recipe.model.context == 32
+
+
+def test_a_run_with_data_trains_from_them(transformers: Any, tmp_path: Path) -> None:
+    """One step as block diffusion, continued by the trainer like any run."""
+    import numpy as np
+
+    from bd3_scale.data.preparation.packing import Document
+    from bd3_scale.data.preparation.prepare import Packing, prepare
+    from bd3_scale.data.tokenizer import load_tokenizer
+    from bd3_scale.distributed import layout
+    from bd3_scale.recipe.schema import ParallelConfig
+    from bd3_scale.train import train
+
+    text = load_tokenizer("bytes")
+    documents = [Document(str(i), np.array(text.encode("words and words " * 40)), held_out=i == 0) for i in range(3)]
+    prepare(tmp_path / "data", Packing(text, 16), "test", None, lambda: documents)
+    make(transformers, "gpt2", tmp_path / "hf")
+    small = ["model.context=16", "training.steps=1", "training.global_batch=2", "validation.rows=2", "parallel.zero=0",
+             "parallel.micro_batch=2", "tracking.progress=false"]  # fmt: skip
+    arguments = ["import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "bytes", "--data", tmp_path / "data", "--block-size", 8]
+    assert convert(*arguments, "--set", *small) == 0
+    assert Checkpoint(tmp_path / "run" / "checkpoints" / "step_00000000").kinds == ("weight", "exp_avg", "exp_avg_sq", "ema")
+    train(load(tmp_path / "run" / "recipe.yaml"), layout.current(ParallelConfig(), torch.device("cpu")))
+    before, after = (Checkpoint(tmp_path / "run" / "checkpoints" / f"step_0000000{step}") for step in (0, 1))
+    change = after.read("weight", "positions.weight") - before.read("weight", "positions.weight")
+    assert 0 < change.abs().max() < 1e-2, "it went on from the imported weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("llama, grouped", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
+        ("qwen2, padded ids", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("qwen2, padded ids", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window = 8"),
+        ("mistral", {"sliding_window": 8}, "sliding_window = 8"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
+        ("gpt2", {"n_layer": 1}, "h.1."),
+        ("gpt2", {"n_layer": 3}, "h.2.attn.c_attn.bias is missing"),
+        ("llama, grouped", {"model_type": "mamba"}, "'mamba'"),
+        ("llama, grouped", {"num_key_value_heads": 4}, "key_value.weight is [32, 32] in the source, but this network needs [64, 32]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    name: str, change: dict[str, Any], said: str, transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(transformers, name, tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert convert("import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "bytes") == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_deepspeed_universal_is_the_same_and_zero_shards_are_refused(
+    transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ds_to_universal writes it: {"param": whole tensor} for each of named_parameters()."""
+    model = make(transformers, "qwen3", tmp_path / "hf")
+    for name, parameter in model.named_parameters():
+        (tmp_path / "universal" / "zero" / name).mkdir(parents=True)
+        torch.save({"param": parameter.detach(), "cat_dim": 0}, tmp_path / "universal" / "zero" / name / "fp32.pt")
+        torch.save({"param": torch.zeros_like(parameter)}, tmp_path / "universal" / "zero" / name / "exp_avg.pt")
+    common = ["--tokenizer", "bytes", "--objective", "ar"]
+    assert convert("import", tmp_path / "universal", tmp_path / "a", *common) == 1
+    assert "--config" in capsys.readouterr().err
+    assert convert("import", tmp_path / "universal", tmp_path / "a", *common, "--config", tmp_path / "hf" / "config.json") == 0
+    assert convert("import", tmp_path / "hf", tmp_path / "b", *common) == 0
+    one, other = (Checkpoint(tmp_path / run / "checkpoints" / "step_00000000") for run in "ab")
+    assert all(torch.equal(value, other.read("weight", name)) for name, value in one.weights())
+    (tmp_path / "zero1" / "global_step5").mkdir(parents=True)
+    (tmp_path / "zero1" / "global_step5" / "mp_rank_00_model_states.pt").touch()
+    assert convert("import", tmp_path / "zero1", tmp_path / "c", *common) == 1
+    assert "zero_to_fp32.py" in capsys.readouterr().err
+
+
+def test_bad_keys_and_places_are_refused(transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(transformers, "gpt2", tmp_path / "hf")
+    common = ["import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "bytes"]
+    assert convert(*common, "--set", "model.hidden=64") == 2
+    assert convert(*common, "--set", "model.context=64") == 2
+    assert convert(*common, "--block-size", "5") == 2
+    assert convert("import", tmp_path / "hf", tmp_path / "run") == 1, "no tokenizer"
+    assert convert("import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "gpt2") == 1, "of another model"
+    assert convert("import", tmp_path / "hf", tmp_path / "hf", "--tokenizer", "bytes") == 1, "not empty"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and all(line.startswith("convert_checkpoint: error: ") for line in said)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_shapes_are_those_of_the_network() -> None:
+    base = ModelConfig(context=8, layers=2, hidden=16, heads=4, key_value_heads=2)
+    for config in (
+        base,
+        replace(base, mlp="swiglu", mlp_bias=True, attention_bias="query_key_value", query_key_norm=True, head_width=6, norm="rmsnorm"),
+        replace(base, positions="learned", attention_bias="all", norm_bias=True, tied_head=True, head_bias=True),
+        replace(base, conditioning="adaln", conditioning_size=12, head_bias=True),
+    ):
+        network = Transformer(config, 33, 32)
+        assert parameter_shapes(config, 33) == {name: tuple(value.shape) for name, value in network.named_parameters()}

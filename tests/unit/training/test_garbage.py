@@ -1,0 +1,32 @@
+"""Inside, cycles go when they are told to; afterwards the collector is as it was."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from bd3_scale.training.garbage import collect, collected_on_demand
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_cycles_go_on_demand() -> None:
+    with collected_on_demand():
+        there = weakref.ref(Cycle())
+        for _ in range(20_000):
+            Cycle()  # would set the collector off many times
+        assert there() is not None
+        collect()
+        assert there() is None
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_the_collector_is_given_back_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), collected_on_demand():
+        1 / 0  # noqa: B018
+    assert gc.isenabled() and gc.get_freeze_count() == 0
