@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from bd3_scale.errors import CheckpointError
+from bd3_scale.errors import CheckpointError, one_line
 
 Result = TypeVar("Result")
 
@@ -62,8 +62,3 @@ def together(communicator: Communicator, action: Callable[[], Result], explain: 
     if messages:
         raise CheckpointError(messages[0]) from failure
     return [result for _, result in answers]
-
-
-def one_line(text: object) -> str:
-    """The text without line breaks."""
-    return " ".join(str(text).split())

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bd3_scale import recipe as recipes
-from bd3_scale.errors import UserError
+from bd3_scale.errors import UserError, one_line
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
@@ -83,7 +83,7 @@ def examine(check: Callable[..., Finding], recipe: Recipe, *rest: int) -> Findin
     try:
         return check(recipe, *rest)
     except Exception as error:  # whatever is wrong with a machine must not hide what else is
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error, 300)
         name = check.__name__.replace("_", " ")
         return Finding(name, "fail", f"the check broke: {type(error).__name__}: {text}", "mend what the message names, and run this again")
 

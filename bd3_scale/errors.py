@@ -6,8 +6,10 @@ the commands print its text without a traceback and leave with `exit_code`. Anyt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -44,3 +46,19 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on: a non-finite loss, ranks that disagree."""
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    """A text, or an error's, with its lines and runs of spaces joined: at most `most` characters."""
+    return " ".join(str(text).split())[:most]
+
+
+def without_credentials(value: Any) -> Any:
+    """A copy without user:password@ and ?signature in URLs."""
+    if isinstance(value, dict):
+        return {key: without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]*@", "://***@", value))
+    return value

@@ -107,8 +107,8 @@ def void(value: object) -> None:
 
 
 def benchmark_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    from bd3_scale.generation.generate import generate_tokens
     from bd3_scale.generation.load_model import load_network
-    from bd3_scale.sample import generate_tokens
 
     loaded = load_network(options.checkpoint, device=options.device)
     results: dict[str, Any] = {}

@@ -19,8 +19,8 @@ import torch
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, Index, Tensor, check_tiling, parse, part_key
 from bd3_scale.checkpoint.shard_files import ShardReader, check_content, check_size, read_text
 from bd3_scale.checkpoint.slices import KINDS, Fragment, Region, intersect
-from bd3_scale.collective_errors import Communicator, Solo, one_line, together
-from bd3_scale.errors import CheckpointError
+from bd3_scale.collective_errors import Communicator, Solo, together
+from bd3_scale.errors import CheckpointError, one_line
 from bd3_scale.files import raise_file_limit
 
 STEP_NAME = re.compile(r"step_(\d{8,})")

@@ -75,15 +75,6 @@ def write_text(path: Path, text: bytes) -> FileRecord:
     return FileRecord(len(text), hashlib.sha256(text).hexdigest())
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: a new or renamed file is only there after a crash if its directory was synced."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def regular_size(path: Path) -> int:
     """Bytes of a regular file; CheckpointError for anything else (a link leads out of the folder, a device never ends)."""
     try:

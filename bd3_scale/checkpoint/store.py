@@ -32,10 +32,11 @@ import bd3_scale
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render
 from bd3_scale.checkpoint.parts import pack, state_name
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
-from bd3_scale.checkpoint.shard_files import check_size, read_text, sync_directory, write_shard, write_text
+from bd3_scale.checkpoint.shard_files import check_size, read_text, write_shard, write_text
 from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.errors import CheckpointError, UserError
+from bd3_scale.files import sync_directory
 
 __all__ = ["Checkpoint", "Communicator", "Solo", "find_latest", "locate", "retain", "save", "step_name"]
 

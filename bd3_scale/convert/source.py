@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from bd3_scale.checkpoint.shard_files import LARGEST_HEADER, read_text
-from bd3_scale.errors import CheckpointError
+from bd3_scale.errors import CheckpointError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST_JSON = 1 << 28
@@ -114,7 +114,7 @@ class TorchFile:
         try:
             self.content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises what its unpickler, its zip reader and the file system raise
-            why = " ".join(str(error).split())[:160]
+            why = one_line(error, 160)
             raise CheckpointError(
                 f"{path} cannot be opened without executing its pickle ({why}); convert it where it is trusted: load it there and save "
                 "its state_dict with safetensors"

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bd3_scale.distributed.pipeline_stages import micro_batch_group
+from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from bd3_scale.errors import DataError
-from bd3_scale.objectives.noise import generator
+from bd3_scale.keyed_random import generator
 
 if TYPE_CHECKING:
     from bd3_scale.data.loader import Order

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bd3_scale.errors import DataError
+from bd3_scale.errors import DataError, one_line
 
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -137,7 +137,7 @@ class JsonTokenizer(Tokenizer):
         except FileNotFoundError:
             raise DataError(f"data.tokenizer={name}: no such file; set gpt2, bytes or the path of a `tokenizers` JSON file") from None
         except Exception as error:  # `tokenizers` raises bare Exception for files it cannot read
-            why = " ".join(str(error).split())[:200]
+            why = one_line(error, 200)
             raise DataError(f"data.tokenizer={name}: not a `tokenizers` JSON file ({why}); set gpt2, bytes or the path of one") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

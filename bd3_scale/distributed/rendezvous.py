@@ -24,7 +24,7 @@ from itertools import groupby
 import torch.distributed as dist
 
 from bd3_scale.distributed.waiting import Waiting, waiting_for
-from bd3_scale.errors import TrainingError
+from bd3_scale.errors import TrainingError, one_line
 
 PAUSE = 0.05
 """Seconds between two looks into the store."""
@@ -63,7 +63,7 @@ def reach(timeout: float) -> tuple[dist.Store, int, int]:
                 use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
             )
     except dist.DistError as error:
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error, 300)
         cure = "set MASTER_PORT to a free port, on all ranks" if serves else "set MASTER_ADDR to the host of rank 0, and start rank 0"
         raise TrainingError(f"{_me(rank)} cannot {'listen' if serves else f'reach {holder}'} at {host}:{port}: {why}; {cure}") from None
     return store, rank, world_size

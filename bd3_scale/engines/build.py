@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bd3_scale.distributed import pipeline_stages
+from bd3_scale.costs import pipeline_stages
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, OptimizerSettings
 from bd3_scale.model.compiling import compiled_whole

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3_scale.distributed.pipeline_stages import phases_of
+from bd3_scale.costs.pipeline_stages import phases_of
 from bd3_scale.engines.build import COMPILE_MODES
-from bd3_scale.errors import TrainingError
+from bd3_scale.errors import TrainingError, one_line
 from bd3_scale.model.attention_kernels import BACKENDS, attend, block_mask_of
 from bd3_scale.model.compiling import compiled_whole
 from bd3_scale.objectives.attention_mask import AttentionPattern
@@ -106,7 +106,7 @@ def probe(shape: Shape, device: torch.device, *, kernel: str = "auto", compile: 
             _need_tuning(device)
         difference = _difference(shape, device, kernel, compile)
     except Exception as error:  # compilers, drivers and kernel libraries have no common base
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error, 300)
         raise TrainingError(f"{key} = {value} does not work on {name} ({type(error).__name__}: {text}); {cure}") from error
     if not difference < TOLERANCE[shape.precision]:
         raise TrainingError(f"{key} = {value} on {name} differs from the reference by {difference:.1e} of its largest value; {cure}")

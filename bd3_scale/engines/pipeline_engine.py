@@ -24,8 +24,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.distributed.pipeline_stages import micro_batch_group
 from bd3_scale.engines.engine import Engine
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs

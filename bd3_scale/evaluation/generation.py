@@ -20,9 +20,9 @@ from tqdm import tqdm
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError, TrainingError
 from bd3_scale.evaluation.judge import Judge
+from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import LoadedNetwork
 from bd3_scale.generation.token_sampling import histogram_entropy
-from bd3_scale.sample import generate_tokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.data.formats.streaming_compat import prepare_torchvision
-from bd3_scale.errors import CheckpointError, RecipeError
+from bd3_scale.errors import CheckpointError, RecipeError, one_line
 from bd3_scale.generation.load_model import LoadedNetwork, load_network
 
 LONGEST_WINDOW = 1024
@@ -107,7 +107,7 @@ def _of_transformers(path: Path, device: torch.device) -> Judge:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error, 300)
         raise CheckpointError(f"judge {path} cannot be loaded as a causal language model ({why}); name another directory") from None
     model = model.to(device).eval().requires_grad_(False)
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -34,7 +34,7 @@ from typing import Self
 
 import torch.distributed as dist
 
-from bd3_scale.errors import TrainingError, UserError
+from bd3_scale.errors import TrainingError, UserError, one_line
 
 LONGEST_INTERVAL = 5.0
 """Seconds between two readings of the others' heartbeats at most; a rank's own beats are a second apart, or less."""
@@ -129,9 +129,9 @@ class Guard:
             return
         if error is not None and is_lost_peer(error):
             # The thread ends this process as soon as anybody knows who is dead.
-            self._failure = f" [this rank saw: {_one_line(error)}]"
+            self._failure = f" [this rank saw: {_text(error)}]"
             self._thread.join(self.patience + 3 * self.interval)
-            reason = TrainingError(self.verdict or f"all ranks answer, but a collective failed: {_one_line(error)}; {self.cure}")
+            reason = TrainingError(self.verdict or f"all ranks answer, but a collective failed: {_text(error)}; {self.cure}")
             self._leave(reason)
             raise reason from error
         self._leave(error)
@@ -145,12 +145,16 @@ class Guard:
             return  # it has the store, or a verdict and is ending this process
         try:
             if error is not None:
-                reason = _one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}; {self.cure}"
+                reason = _text(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_text(error)}; {self.cure}"
                 self._accuse(f"{self._now()} ended: {reason}")
             self._say(done=True)
         except RuntimeError as lost:  # the store went first; whoever waits for this rank finds that out as well
             if error is not None:
-                print(f"bd3_scale: rank {self.rank} could not tell the others why it ends: {_one_line(lost)}", file=sys.stderr, flush=True)
+                print(
+                    f"bd3_scale: rank {self.rank} could not tell the others why it ends: {_text(lost)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _watch(self) -> None:
         """The thread: speak and look at the processes of this host every second, listen every interval."""
@@ -170,7 +174,7 @@ class Guard:
             except RuntimeError as error:
                 if self._closing.wait(GRACE) or self._reopen():
                     continue
-                self._failure = self._failure or f" [this rank saw: {_one_line(error)}]"
+                self._failure = self._failure or f" [this rank saw: {_text(error)}]"
                 # All ranks find this at once: only the host of rank 0, which may have lost its first, speaks with many voices.
                 leader = self._beat if self.rank == 0 else self._last.get(0, "rank 0")
                 ended = f"{leader}, its launcher or its host has ended"
@@ -322,5 +326,5 @@ def process_is_gone(pid: int) -> bool:
         return True
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:2000] or type(error).__name__
+def _text(error: BaseException) -> str:
+    return one_line(error, 2000) or type(error).__name__

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.errors import CheckpointError, RecipeError
-from bd3_scale.objectives import noise
+from bd3_scale.keyed_random import generator, hash32
 
 SCORE_SAMPLERS = ("analytic", "euler")
 """Those that need scores which are not normalised (sedd)."""
@@ -89,7 +89,7 @@ def keyed_words(seed: int, purpose: str, rows: Sequence[int], block: int, count:
     """
     words = np.empty((len(rows), count), np.uint64)
     for place, row in enumerate(rows):
-        words[place] = noise.generator(seed, f"sampling {purpose}", row, block, *step).bit_generator.random_raw(count)
+        words[place] = generator(seed, f"sampling {purpose}", row, block, *step).bit_generator.random_raw(count)
     return words
 
 
@@ -143,9 +143,9 @@ def _race(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     few hundred falls between old and new; here it must meet a tie of the two first. Two forwards that differ by rounding
     (with the cache and without) so give the same text.
     """
-    key = noise.hash32((uniforms.double() * 2.0**32).long())[:, None]
+    key = hash32((uniforms.double() * 2.0**32).long())[:, None]
     ids = torch.arange(probabilities.shape[-1], device=probabilities.device)
-    words = noise.hash32(key + noise.hash32(ids + 1))
+    words = hash32(key + hash32(ids + 1))
     exponentials = -torch.log((words.double() + 0.5) * 2.0**-32)
     return (exponentials / probabilities).argmin(-1)  # x / 0 = inf: never first
 

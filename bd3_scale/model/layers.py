@@ -28,10 +28,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from bd3_scale.keyed_random import hash32
 from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.simplex_embedding import SMALLEST, expected_embedding
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.noise import hash32
 from bd3_scale.objectives.simplex import SimplexNoise
 from bd3_scale.recipe.schema import ModelConfig
 

@@ -102,3 +102,31 @@ def exact_block_nelbo(
     of_tokens = log_p[:, np.arange(size), tokens]
     weights = np.array([_mask_weight(int(count), size, bounds) for count in masks.sum(1)])
     return float(-(weights[:, None] * np.where(masks, of_tokens, 0.0)).sum())
+
+
+@dataclass(frozen=True)
+class Validation:
+    """nats per data token, its standard error over rows, and exp of it."""
+
+    nelbo: float
+    standard_error: float
+    perplexity: float
+    rows: int
+
+    def __str__(self) -> str:
+        return f"NELBO {self.nelbo:.4f} +- {self.standard_error:.4f}, perplexity {self.perplexity:.2f}"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The same of an objective whose loss bounds no likelihood: nats per data token at t ~ U[1e-3, 1], and its standard error."""
+
+    cross_entropy: float
+    standard_error: float
+    rows: int
+
+    def __str__(self) -> str:
+        return f"cross-entropy {self.cross_entropy:.4f} +- {self.standard_error:.4f} (no likelihood)"
+
+
+Validated = Validation | CrossEntropy

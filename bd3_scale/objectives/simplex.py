@@ -6,7 +6,7 @@ and the network sees softmax(x_t) E, the expected embedding, at every position o
 and t. It is trained to predict all words of the block by cross-entropy, every position alike. That is no bound of the
 likelihood: such a model is compared by its texts alone.
 
-Invariants: eps is a function of (seed, purpose, place, word), made where it is used (`noise.normals`), so that no tensor of
+Invariants: eps is a function of (seed, purpose, place, word), made where it is used (`keyed_random.normals`), so that no tensor of
 positions x words is kept or sent; at t = 0 the word has e^2K times the mass of any other, at t = 1 nothing is left of it; noisy
 positions carry their clean word as token, of which the network sees nothing but x_t; token 0 of a row is never noised and never
 counted.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives import noise
+from bd3_scale.keyed_random import normals
 
 K = 5.0
 """Size of the logits (section 3.1 of the paper; their experiments' value)."""
@@ -49,7 +49,7 @@ class SimplexNoise:
     """What the noisy positions' words become; tensors of one shape [m, n] on one device."""
 
     keys: Tensor
-    """int64: key of each position's Gaussian noise (`noise.normals`)."""
+    """int64: key of each position's Gaussian noise (`keyed_random.normals`)."""
     signal: Tensor
     """float32: sqrt(abar(t)) of each position."""
     spread: Tensor
@@ -77,7 +77,7 @@ def masses(tokens: Tensor, keys: Tensor, signal: Tensor, spread: Tensor, first: 
     Left out is the factor exp(-K signal) of all words of a position. What is left is at most exp(2 K + 6.7 K) = e^44, of which
     fp32 can add up as many as there are words: no maximum has to be found, nor agreed on by ranks that share the words.
     """
-    logits = noise.normals(keys, first, last).mul_((K * spread)[:, None])
+    logits = normals(keys, first, last).mul_((K * spread)[:, None])
     here = tokens - first
     held = (here >= 0) & (here < last - first)
     lifted = torch.where(held, 2.0 * K * signal, 0.0)

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.activation_memory import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
 from bd3_scale.costs.communication import Transfer, step_traffic
 from bd3_scale.costs.flops import RowFlops, count_flops
+from bd3_scale.costs.pipeline_stages import Phase
 from bd3_scale.costs.shapes import units_of, whole
 from bd3_scale.costs.state_memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
-from bd3_scale.distributed import pipeline_stages
-from bd3_scale.distributed.pipeline_stages import Phase
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits

@@ -31,12 +31,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.flops import count_parameters
 from bd3_scale.costs.state_memory import stage_parameters
-from bd3_scale.distributed import layout, pipeline_stages
+from bd3_scale.distributed import layout
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import apply_outside, build_engine
-from bd3_scale.errors import TrainingError
+from bd3_scale.engines.ema import ExponentialAverage
+from bd3_scale.errors import TrainingError, one_line
 from bd3_scale.model import attention_kernels
 from bd3_scale.model.layers import Linears, full_shape
 from bd3_scale.model.transformer import Transformer
@@ -45,7 +47,6 @@ from bd3_scale.objectives.table import Objective
 from bd3_scale.planning.situation import Situation
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import IN_BLOCKS
-from bd3_scale.training.ema import ExponentialAverage
 
 NARROW_VOCABULARY = 257
 
@@ -116,7 +117,7 @@ def _explained(rank: int, world_size: int) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except Exception as error:
-        text = " ".join(str(error).split())[:400]
+        text = one_line(error, 400)
         raise TrainingError(
             f"the rehearsal fails on rank {rank} of {world_size}: {type(error).__name__}: {text}; change the layout (--search lists some) "
             "or report this, because `validate` let it pass"

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.activation_memory import Batch
-from bd3_scale.distributed import pipeline_stages
-from bd3_scale.distributed.pipeline_stages import Phase
+from bd3_scale.costs.pipeline_stages import Phase
 from bd3_scale.errors import DataError
 from bd3_scale.planning.devices import Device
 from bd3_scale.recipe import Recipe, resolve_precision, validate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DATA_FORMATS = ("mds", "webdataset")
+
 CHOICES = {
     "run.resume": ("auto", "never", "fresh"),
     "run.device": ("auto", "cpu", "cuda"),
@@ -13,7 +15,7 @@ CHOICES = {
     "model.attention": ("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"),
     "model.head_loss": ("eager", "fused"),
     "objective.clean_half": ("block_causal", "causal"),
-    "data.format": ("mds", "webdataset"),
+    "data.format": DATA_FORMATS,
     "data.source": (None, "documentation"),
     "data.row_special": ("none", "bos", "bos_eos"),
     "training.schedule": ("constant", "cosine", "wsd"),

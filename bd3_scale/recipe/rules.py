@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bd3_scale.data.manifest import FORMATS
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.key_rules import DATA_FORMATS
 from bd3_scale.recipe.mixture_weights import weights_problem
 from bd3_scale.recipe.objective_kinds import IN_BLOCKS, ONE_BLOCK, block_sizes
 from bd3_scale.recipe.rules_device import DEVICE_RULES
@@ -122,8 +122,8 @@ def mixture_is_sound(case: Case) -> Problem | None:
         text = f"data.mixture has the paths {paths}, but each source must have one of its own"
         return Problem(text, lambda: ["set each path once, and give one a larger weight to read it more often"])
     formats = [source.format for source in data.mixture]
-    if not set(formats) <= set(FORMATS):
-        return Problem(f"data.mixture has the formats {formats}", lambda: [f"set each to one of {', '.join(FORMATS)}"])
+    if not set(formats) <= set(DATA_FORMATS):
+        return Problem(f"data.mixture has the formats {formats}", lambda: [f"set each to one of {', '.join(DATA_FORMATS)}"])
     if (problem := weights_problem([source.weight for source in data.mixture])) is not None:
         what, cure = problem.split("; ")
         return Problem(f"data.mixture: {what}", lambda: [cure])

@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bd3_scale.costs.flops import peak_flops, training_flops_per_token
+from bd3_scale.costs.pipeline_stages import selected_share
 from bd3_scale.data.preparation.packing import texts_end_at
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.distributed.pipeline_stages import selected_share
 from bd3_scale.engines.kernel_probe import Probed, as_line, as_text
 from bd3_scale.errors import TrainingError
 from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.estimates import Validated, Validation
 from bd3_scale.objectives.interval_tuner import Choice
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
 from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
@@ -31,7 +32,6 @@ from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.reporting.plots import draw
 from bd3_scale.reporting.tracking import Tracker
-from bd3_scale.training.validation import Validated, Validation
 
 PLOTS_TAKE = 0.01
 """The most that drawing plots takes of a run's time, but for the first and the last ones."""

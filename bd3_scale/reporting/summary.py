@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.objectives.estimates import CrossEntropy, Validated, Validation
 from bd3_scale.recipe import Recipe
 from bd3_scale.reporting.metrics import read_metrics
-from bd3_scale.training.validation import CrossEntropy, Validated, Validation
 
 
 def summary(recipe: Recipe, *, step: int, checkpoint: Path, validated: Validated | None, unigram: float | None, stopped: str | None) -> str:
@@ -65,8 +65,8 @@ def _score(values: Mapping[str, Any]) -> str:
 def sample_text(checkpoint: Path, recipe: Recipe, device: str) -> str:
     """Text from the checkpoint just written, as `python -m bd3_scale.sample` makes it; under tensor parallelism the peers of one
     group call it together, whatever the layout of the training was, and each gets the text."""
+    from bd3_scale.generation.generate import generate_tokens
     from bd3_scale.generation.load_model import load_network
-    from bd3_scale.sample import generate_tokens
 
     loaded = load_network(checkpoint, device=device)
     result = generate_tokens(loaded, batch=1, length=recipe.tracking.sample_tokens, seed=recipe.run.seed)

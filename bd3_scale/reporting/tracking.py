@@ -7,13 +7,13 @@ inside URLs are blotted out). Made on the leader only.
 
 from __future__ import annotations
 
-import re
 import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.errors import one_line, without_credentials
 from bd3_scale.recipe import Recipe, as_dictionary
 
 ID_FILE = Path("wandb") / "run_id"
@@ -72,7 +72,7 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self.run = None
-        text = " ".join(str(error).split())
+        text = one_line(error)
         print(
             f"bd3_scale: warning: wandb failed ({type(error).__name__}: {text}); training goes on without it", file=sys.stderr, flush=True
         )
@@ -90,14 +90,3 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     if interval is not None:
         values |= {f"{kind}/interval_{name}": float(value) for name, value in zip(("beta", "omega"), interval, strict=True)}
     return values
-
-
-def without_credentials(value: Any) -> Any:
-    """A copy without user:password@ and ?signature in URLs."""
-    if isinstance(value, dict):
-        return {key: without_credentials(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
-    if isinstance(value, str) and "://" in value:
-        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]*@", "://***@", value))
-    return value

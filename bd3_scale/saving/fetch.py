@@ -20,10 +20,11 @@ import fsspec
 
 from bd3_scale.checkpoint.index import INDEX_NAME, FileRecord, parse
 from bd3_scale.checkpoint.reader import LARGEST_INDEX, STEP_NAME, Checkpoint, shares_of_files
-from bd3_scale.checkpoint.shard_files import check_content, sync_directory, write_text
+from bd3_scale.checkpoint.shard_files import check_content, write_text
 from bd3_scale.checkpoint.store import LATEST_NAME, sweep, take_in
 from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.errors import CheckpointError
+from bd3_scale.files import sync_directory
 
 BLOCK = 1 << 24
 """Bytes that are asked for at once."""

@@ -20,7 +20,7 @@ from bd3_scale.data.open import Data
 from bd3_scale.data.order import place_of
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.distributed.waiting import Waiting
-from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ranks
+from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ranks, without_credentials
 from bd3_scale.fault_tolerance.heartbeat_file import Pulse
 from bd3_scale.fault_tolerance.run_owner import FOLDER as OWNER
 from bd3_scale.generation.load_model import read_recipe
@@ -28,7 +28,6 @@ from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import block_sizes
 from bd3_scale.recipe.suggestions import as_yaml
-from bd3_scale.reporting.tracking import without_credentials
 from bd3_scale.saving.fetch import fetch_latest
 from bd3_scale.training.learning_rate_schedule import rate_of
 

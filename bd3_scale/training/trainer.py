@@ -22,6 +22,7 @@ from bd3_scale.data.order import place_of
 from bd3_scale.data.unigram import unigram_perplexity
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
+from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.engines.kernel_probe import probe_recipe
 from bd3_scale.errors import TrainingError
 from bd3_scale.fault_tolerance.heartbeat_file import Pulse
@@ -29,17 +30,17 @@ from bd3_scale.fault_tolerance.pace import Pace
 from bd3_scale.fault_tolerance.run_owner import own
 from bd3_scale.fault_tolerance.stop_request import StopRequest, seconds_left
 from bd3_scale.objectives import interval_tuner
+from bd3_scale.objectives.estimates import Validated
 from bd3_scale.objectives.table import Objective
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.reporting.reporter import Reporter, flops_per_token
 from bd3_scale.saving.background import Saver
 from bd3_scale.training import resume
-from bd3_scale.training.ema import ExponentialAverage
 from bd3_scale.training.feed import Feed
 from bd3_scale.training.garbage import collect, collected_on_demand
 from bd3_scale.training.learning_rate_schedule import rate_of
-from bd3_scale.training.validation import Validated, Validator
+from bd3_scale.training.validation import Validator
 
 UNFINISHED = "unfinished_validation"
 """Entry of a checkpoint whose run was asked to stop during the validation of its step."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from bd3_scale.data.loader import Rows, validation_rows
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.estimates import Moments, mean_and_standard_error, perplexity
+from bd3_scale.objectives.estimates import CrossEntropy, Moments, Validated, Validation, mean_and_standard_error, perplexity
 from bd3_scale.objectives.interval_tuner import IntervalStatistics, candidates, interval_statistics, no_rows, row_statistics
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.table import Objective
@@ -26,34 +25,6 @@ from bd3_scale.objectives.table import Objective
 Evaluate = Callable[[Sequence[NetworkInputs]], list[Tensor | None]]
 EVALUATED_TOGETHER = 32
 """Micro-batches handed over at a time: enough to keep the stages of a pipeline busy, few enough to hold on the host."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """nats per data token, its standard error over rows, and exp of it."""
-
-    nelbo: float
-    standard_error: float
-    perplexity: float
-    rows: int
-
-    def __str__(self) -> str:
-        return f"NELBO {self.nelbo:.4f} +- {self.standard_error:.4f}, perplexity {self.perplexity:.2f}"
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """The same of an objective whose loss bounds no likelihood: nats per data token at t ~ U[1e-3, 1], and its standard error."""
-
-    cross_entropy: float
-    standard_error: float
-    rows: int
-
-    def __str__(self) -> str:
-        return f"cross-entropy {self.cross_entropy:.4f} +- {self.standard_error:.4f} (no likelihood)"
-
-
-Validated = Validation | CrossEntropy
 
 
 class Validator:

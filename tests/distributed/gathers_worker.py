@@ -21,8 +21,8 @@ from bd3_scale import recipe as recipes
 from bd3_scale.costs import state_memory
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
+from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.objectives.table import objective_at
-from bd3_scale.training.ema import ExponentialAverage
 
 state_memory.SMALLEST_BUCKET = 1000
 VOCABULARY = 259

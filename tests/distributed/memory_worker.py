@@ -25,12 +25,12 @@ from bd3_scale.costs.shapes import units_of, whole
 from bd3_scale.costs.state_memory import PERSISTENT, stage_parameters, state_bytes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
+from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.engines.engine import Engine
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
 from bd3_scale.planning.situation import Situation
-from bd3_scale.training.ema import ExponentialAverage
 from tests.alive import Alive
 
 VOCABULARY = 2003

@@ -21,8 +21,8 @@ DIVERGES = """
 import contextlib, io, os, re, sys
 os.environ.pop("RANK")
 from bd3_scale import train
-from bd3_scale.diffusion.objectives import BlockDiffusion
-from bd3_scale.parallel import layout
+from bd3_scale.objectives.table import BlockDiffusion
+from bd3_scale.distributed import layout
 clean, known, bad = BlockDiffusion.training_inputs, {}, set()
 def poisoned(self, rows, slots, step, seed, global_batch):
     inputs = clean(self, rows, slots, step, seed, global_batch)

@@ -133,9 +133,9 @@ def test_killed_launcher_leaves_no_process(training: Training) -> None:
 HANG = """
 import os, sys
 from bd3_scale import train
-from bd3_scale.runtime import watchdog
-from bd3_scale.runtime.loop import Trainer
-watchdog.LEAST = 5.0
+from bd3_scale.fault_tolerance import hang_watchdog
+from bd3_scale.training.trainer import Trainer
+hang_watchdog.LEAST = 5.0
 whole = Trainer.update
 def waiting_for_nothing():
     import threading

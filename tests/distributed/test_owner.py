@@ -14,8 +14,8 @@ from tests.distributed.launch import Job
 
 QUICK = """
 import sys
-from bd3_scale.runtime import owner
-owner.LEASE, owner.BEAT = 12.0, 0.5
+from bd3_scale.fault_tolerance import run_owner
+run_owner.LEASE, run_owner.BEAT = 12.0, 0.5
 from bd3_scale import train
 sys.exit(train.main(sys.argv[1:]))
 """

@@ -14,9 +14,9 @@ from tests.distributed.forked import run_ranks
 
 POISON = """
 import sys
-from bd3_scale.diffusion.objectives import BlockDiffusion
-from bd3_scale.parallel import adamw
-from bd3_scale.runtime.loop import Trainer
+from bd3_scale.objectives.table import BlockDiffusion
+from bd3_scale.engines import adamw
+from bd3_scale.training.trainer import Trainer
 from tests.distributed import worker
 adamw.REMEMBERED = 8  # a norm is compared with four others or more
 clean = BlockDiffusion.training_inputs

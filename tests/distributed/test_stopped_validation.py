@@ -13,7 +13,7 @@ from tests.distributed.forked import run_ranks
 
 STOP = """
 import os, signal
-from bd3_scale.runtime.validation import Validator
+from bd3_scale.training.validation import Validator
 from tests.distributed import worker
 whole, calls = Validator._part, []
 def told(self, index):

@@ -16,8 +16,8 @@ import pytest
 from bd3_scale.data.preparation.packing import Document
 from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.sample import generate_tokens
 from tests.distributed.launch import launch
 
 LENGTH, SAMPLES = 32, 40

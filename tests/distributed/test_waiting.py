@@ -18,10 +18,10 @@ from tests.distributed.launch import ROOT
 
 RANK = """
 import sys
-from bd3_scale.runtime import waiting
-from bd3_scale.runtime.leaving import leaving_at_once
+from bd3_scale.distributed import waiting
+from bd3_scale.fault_tolerance.early_exit import leaving_at_once
 waiting.FIRST = 0.2
-from bd3_scale.parallel.rendezvous import meet, reach
+from bd3_scale.distributed.rendezvous import meet, reach
 with leaving_at_once(leader=True):
     store, rank, world_size = reach(120)
     print("world", meet(store, rank, world_size, 120), flush=True)

@@ -22,11 +22,11 @@ import torch
 from bd3_scale.distributed import layout, megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
+from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from bd3_scale.reporting.metrics import Meter
 from bd3_scale.saving.background import HostCopy
-from bd3_scale.training.ema import ExponentialAverage
 from tests.fake_cuda.device import DEVICE, fake_cuda
 
 ENGINES: dict[str, tuple[str, int, str]] = {

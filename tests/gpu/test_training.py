@@ -174,8 +174,8 @@ def test_a_wait_is_seen() -> None:
 
 def test_texts_are_the_same_with_the_cache_and_without(trainings: Trainings) -> None:
     """In fp32, on the device and on the CPU."""
+    from bd3_scale.generation.generate import generate_tokens
     from bd3_scale.generation.load_model import load_network
-    from bd3_scale.sample import generate_tokens
 
     folder, texts = trainings("fp32").folder, []
     with world():

@@ -22,6 +22,7 @@ from bd3_scale.data.manifest import MANIFEST, SPLITS, Manifest, Split
 from bd3_scale.data.preparation.packing import Document, Packer
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.files import sync_directory
 
 Documents = Callable[[], Iterable[Document]]
 SHARD_BYTES = 1 << 24
@@ -64,7 +65,7 @@ def prepare(folder: Path, packing: Packing, source: str, source_tokens: int | No
             manifest = _write(scratch, packing, source, source_tokens, documents)
             flush(scratch)
             scratch.rename(folder)
-            flush_folder(folder.parent)
+            sync_directory(folder.parent)
         except OSError as error:
             raise DataError(f"data.path={folder}: cannot be written ({error}); free space or set another data.path") from None
         finally:
@@ -136,13 +137,4 @@ def flush(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        flush_folder(Path(parent))
-
-
-def flush_folder(folder: Path) -> None:
-    """The names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_directory(Path(parent))

@@ -33,7 +33,7 @@ from bd3_scale.data.manifest import MANIFEST, PACKINGS, SPLITS, FileEntry, Manif
 from bd3_scale.data.preparation import tokenization
 from bd3_scale.data.preparation.corpus import corpus_files, require_once, texts
 from bd3_scale.data.preparation.packing import HELD_OUT, Packer
-from bd3_scale.data.preparation.prepare import Packing, check_shard_bytes, flush, flush_folder
+from bd3_scale.data.preparation.prepare import Packing, check_shard_bytes, flush
 from bd3_scale.data.preparation.shard_jobs import (
     Documents,
     Entry,
@@ -47,6 +47,7 @@ from bd3_scale.data.preparation.shard_jobs import (
 from bd3_scale.data.preparation.tokenization import Text, tokenize
 from bd3_scale.data.preparation.workers import in_order
 from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.files import sync_directory
 
 OPTIONS = "options.json"
 LAYOUT = 2
@@ -124,7 +125,7 @@ def prepare_corpus(
             manifest = _write(scratch, packing, packer, corpus, splits, workers, progress)
             flush(scratch / "data")
             (scratch / "data").rename(folder)
-            flush_folder(folder.parent)
+            sync_directory(folder.parent)
             shutil.rmtree(scratch)
             return manifest
     except OSError as error:

@@ -41,7 +41,7 @@ import json, os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest
-from bd3_scale.checkpoint import shards, store
+from bd3_scale.checkpoint import shard_files, store
 work, results = Path(sys.argv[2]), {}
 
 def die_at(moment):
@@ -59,7 +59,7 @@ def die_at(moment):
         setattr(owner, name, call)
     for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
         wrap(os, name)
-    wrap(shards, "_little_endian", 6)
+    wrap(shard_files, "_little_endian", 6)
 
 for scenario, step in (("first", 100), ("next", 200), ("again", 100)):
     base = work / scenario

@@ -128,7 +128,7 @@ def test_greedy_texts_are_those_of_our_sampler(name: str, transformers: Any, tmp
     del NETWORKS["greedy"]
     assert convert("export", tmp_path, tmp_path / "greedy") == 0
     model = transformers.AutoModel.from_pretrained(tmp_path / "greedy", trust_remote_code=True).eval()
-    from bd3_scale.sample import generate_tokens
+    from bd3_scale.generation.generate import generate_tokens
 
     result = generate_tokens(load_network(tmp_path, device="cpu"), prompts=["Hi", "So"], temperature=0, stop_at_end_of_text=False)
     prompts = torch.tensor([[256, *text.encode()] for text in ("Hi", "So")])

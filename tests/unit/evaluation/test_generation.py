@@ -17,7 +17,7 @@ from bd3_scale.evaluation.generation import Text, counted_calls, generate_texts,
 from bd3_scale.evaluation.judge import load_judge
 from bd3_scale.evaluation.page import write_results
 from bd3_scale.evaluation.world import load_replicas
-from bd3_scale.sample import generate_tokens
+from bd3_scale.generation.generate import generate_tokens
 
 Checkpoints = Callable[..., Path]
 SYSTEMS: list[tuple[dict[str, Any], dict[str, Any]]] = [

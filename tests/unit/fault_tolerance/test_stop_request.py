@@ -145,7 +145,7 @@ def test_the_limit_counts_from_the_start_of_the_process_whatever_boot_times_say(
 
 WAITING_FOR_PEERS = """
 import datetime, sys, torch.distributed as dist
-from bd3_scale.runtime.leaving import leaving_at_once
+from bd3_scale.fault_tolerance.early_exit import leaving_at_once
 with leaving_at_once(leader=True):
     print("waiting", flush=True)
     dist.TCPStore("localhost", 0, 2, True, timeout=datetime.timedelta(seconds=60), wait_for_workers=True)
@@ -180,7 +180,7 @@ def test_signal_that_nobody_has_acted_on_is_taken_over(monkeypatch: pytest.Monke
 
 LEFT_BY_OTHERS = """
 import os, signal, sys
-from bd3_scale.runtime import leaving, signals
+from bd3_scale.fault_tolerance import early_exit, stop_request
 class Layout:
     world_size, leader, calls = 2, False, 0
     def all_gather(self, value):
@@ -191,8 +191,8 @@ class Layout:
             raise RuntimeError("Connection closed by peer")
         return [value, value]
 calls, told = int(sys.argv[1]), sys.argv[2]
-with leaving.leaving_at_once(leader=False):
-    signals.StopRequest(Layout()).close()
+with early_exit.leaving_at_once(leader=False):
+    stop_request.StopRequest(Layout()).close()
     assert told == "other"
 sys.exit(3)
 """

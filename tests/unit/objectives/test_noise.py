@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_scale.keyed_random import generator
 from bd3_scale.objectives import noise
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "noise.json"
@@ -24,7 +25,7 @@ def _sample() -> dict[str, list]:
     times = noise.block_times(0, 5, slots, 3, 4, (0.001, 1.0))
     fixed = noise.validation_times(0, slots, 4)
     return {
-        "words": [int(word) for word in noise.generator(0, "golden", 1, 2, 3).bit_generator.random_raw(4)],
+        "words": [int(word) for word in generator(0, "golden", 1, 2, 3).bit_generator.random_raw(4)],
         "block_times": times.tolist(),
         "masked_tokens": noise.masked_tokens(0, 5, slots, times, 4).astype(int).tolist(),
         "dropout_keys": noise.dropout_keys(0, 5, slots).tolist(),
@@ -131,7 +132,7 @@ def test_streams_of_different_purpose_or_index_are_unrelated() -> None:
         ("a", 0, 0, 1),
         ("a", 2**63),
     ]
-    streams = np.stack([noise.generator(seed, *key).random(4000) for seed in (0, 1, 2**64 - 1) for key in keys])
+    streams = np.stack([generator(seed, *key).random(4000) for seed in (0, 1, 2**64 - 1) for key in keys])
     correlation = np.corrcoef(streams)[~np.eye(len(streams), dtype=bool)]
     assert np.abs(correlation).max() < 5 / np.sqrt(4000)
     assert len(np.unique(streams)) == streams.size
@@ -154,7 +155,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match="slots must lie in"):
             noise.block_times(0, 0, np.array(slots), 4, 2, UNIT)
     with pytest.raises(ValueError, match="at most 3"):
-        noise.generator(0, "x", 1, 2, 3, 4)
+        generator(0, "x", 1, 2, 3, 4)
     for seed, index in ((-1, 0), (0, -1), (2**64, 0), (0, 2**64)):
         with pytest.raises(ValueError, match="in \\[0, 2\\^64\\)"):
-            noise.generator(seed, "x", index)
+            generator(seed, "x", index)

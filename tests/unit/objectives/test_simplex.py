@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.keyed_random import generator, normals
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.interval_tuner import check_tuner
 from bd3_scale.objectives.network_inputs import block_losses, row_nelbo
@@ -30,7 +31,7 @@ def rows(count: int) -> np.ndarray:
 
 def test_numbers_are_standard_normal_and_independent() -> None:
     """Mean, variance, fourth moment, tails, and correlations between neighbours, partners of one word, and keys; 5 standard errors."""
-    drawn = noise.normals(KEYS, 0, 1000).double()
+    drawn = normals(KEYS, 0, 1000).double()
     count = drawn.numel()
     assert abs(drawn.mean()) < 5 / math.sqrt(count)
     assert abs(drawn.square().mean() - 1) < 5 * math.sqrt(2 / count)
@@ -50,15 +51,15 @@ def test_numbers_are_standard_normal_and_independent() -> None:
 
 
 def test_any_part_of_a_row_can_be_made_by_itself() -> None:
-    whole = noise.normals(KEYS[:7], 0, 31)
+    whole = normals(KEYS[:7], 0, 31)
     for first, last in ((0, 31), (1, 2), (3, 30), (4, 4), (30, 31), (7, 20)):
-        assert torch.equal(noise.normals(KEYS[:7], first, last), whole[:, first:last])
-    assert torch.equal(noise.normals(KEYS[[4, 2]], 5, 9), whole[[4, 2], 5:9])
+        assert torch.equal(normals(KEYS[:7], first, last), whole[:, first:last])
+    assert torch.equal(normals(KEYS[[4, 2]], 5, 9), whole[[4, 2], 5:9])
 
 
 def test_extreme_keys_give_finite_numbers() -> None:
     keys = torch.tensor([0, -1, 1, 2**63 - 1, -(2**63)])
-    drawn = noise.normals(keys, 0, 2000)
+    drawn = normals(keys, 0, 2000)
     assert drawn.isfinite().all() and drawn.abs().max() < 6.7 and len(drawn.unique(dim=0)) == 5
 
 
@@ -72,10 +73,10 @@ def test_golden_numbers() -> None:
         word ^= word >> 31
         radius = math.sqrt(-2 * math.log(((word >> 32) + 0.5) / 2**32))
         angle = 2 * math.pi * (word % 2**32) / 2**32
-        found = noise.normals(KEYS[:1], 2 * pair, 2 * pair + 2)[0].tolist()
+        found = normals(KEYS[:1], 2 * pair, 2 * pair + 2)[0].tolist()
         assert found == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)], abs=3e-6)
     # Changed keys make every older checkpoint resume as another run.
-    expected = np.stack([noise.generator(3, "simplex", 5, slot).bit_generator.random_raw(4) for slot in (0, 2)]).view(np.int64)
+    expected = np.stack([generator(3, "simplex", 5, slot).bit_generator.random_raw(4) for slot in (0, 2)]).view(np.int64)
     np.testing.assert_array_equal(noise.simplex_keys(3, 5, np.array([0, 2]), 4), expected)
 
 
@@ -100,7 +101,7 @@ def test_masses_are_those_of_the_noised_logits() -> None:
     x0 = torch.full((6, MASK), -K)
     x0[torch.arange(5), tokens[:5]] = K
     signal, spread = made.signal[0, :, None], made.spread[0, :, None]
-    expected = (signal * x0 + spread * K * noise.normals(keys, 0, MASK)).softmax(-1)
+    expected = (signal * x0 + spread * K * normals(keys, 0, MASK)).softmax(-1)
     found = masses(tokens, *made.flat(), 0, MASK)
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected)
     for first, last in ((0, 5), (5, 6), (6, MASK)):

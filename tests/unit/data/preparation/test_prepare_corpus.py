@@ -164,7 +164,7 @@ def test_a_kill_in_the_last_moments_costs_nothing_but_what_was_damaged(form: str
     entry = sorted((scratch / "entries").iterdir())[3]
     entry.write_bytes(entry.read_bytes().replace(b'"rows"', b'"rowz"'))
     with monkeypatch.context() as patched:
-        patched.setattr(module, "flush_folder", killed)  # the folder has its name, nothing is cleared up
+        patched.setattr(module, "sync_directory", killed)  # the folder has its name, nothing is cleared up
         changed: list[Path] = []
         patched.setattr(module, "flush", lambda _: changed.extend(p for p, made in before.items() if p.stat().st_mtime_ns != made))
         with pytest.raises(KeyboardInterrupt):

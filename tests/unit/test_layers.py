@@ -1,0 +1,64 @@
+"""Arrows between the rooms of the package run down only: the floors of README's table, read from the imports by `ast`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "bd3_scale"
+VERBS = ("cli", "doctor", "evaluate", "launch", "plan", "sample", "train")
+"""The commands, above everything; what they share among themselves is theirs."""
+
+TO_GO = {("fault_tolerance", "training"), ("recipe", "data"), ("recipe", "objectives")}
+"""Arrows that still run up."""
+
+
+def floors() -> list[str]:
+    """Rooms of README's table from the ground up."""
+    table = (ROOT / "README.md").read_text().partition("<!-- floors -->\n\n")[2].partition("\n\n")[0]
+    return re.findall(r"^\| `bd3_scale/(\w+)(?:\.py)?`", table, re.MULTILINE)
+
+
+def rooms() -> set[str]:
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    return folders | {path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything of the package that a file imports, anywhere in it, also for types alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "bd3_scale":
+            yield from ((node.lineno, f"bd3_scale.{item.name}") for item in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bd3_scale."):
+            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, item.name) for item in node.names if item.name.startswith("bd3_scale."))
+
+
+def test_every_room_has_its_floor() -> None:
+    assert sorted(floors()) == sorted(rooms() - set(VERBS))
+
+
+def test_imports_run_down_only() -> None:
+    height = {room: floor for floor, room in enumerate(floors())} | dict.fromkeys(VERBS, len(floors()))
+    seen, upward = 0, []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room == "__init__":
+            continue
+        for line, name in imports(path):
+            target = name.split(".")[1]
+            if target in height:  # else a name of bd3_scale/__init__.py, which imports nothing
+                seen += 1
+                upward += [f"{path.relative_to(ROOT)}:{line} imports {name}"] * (
+                    height[target] > height[room] and (room, target) not in TO_GO
+                )
+    assert not upward, "\n".join(upward)
+    assert seen > 300, "the imports are not found"
+
+
+def test_the_ground_imports_nothing() -> None:
+    assert not list(imports(PACKAGE / "__init__.py"))
