@@ -1,6 +1,6 @@
 """`python -m bd3_scale.launch slurm|kubernetes RECIPE [key=value ...] --nodes 8 ...`: from a recipe to a job of a cluster.
 
-The recipe is checked at the size of the job first, with the message that training would give; then a template of `cluster/` is
+The recipe is checked at the size of the job first, with the message that training would give; then a template of `launching/templates/` is
 filled in and submitted (sbatch, kubectl apply), written (--write) or printed (--dry-run). What was done is said in one line.
 Exit status: 0, 2 for a recipe or an option that cannot work, 1 where the scheduler refuses.
 """

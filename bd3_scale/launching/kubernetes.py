@@ -1,4 +1,4 @@
-"""Kubernetes manifests from `cluster/kubernetes/`: an indexed Job, a PyTorchJob or a TrainJob, and their submission by kubectl.
+"""Kubernetes manifests from `templates/kubernetes/`: an indexed Job, a PyTorchJob or a TrainJob, and their submission by kubectl.
 
 Invariants: all of the site - image, namespace, claims, secrets, placement - comes from options; the recipe travels in a ConfigMap;
 all nodes of a run share its directory (a claim), because checkpoints are written by all ranks into one folder and all pods read from
@@ -16,7 +16,7 @@ from typing import Any
 from bd3_scale.errors import RecipeError, TrainingError
 from bd3_scale.launching.job import VARIABLE, Job
 from bd3_scale.launching.node import UNFINISHED
-from bd3_scale.launching.templates import render
+from bd3_scale.launching.rendering import render
 
 PORT = 29400
 KINDS = {"job": "trainer", "pytorchjob": "pytorch", "trainjob": "node"}

@@ -1,4 +1,4 @@
-"""A SLURM batch script from `cluster/slurm/train.sbatch`, and its submission by sbatch.
+"""A SLURM batch script from `templates/slurm/train.sbatch`, and its submission by sbatch.
 
 Invariants: all of the site - partition, account, limits, modules, containers - comes from options; an `--sbatch-option` of a name that
 is set here takes its place.
@@ -16,7 +16,7 @@ from pathlib import Path
 from bd3_scale.errors import RecipeError, TrainingError
 from bd3_scale.launching.job import Job
 from bd3_scale.launching.node import UNFINISHED
-from bd3_scale.launching.templates import Raw, render
+from bd3_scale.launching.rendering import Raw, render
 
 PORT = 29400
 OPTION = re.compile(r"[a-z][a-z0-9-]*")

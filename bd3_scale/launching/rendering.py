@@ -1,8 +1,8 @@
-"""The templates of `cluster/`, filled in: every value is quoted for the language that it lands in, by default and always.
+"""The templates in `templates/`, filled in: every value is quoted for the language that it lands in, by default and always.
 
 Invariants: a placeholder without a value is an error; what a user wrote (a name, a path, an override) never becomes shell or YAML
 syntax, since the environment quotes what it prints and only `| raw` - for numbers, and for shell lines that are meant as such -
-does not; the same values give the same bytes. `cluster/` is found beside this file: a link in a checkout, a copy when installed.
+does not; the same values give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-TEMPLATES = Path(__file__).parent / "cluster"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Raw(str):
@@ -44,7 +44,7 @@ QUOTING: dict[str, Callable[[Any], str]] = {".sbatch": shell, ".yaml": yaml_scal
 
 
 def render(name: str, values: dict[str, Any]) -> str:
-    """The text of template `name` (relative to cluster/, for example slurm/train.sbatch)."""
+    """The text of template `name` (relative to templates/, for example slurm/train.sbatch)."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
