@@ -28,7 +28,7 @@ from pathlib import Path
 from bd3_scale import config as recipes
 from bd3_scale.config import Recipe
 from bd3_scale.data.config import DataConfig, SourceConfig
-from bd3_scale.errors import UserError
+from bd3_scale.errors import UserError, without_credentials
 
 PATIENCE = 180.0
 """Seconds that two processes may take to import torch and to meet."""
@@ -285,7 +285,8 @@ def data(recipe: Recipe) -> Finding:
             return Finding("data", "ok", f"{path} will be prepared from {recipe.data.source}")
         cure = f"python tools/prepare_data.py --path {path} ..., or set data.path or data.remote"
         return Finding("data", "warn", f"{path} holds no manifest.json", cure)
-    return Finding("data", "ok", ", ".join(f"{source.path}{' from ' + source.remote if source.remote else ''}" for source in sources))
+    shown = (f"{source.path}{' from ' + without_credentials(source.remote) if source.remote else ''}" for source in sources)
+    return Finding("data", "ok", ", ".join(shown))
 
 
 # -- What a run does first ---------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 Invariant: whatever a user can cause (a recipe, a data folder, a checkpoint, a world size) raises a `UserError`;
 the commands print its text without a traceback and leave with `exit_code`. Anything else is a defect of ours.
+No error shows what gives access: credentials inside URLs are blotted out, also where a library's own text quotes them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -16,6 +19,21 @@ class UserError(Exception):
     exit_code = 1
     shared = False
     """All ranks raise the same, so that one voice a host is enough; see `on_all_ranks`."""
+
+    def __init__(self, *texts: Any) -> None:
+        super().__init__(*map(without_credentials, texts))
+
+
+def without_credentials(value: Any) -> Any:
+    """A copy without user:password@ and ?signature in URLs, wherever they stand in a text, a list or a mapping."""
+    if isinstance(value, dict):
+        return {key: without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        blotted = re.sub(r"://[^/?\s'\"]*@", "://***@", value)
+        return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]+", r"\1?***", blotted)
+    return value
 
 
 @contextmanager

@@ -22,10 +22,9 @@ from typing import Any
 import bd3_scale
 from bd3_scale.config import Recipe, flatten
 from bd3_scale.data.open import Data
-from bd3_scale.errors import RecipeError, on_all_ranks
+from bd3_scale.errors import RecipeError, on_all_ranks, without_credentials
 from bd3_scale.parallel.rendezvous import ranks_text
 from bd3_scale.recipe_cures import as_yaml
-from bd3_scale.runtime.tracking import without_credentials
 
 HOST_LOCAL = {"data.path", "data.remote", "data.cache_bytes", "data.download_ahead", "data.prefetch", "data.tokenizer", "run.threads"}
 """Keys that may differ: where a host finds data and tokenizer (their fingerprints may not) and how it reads them."""

@@ -23,13 +23,12 @@ from bd3_scale.data.open import Data
 from bd3_scale.data.order import place_of
 from bd3_scale.diffusion.config import block_sizes
 from bd3_scale.diffusion.tuner import TunerState
-from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ranks
+from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ranks, without_credentials
 from bd3_scale.parallel.layout import Layout
 from bd3_scale.recipe_cures import as_yaml
 from bd3_scale.runtime.learning_rate import rate_of
 from bd3_scale.runtime.owner import FOLDER as OWNER
 from bd3_scale.runtime.pulse import Pulse
-from bd3_scale.runtime.tracking import without_credentials
 from bd3_scale.runtime.waiting import Waiting
 
 

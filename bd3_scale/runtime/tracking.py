@@ -7,7 +7,6 @@ inside URLs are blotted out). Made on the leader only.
 
 from __future__ import annotations
 
-import re
 import secrets
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.config import Recipe, as_dictionary
+from bd3_scale.errors import without_credentials
 
 ID_FILE = Path("wandb") / "run_id"
 """In the run directory: the id, for a run that is killed before its first checkpoint."""
@@ -90,14 +90,3 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     if interval is not None:
         values |= {f"{kind}/interval_{name}": float(value) for name, value in zip(("beta", "omega"), interval, strict=True)}
     return values
-
-
-def without_credentials(value: Any) -> Any:
-    """A copy without user:password@ and ?signature in URLs."""
-    if isinstance(value, dict):
-        return {key: without_credentials(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
-    if isinstance(value, str) and "://" in value:
-        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]*@", "://***@", value))
-    return value
