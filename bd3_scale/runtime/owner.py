@@ -48,7 +48,7 @@ UNWRITTEN = 5.0
 
 
 class Owner:
-    """Of this job, on every rank; made by `own`."""
+    """Of this job, on every rank; made by `own` (`own_alone`)."""
 
     def __init__(self, folder: Path, token: str, beats: bool) -> None:
         self._place, self._token, self._closing = folder / FOLDER, token, threading.Event()
@@ -89,10 +89,7 @@ def own(folder: Path, layout: Layout) -> Owner:
 
     def take() -> None:
         try:
-            answers.append((_take(folder, launchers), None))
-        except OSError as error:
-            failure = CheckpointError(f"{folder} cannot be written ({error.strerror or error}); mend that or set another run.dir")
-            answers.append(("", failure))
+            answers.append((_taken(folder, launchers), None))
         except Exception as error:
             answers.append(("", error))
 
@@ -109,6 +106,21 @@ def own(folder: Path, layout: Layout) -> Owner:
         with on_all_ranks():
             raise failure
     return Owner(folder, token, beats=layout.leader)
+
+
+def own_alone(folder: Path) -> Owner:
+    """Make this process, which has no world yet, the owner of run directory `folder`. Raises as `own`."""
+    mine, before = _launcher(), _read(folder / FOLDER / CURRENT)
+    # The launchers of the world before are those of the next one, too: whoever leads that need not wait for the end of this process.
+    known = before["launchers"] if before is not None and mine in before["launchers"] else [mine]
+    return Owner(folder, _taken(folder, [one for one in known if one is not None]), beats=True)
+
+
+def _taken(folder: Path, launchers: list[str]) -> str:
+    try:
+        return _take(folder, launchers)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}); mend that or set another run.dir") from error
 
 
 def _take(folder: Path, launchers: list[str]) -> str:

@@ -12,7 +12,7 @@ from bd3_scale.config import Recipe
 from bd3_scale.errors import RecipeError
 from bd3_scale.launching import elastic, torchrun
 from bd3_scale.launching.torchrun import Torchrun
-from bd3_scale.runtime import leaving
+from bd3_scale.runtime import leaving, owner
 
 ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}
 
@@ -60,6 +60,23 @@ def test_it_waits_for_the_sizes_that_fit(
     with pytest.raises(Left):
         wait(misfit)
     assert "unless all of them are started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err
+
+
+def test_the_heartbeat_of_another_job_is_left_alone(misfit: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "kernel", lambda: "")  # as on another host
+    monkeypatch.setattr(owner, "BEAT", 0.05)
+    monkeypatch.setattr(owner, "PAUSE", 0.02)
+
+    def left(name: str, leader: bool) -> None:
+        raise Left(name)
+
+    monkeypatch.setattr(leaving, "leave", left)
+    other = owner.Owner(tmp_path, owner._take(tmp_path, ["another torchrun"]), beats=True)
+    (tmp_path / "heartbeat.json").write_text('{"step": 7}')
+    with pytest.raises(RecipeError, match="belongs to another job"):
+        wait(misfit)
+    assert (tmp_path / "heartbeat.json").read_text() == '{"step": 7}'
+    other.release()
 
 
 def test_it_does_not_wait_in_vain(misfit: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
