@@ -81,7 +81,12 @@ def test_the_ranks_hear_of_the_leader_while_it_waits(tmp_path: Path, monkeypatch
     monkeypatch.setattr(owner, "ROUND", 0.05)
     _take(tmp_path, [])  # it never beats
     heard: list[Any] = []
-    layout = SimpleNamespace(leader=True, all_gather=lambda value: [value], broadcast=lambda value: heard.append(value) or value)
+
+    def broadcast(value: Any) -> Any:
+        heard.append(value)
+        return value
+
+    layout = SimpleNamespace(leader=True, all_gather=lambda value: [value], broadcast=broadcast)
     made = own(tmp_path, layout)  # type: ignore[arg-type]
     assert made.lost is None and len(heard) > 2 and heard[:-1] == [None] * (len(heard) - 1)
     made.release()
