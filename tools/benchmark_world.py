@@ -130,15 +130,22 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
 
 def _launches(action: Callable[[], Any]) -> float:
-    """Small operations per second that the main thread launches while `action` runs in another."""
+    """Small operations per second that the main thread launches while `action` runs in another; not counted is the time in which it was
+    ready and other programs had the processor."""
     thread = threading.Thread(target=action)
-    small, count, start = torch.zeros(16), 0, time.perf_counter()
+    small, count, queued, start = torch.zeros(16), 0, _queued(), time.perf_counter()
     thread.start()
     while thread.is_alive():
         for _ in range(20):
             small.add_(1.0)
         count += 20
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start - (_queued() - queued))
+
+
+def _queued() -> float:
+    """Seconds that this thread has waited for a processor."""
+    place = Path("/proc/thread-self/schedstat")
+    return int(place.read_text().split()[1]) / 1e9 if place.exists() else 0.0
 
 
 def _memory() -> int:
