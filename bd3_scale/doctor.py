@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bd3_scale import recipe as recipes
-from bd3_scale.errors import UserError, one_line
+from bd3_scale.errors import UserError, one_line, without_credentials
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
@@ -285,7 +285,8 @@ def data(recipe: Recipe) -> Finding:
             return Finding("data", "ok", f"{path} will be prepared from {recipe.data.source}")
         cure = f"python tools/prepare_data.py --path {path} ..., or set data.path or data.remote"
         return Finding("data", "warn", f"{path} holds no manifest.json", cure)
-    return Finding("data", "ok", ", ".join(f"{source.path}{' from ' + source.remote if source.remote else ''}" for source in sources))
+    shown = (f"{source.path}{' from ' + without_credentials(source.remote) if source.remote else ''}" for source in sources)
+    return Finding("data", "ok", ", ".join(shown))
 
 
 # -- What a run does first ---------------------------------------------------------------------------------------------

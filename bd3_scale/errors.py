@@ -2,6 +2,7 @@
 
 Invariant: whatever a user can cause (a recipe, a data folder, a checkpoint, a world size) raises a `UserError`;
 the commands print its text without a traceback and leave with `exit_code`. Anything else is a defect of ours.
+No error shows what gives access: credentials inside URLs are blotted out, also where a library's own text quotes them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,21 @@ class UserError(Exception):
     exit_code = 1
     shared = False
     """All ranks raise the same, so that one voice a host is enough; see `on_all_ranks`."""
+
+    def __init__(self, *texts: Any) -> None:
+        super().__init__(*map(without_credentials, texts))
+
+
+def without_credentials(value: Any) -> Any:
+    """A copy without user:password@ and ?signature in URLs, wherever they stand in a text, a list or a mapping."""
+    if isinstance(value, dict):
+        return {key: without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        blotted = re.sub(r"://[^/?\s'\"]*@", "://***@", value)
+        return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]+", r"\1?***", blotted)
+    return value
 
 
 @contextmanager
@@ -51,14 +67,3 @@ class TrainingError(UserError):
 def one_line(text: object, most: int | None = None) -> str:
     """A text, or an error's, with its lines and runs of spaces joined: at most `most` characters."""
     return " ".join(str(text).split())[:most]
-
-
-def without_credentials(value: Any) -> Any:
-    """A copy without user:password@ and ?signature in URLs."""
-    if isinstance(value, dict):
-        return {key: without_credentials(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
-    if isinstance(value, str) and "://" in value:
-        return re.sub(r"\?\S*", "?***", re.sub(r"://[^/@\s]*@", "://***@", value))
-    return value

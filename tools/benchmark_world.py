@@ -2,7 +2,7 @@
 
 Groups are made on torch's fake backend (no network), which makes every group that rank 0 of the world takes part in, and asks of the
 others only their names. The index is that of the recipe's network, every tensor divided over all ranks: what every rank packs, what
-the leader builds while the main thread goes on launching, and what every rank reads of it when it continues.
+the leader makes while the main thread goes on launching, and what every rank reads of it when it continues.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
     import bd3_scale.engines.megatron_engine  # noqa: F401
     from bd3_scale import recipe as recipes
-    from bd3_scale.checkpoint.index import FileRecord, build, parse, render
+    from bd3_scale.checkpoint.index import FileRecord, parse
+    from bd3_scale.checkpoint.index_process import make
     from bd3_scale.checkpoint.parts import pack, state_name
     from bd3_scale.checkpoint.reader import check_tiling
-    from bd3_scale.checkpoint.slices import KINDS, Fragment, Region
+    from bd3_scale.checkpoint.region import KINDS, Region
+    from bd3_scale.checkpoint.slices import Fragment
     from bd3_scale.data.manifest import FileEntry, Manifest, Split
     from bd3_scale.data.order import GlobalOrder
     from bd3_scale.distributed import layout
@@ -98,10 +100,17 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
     packed = {rank: pack(of(rank)) for rank in range(ranks)}
     files = {state_name(rank, ranks): FileRecord(1 << 40, "0" * 64) for rank in range(ranks)} | {"recipe.yaml": FileRecord(1, "0" * 64)}
     result["packed bytes of a rank"] = sum(map(len, packed[0]))
+
+    def made() -> bytes:
+        start = time.thread_time()
+        text = make(1, 0, {}, {}, files, packed)
+        result["index made: processor seconds of its thread"] = round(time.thread_time() - start, 4)
+        return text
+
     alone = _launches(lambda: time.sleep(1.0))
     text: list[bytes] = []
-    beside = _launches(lambda: text.append(timed("index built", lambda: render(build(1, 0, {}, {}, files, packed)))))
-    result["launches of the main thread while it is built, of those alone"] = round(beside / alone, 3)
+    beside = _launches(lambda: text.append(timed("index made", made)))
+    result["launches of the main thread while it is made, of those alone"] = round(beside / alone, 3)
     result["index bytes"] = len(text[0])
     start = time.perf_counter()
 
@@ -122,15 +131,22 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
 
 def _launches(action: Callable[[], Any]) -> float:
-    """Small operations per second that the main thread launches while `action` runs in another."""
+    """Small operations per second that the main thread launches while `action` runs in another; not counted is the time in which it was
+    ready and other programs had the processor."""
     thread = threading.Thread(target=action)
-    small, count, start = torch.zeros(16), 0, time.perf_counter()
+    small, count, queued, start = torch.zeros(16), 0, _queued(), time.perf_counter()
     thread.start()
     while thread.is_alive():
         for _ in range(20):
             small.add_(1.0)
         count += 20
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start - (_queued() - queued))
+
+
+def _queued() -> float:
+    """Seconds that this thread has waited for a processor."""
+    place = Path("/proc/thread-self/schedstat")
+    return int(place.read_text().split()[1]) / 1e9 if place.exists() else 0.0
 
 
 def _memory() -> int:

@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from bd3_scale.checkpoint.index import FORMAT_VERSION
-from bd3_scale.checkpoint.slices import Region
+from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.store import Checkpoint, locate
 from bd3_scale.errors import UserError
 

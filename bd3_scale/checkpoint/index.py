@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bd3_scale.checkpoint.parts import Parts, encode, sort, state_name, unpack
-from bd3_scale.checkpoint.slices import KINDS, Region
+from bd3_scale.checkpoint.region import KINDS, Region
 from bd3_scale.errors import CheckpointError
 
 FORMAT = "bd3_scale checkpoint"

@@ -15,12 +15,16 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bd3_scale.checkpoint.slices import Fragment, Region, tiling_fault
+from bd3_scale.checkpoint.region import Region, tiling_fault
+from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from bd3_scale.checkpoint.slices import Fragment
 
 COLUMNS = ("file", "dim", "offset", "size", "start", "stop")
 """`file`: number of the writer; the others as in `Region`."""

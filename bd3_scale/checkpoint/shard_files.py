@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from bd3_scale.checkpoint.index import FileRecord, part_key
-from bd3_scale.checkpoint.slices import Fragment, Pieces, copy_pieces
+from bd3_scale.checkpoint.region import Pieces
+from bd3_scale.checkpoint.slices import Fragment, copy_pieces
 from bd3_scale.errors import CheckpointError
 
 CHUNK = 1 << 24

@@ -16,6 +16,7 @@ layout gives the same bytes.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import platform
 import re
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import bd3_scale
-from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, build, normalise_run, render
+from bd3_scale.checkpoint import index_process
+from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, normalise_run
 from bd3_scale.checkpoint.parts import pack, state_name
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
 from bd3_scale.checkpoint.shard_files import check_size, read_text, write_shard, write_text
@@ -201,8 +203,8 @@ def _finish(
                 f"rank 0 does not find what another rank wrote ({error}); set run.dir to a file system that all nodes share"
             ) from None
     files = {**files, RECIPE_NAME: write_text(temporary / RECIPE_NAME, recipe.encode("utf-8"))}
-    index = build(step, samples_consumed, normalise_run(run), _versions(), files, packed)
-    write_text(temporary / INDEX_NAME, render(index))
+    text = index_process.make(step, samples_consumed, normalise_run(run), _versions(), files, packed)
+    write_text(temporary / INDEX_NAME, text)
     sync_directory(temporary)
 
 
@@ -240,6 +242,7 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"bd3_scale": bd3_scale.__version__, "python": platform.python_version()}
     for package in PACKAGES:

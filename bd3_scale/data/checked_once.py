@@ -1,9 +1,10 @@
 """What the first process of a node finds when it checks a shard, for the others: the shard is read and hashed once per node.
 
 Found are where the rows stand and the checksum of each, and every row that anybody reads is compared with that (checked_rows.py): who
-takes it over is as safe as who found it. It lies in memory, in a folder that only this user may write; old findings go when new ones
-come. Invariants: a finding belongs to one file as it was (device, inode, size, time of change, hash): another or a changed file is
-checked anew; a finding is whole or not there; where it cannot be kept every process checks for itself, and nothing else happens.
+takes it over is as safe as who found it. It lies in memory, in a folder that only this user may write; each process takes its own
+findings away when it ends, and what killed ones left goes when it is old and somebody comes. Invariants: a finding belongs to one file as
+it was (device, inode, size, time of change, hash): another or a changed file is checked anew; a finding is whole or not there; where it
+cannot be kept, or another job took it away, every process checks for itself, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from bd3_scale.data.lock import exclusive
 from bd3_scale.data.manifest import FileEntry
 from bd3_scale.errors import DataError
 
+_mine: set[Path] = set()
+"""What this process has left for others."""
 KEPT = 3600.0
 """Seconds that a finding stays: the processes of a node open a shard within minutes of each other."""
 
@@ -54,7 +57,30 @@ def keep(path: Path, entry: FileEntry, checked: Checked) -> None:
     """Leave for the others what was found in the file at `path`."""
     if (place := _place(path, entry)) is not None:
         with contextlib.suppress(OSError):
+            sweep()
             _write(place, checked)
+            _mine.add(place)
+
+
+def take_away() -> None:
+    """At the end: what this process has left for others goes, and the folder with the last of it."""
+    folders = {place.parent for place in _mine}
+    while _mine:
+        with contextlib.suppress(OSError):
+            _mine.pop().unlink()
+    for folder in folders:
+        with contextlib.suppress(OSError):  # others have theirs there
+            folder.rmdir()
+
+
+def sweep() -> None:
+    """Delete what is old, of whichever job."""
+    if (folder := _folder()) is None:
+        return
+    for old in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > KEPT:
+                os.unlink(old.path)
 
 
 def _place(path: Path, entry: FileEntry) -> Path | None:
@@ -91,10 +117,6 @@ def _read(path: Path) -> Checked | None:
 
 
 def _write(path: Path, checked: Checked) -> None:
-    for old in os.scandir(path.parent):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > KEPT:
-                os.unlink(old.path)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with open(new, "wb") as file:
         np.savez(file, offsets=checked.offsets, checksums=checked.checksums)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from bd3_scale.data.cache import Cache
+from bd3_scale.data.checked_once import sweep, take_away
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.loader import Loader, MicroBatch, Order, Rows, TrainingRows
 from bd3_scale.data.manifest import MANIFEST, Manifest
@@ -109,10 +110,11 @@ class Data:
         )
 
     def close(self) -> None:
-        """Close the files of all readers."""
+        """Close the files of all readers; what was found of them goes, too."""
         for source in self.sources:
             source.train.close()
             source.validation.close()
+        take_away()
 
     def __enter__(self) -> Data:
         return self
@@ -132,6 +134,7 @@ def open_data(config: DataConfig, context: int, *, leader: bool, barrier: Callab
     tokenizer: Tokenizer | None = None
     try:
         if leader:
+            sweep()
             tokenizer = load_tokenizer(config.tokenizer)
             for one in wanted:
                 _provide(one, config, context, tokenizer, progress)

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_scale.checkpoint.slices import Fragment, Region, share
+from bd3_scale.checkpoint.region import Region
+from bd3_scale.checkpoint.slices import Fragment, share
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.adamw import SkippingAdamW, StepRule
 from bd3_scale.model.initialise import fill

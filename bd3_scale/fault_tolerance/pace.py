@@ -2,7 +2,9 @@
 
 All ranks of a step end it together, so the time of a step says nothing about any of them. What is measured is the forward of the
 layers (of the whole network, where these are compiled) and the wait for data: between them lie the collectives in which a fast rank
-waits for a slow one. Invariants: measured in the first step after a logging line, and read at the next, after its wait for the
+waits for a slow one. Collectives that a forward holds itself (of tensor parallelism, of ZeRO 3, those between compiled layers) are part of
+it: there the ranks that wait for each other show about the same seconds, and a slow one stands out only against other replicas and by
+its wait for data. Invariants: measured in the first step after a logging line, and read at the next, after its wait for the
 device; events of the device measure it, the host waits for none; one reduction of a number per rank.
 """
 

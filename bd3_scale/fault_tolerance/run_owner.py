@@ -1,7 +1,7 @@
 """One job at a time owns a run directory: a second one is refused while the first lives, and takes over when it does not.
 
     owner/
-      current      who owns it, JSON: made by an exclusive link, replaced by one rename
+      current      who owns it, JSON: made by an exclusive link (see `_claim`), replaced by one rename
       TOKEN        the same of every job that has not left in order; its time is the heartbeat, touched by a thread of the leader
       TOKEN.next   an exclusive link: whoever makes it succeeds TOKEN
 
@@ -10,8 +10,9 @@ A requeued job whose old ranks hang, or a second submission, would write the sam
 the file system, for longer than `LEASE`) ends there and touches nothing. Dead is an owner that left in order, whose process this host
 knows to be gone, whose launcher is that of this job (an elastic restart: torchrun has ended the old ranks, or lost their node), or whose
 heartbeat is older than `LEASE`; who might live is watched until either is known. Invariants: needed are rename and link alone, which are
-atomic on NFS, too, and no lock; ages are differences of times that the file system gave, so clocks of hosts are never compared; files
-are opened to be looked at, since NFS only then asks the server; all ranks hear the same.
+atomic on NFS, too, and no lock (a file system without links must make a file exclusively); what is claimed has one winner; ages are
+differences of times that the file system gave, so clocks of hosts are never compared; files are opened to be looked at, since NFS only
+then asks the server; all ranks hear the same, and no collective lasts as long as the leader waits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 from bd3_scale.checkpoint.shard_files import write_text
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.distributed.waiting import say
-from bd3_scale.errors import CheckpointError, RecipeError, TrainingError, UserError, on_all_ranks
+from bd3_scale.errors import CheckpointError, RecipeError, TrainingError, on_all_ranks
 from bd3_scale.fault_tolerance.rank_monitor import kernel, process_is_gone
 
 FOLDER = "owner"
@@ -40,10 +41,14 @@ BEAT = 5.0
 LEASE = 60.0
 """Seconds without one after which an owner is dead; the interpreter may be kept from the thread for a while (a large index, a compiler)."""
 PAUSE = 0.5
+ROUND = 2.0
+"""Seconds after which the leader tells the ranks that it still waits: `parallel.timeout` may be shorter than `LEASE`."""
+UNWRITTEN = 5.0
+"""Seconds that a file may be there without its text: longer, and who made it died in between, or it is damaged."""
 
 
 class Owner:
-    """Of this job, on every rank; made by `own`."""
+    """Of this job, on every rank; made by `own` (`own_alone`)."""
 
     def __init__(self, folder: Path, token: str, beats: bool) -> None:
         self._place, self._token, self._closing = folder / FOLDER, token, threading.Event()
@@ -80,19 +85,42 @@ def own(folder: Path, layout: Layout) -> Owner:
     """Make this job the owner of run directory `folder`; collective. Raises RecipeError where another one lives, CheckpointError where
     nothing can be written."""
     launchers = sorted({launcher for launcher in layout.all_gather(_launcher()) if launcher is not None})
-    answer: tuple[str, UserError | None] = ("", None)
-    if layout.leader:
+    answers: list[tuple[str, Exception | None]] = []
+
+    def take() -> None:
         try:
-            answer = (_take(folder, launchers), None)
-        except OSError as error:
-            answer = ("", CheckpointError(f"{folder} cannot be written ({error.strerror or error}); mend that or set another run.dir"))
-        except UserError as error:
-            answer = ("", error)
-    token, failure = layout.broadcast(answer)
+            answers.append((_taken(folder, launchers), None))
+        except Exception as error:
+            answers.append(("", error))
+
+    taking = threading.Thread(target=take, name="owner", daemon=True)
+    if layout.leader:
+        taking.start()
+    answer = None
+    while answer is None:
+        if layout.leader:
+            taking.join(ROUND)
+        answer = layout.broadcast(answers[0] if answers else None)
+    token, failure = answer
     if failure is not None:
         with on_all_ranks():
             raise failure
     return Owner(folder, token, beats=layout.leader)
+
+
+def own_alone(folder: Path) -> Owner:
+    """Make this process, which has no world yet, the owner of run directory `folder`. Raises as `own`."""
+    mine, before = _launcher(), _read(folder / FOLDER / CURRENT)
+    # The launchers of the world before are those of the next one, too: whoever leads that need not wait for the end of this process.
+    known = before["launchers"] if before is not None and mine in before["launchers"] else [mine]
+    return Owner(folder, _taken(folder, [one for one in known if one is not None]), beats=True)
+
+
+def _taken(folder: Path, launchers: list[str]) -> str:
+    try:
+        return _take(folder, launchers)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}); mend that or set another run.dir") from error
 
 
 def _take(folder: Path, launchers: list[str]) -> str:
@@ -113,7 +141,7 @@ def _take(folder: Path, launchers: list[str]) -> str:
                 _await_end(folder, before, me)
                 claim = place / f"{before['token']}.next"
             try:
-                os.link(mine, claim)
+                _claim(mine, claim)
             except FileExistsError:  # somebody was faster: judge that one
                 if before is not None and (other := _read(claim)) is not None:
                     _await_end(folder, other, me)
@@ -129,6 +157,19 @@ def _take(folder: Path, launchers: list[str]) -> str:
     except BaseException:
         mine.unlink(missing_ok=True)
         raise
+
+
+def _claim(mine: Path, claim: Path) -> None:
+    """Give `mine` a second name. Raises FileExistsError where somebody has it."""
+    try:
+        os.link(mine, claim)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links (exFAT, mounts of object stores): then the text comes a moment after the name, and `_read` waits for it
+        with open(claim, "xb") as file:
+            file.write(mine.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _await_end(folder: Path, other: dict[str, Any], me: dict[str, Any]) -> None:
@@ -163,12 +204,16 @@ def _await_end(folder: Path, other: dict[str, Any], me: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What an owner wrote; None where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise CheckpointError(f"{path} is damaged; delete it if no other job uses {path.parent.parent}") from None
+    began = time.monotonic()
+    while True:
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            if time.monotonic() - began > UNWRITTEN:
+                raise CheckpointError(f"{path} is damaged; delete it if no other job uses {path.parent.parent}") from None
+            time.sleep(PAUSE)
 
 
 def _time(path: Path) -> float | None:

@@ -22,7 +22,8 @@ from megatron.core import parallel_state
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint.index import RECIPE_NAME
 from bd3_scale.checkpoint.reader import Checkpoint
-from bd3_scale.checkpoint.slices import Fragment, Region
+from bd3_scale.checkpoint.region import Region
+from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.checkpoint.store import locate
 from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer

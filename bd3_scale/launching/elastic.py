@@ -5,7 +5,7 @@ tensor x pipeline = 16 ranks does not fit 56. When a node joins, torchrun ends t
 as no restart (torch 2.13; for the joining see `JOINABLE`). So the ranks say why they wait and for how many, and sleep until they are
 ended. Invariants: only a recipe that fits a larger world of this very job waits, any other ends with status 2 as before; outside of
 elastic worlds nothing changes; a signal, and run.time_limit, end the wait at once and with status 0; who watches the run from outside
-sees a heartbeat ("wait").
+sees a heartbeat ("wait"), of the run directory's owner: where another job lives there, this one is refused as ever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SHOWN = 8
 def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
     """Never return where `misfit` is only that of a world that may yet grow to one that fits; at once where it is not.
 
-    To be called while signals end this process (`runtime.leaving`).
+    To be called while signals end this process (`runtime.leaving`). Raises RecipeError where another job owns `run.dir`, and TrainingError
+    where one has taken over.
     """
     fitting = [ranks for ranks in larger_worlds() if _fits(recipe, ranks, device)]
     if not fitting:
@@ -50,11 +51,18 @@ def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
     if leader:
         say(text)
     folder = Path(recipe.run.dir)
-    step, pulse = _step_of(folder), Pulse(folder if leader and folder.is_dir() else None, recipe.total_steps, world)
+    step, pulse, owner = _step_of(folder), Pulse(None, recipe.total_steps, world), None
+    if leader and folder.is_dir():
+        from bd3_scale.fault_tolerance.run_owner import own_alone
+
+        owner = own_alone(folder)
+        pulse = Pulse(folder, recipe.total_steps, world, may_write=owner.check)
     while True:
         pulse.beat(step, "wait")
         left = seconds_left(recipe.run.time_limit)
         if left is not None and left <= 0:
+            if owner is not None:
+                owner.release()
             leave("run.time_limit", leader)
         waiting.look(lambda: text)
         time.sleep(PAUSE if left is None else max(0.0, min(PAUSE, left)))

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from bd3_scale.checkpoint.slices import Region
+from bd3_scale.checkpoint.region import Region
 from bd3_scale.model.layers import full_shape
 from bd3_scale.recipe.schema import ModelConfig
 

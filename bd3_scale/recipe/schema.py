@@ -30,7 +30,8 @@ class RunConfig:
     """Seconds of wall clock, counted from the start of the process, after which the run saves its state and leaves with status 0."""
     amend: list[str] = field(default_factory=list)
     """Keys of the recipe, such as [training.learning_rate, data.skip], that may change where a run is continued. Without its name here a
-    change is refused. From that step on the new value is the run's: written into checkpoints and metrics, and refused to change back."""
+    change is refused. From that step on the new value is the run's: written into checkpoints and metrics, and whoever continues it must
+    have it, too. As long as a key is named, it may change again, also back."""
     device: str = "auto"
     """auto (cuda where there is one) | cpu | cuda."""
     threads: int | None = None

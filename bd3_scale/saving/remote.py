@@ -3,8 +3,8 @@
 A thread on every rank uploads the file that this rank wrote, one checkpoint at a time; the leader's waits until all files stand there,
 uploads the index after them and the remote `latest` last, so what the remote `latest` names is whole. Invariants: `offer` never waits;
 where uploads are slower than saves the newest waiting checkpoint takes the place of an older waiting one (which is said); an upload that
-fails is tried again a few times, then reported, and nothing else happens to the run. Nothing remote is ever deleted, unless
-`checkpoint.remote_keep` says how many stay. What is there is fetched again by fetch.py.
+fails is tried again a few times, then reported (never with the credentials in a URL), and nothing else happens to the run. Nothing
+remote is ever deleted, unless `checkpoint.remote_keep` says how many stay. What is there is fetched again by fetch.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, parse
 from bd3_scale.checkpoint.reader import LARGEST_INDEX, STEP_NAME
 from bd3_scale.checkpoint.shard_files import read_text
 from bd3_scale.checkpoint.store import LATEST_NAME
-from bd3_scale.errors import CheckpointError
+from bd3_scale.errors import CheckpointError, without_credentials
 
 ATTEMPTS = 4
 PAUSE = 5.0
@@ -92,14 +92,17 @@ def prune(url: str, keep: int, keep_every: int) -> None:
     filesystem, root = fsspec.core.url_to_fs(url)
     root = root.rstrip("/")
     filesystem.invalidate_cache()
-    latest = filesystem.cat_file(f"{root}/{LATEST_NAME}", 0, 1000).decode("ascii", "replace").strip()
-    names = [Path(one).name for one in filesystem.ls(root, detail=False)]
+    latest = STEP_NAME.fullmatch(filesystem.cat_file(f"{root}/{LATEST_NAME}", 0, 1000).decode("ascii", "replace").strip())
+    if latest is None:
+        return  # as of a local folder: nothing is deleted beside a name that says nothing
+    newest = int(latest[1])
+    found = (STEP_NAME.fullmatch(Path(one).name) for one in filesystem.ls(root, detail=False))
+    steps = {int(name[1]): name[0] for name in found if name is not None}
     kept = 0
-    for name in sorted((name for name in names if STEP_NAME.fullmatch(name) and name <= latest and len(name) <= len(latest)), reverse=True):
-        step = int(name.removeprefix("step_"))
+    for step, name in sorted(((step, name) for step, name in steps.items() if step <= newest), reverse=True):
         whole = filesystem.exists(f"{root}/{name}/{INDEX_NAME}")
         kept += whole
-        if (whole and kept <= keep) or name == latest or (keep_every > 0 and step % keep_every == 0):
+        if (whole and kept <= keep) or step == newest or (keep_every > 0 and step % keep_every == 0):
             continue
         if whole:
             filesystem.rm_file(f"{root}/{name}/{INDEX_NAME}")  # first: what is half deleted must not look whole
@@ -111,7 +114,8 @@ class Uploader:
     what all have uploaded, of which `keep` and `keep_every` stay (see `prune`; 0: all)."""
 
     def __init__(self, url: str, warn: Callable[[str], None], *, leads: bool = True, keep: int = 0, keep_every: int = 0) -> None:
-        self.url, self.leads, self.keep, self.keep_every, self._warn = url, leads, keep, keep_every, warn
+        self.url, self.leads, self.keep, self.keep_every = url, leads, keep, keep_every
+        self._warn: Callable[[str], None] = lambda text: warn(without_credentials(text))
         self._waiting: tuple[Path, list[str]] | None = None
         self._current: Path | None = None
         self._closing = False
@@ -177,7 +181,7 @@ class Uploader:
         if self.leads:
             self._warn(text)
         else:  # of other ranks nobody writes down what is wrong, and the leader knows only that files are missing
-            print(f"bd3_scale: WARNING: on host {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+            print(f"bd3_scale: WARNING: on host {socket.gethostname()}: {without_credentials(text)}", file=sys.stderr, flush=True)
         return False
 
     def _all_are_there(self, folder: Path) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
-from bd3_scale.fault_tolerance import early_exit
+from bd3_scale.fault_tolerance import early_exit, run_owner
 from bd3_scale.launching import elastic, torchrun
 from bd3_scale.launching.torchrun import Torchrun
 from bd3_scale.recipe import Recipe
@@ -60,6 +60,23 @@ def test_it_waits_for_the_sizes_that_fit(
     with pytest.raises(Left):
         wait(misfit)
     assert "unless all of them are started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err
+
+
+def test_the_heartbeat_of_another_job_is_left_alone(misfit: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_owner, "kernel", lambda: "")  # as on another host
+    monkeypatch.setattr(run_owner, "BEAT", 0.05)
+    monkeypatch.setattr(run_owner, "PAUSE", 0.02)
+
+    def left(name: str, leader: bool) -> None:
+        raise Left(name)
+
+    monkeypatch.setattr(early_exit, "leave", left)
+    other = run_owner.Owner(tmp_path, run_owner._take(tmp_path, ["another torchrun"]), beats=True)
+    (tmp_path / "heartbeat.json").write_text('{"step": 7}')
+    with pytest.raises(RecipeError, match="belongs to another job"):
+        wait(misfit)
+    assert (tmp_path / "heartbeat.json").read_text() == '{"step": 7}'
+    other.release()
 
 
 def test_it_does_not_wait_in_vain(misfit: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

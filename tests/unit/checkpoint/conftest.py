@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint import store
-from bd3_scale.checkpoint.slices import KINDS, Fragment, Region, share
+from bd3_scale.checkpoint.region import KINDS, Region
+from bd3_scale.checkpoint.slices import Fragment, share
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding.weight": (13, 6),

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.checkpoint.slices import KINDS, Fragment, Region, copy, copy_pieces, intersect, share, tiling_fault
+from bd3_scale.checkpoint.region import KINDS, Region, intersect, tiling_fault
+from bd3_scale.checkpoint.slices import Fragment, copy, copy_pieces, share
 
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,11 +29,21 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
+@pytest.fixture(params=["links", "no links"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # as exFAT does
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse)
+
+
 def older(folder: Path, token: str, seconds: float) -> None:
     before = time.time() - seconds
     os.utime(folder / run_owner.FOLDER / token, (before, before))
 
 
+@pytest.mark.usefixtures("file_system")
 def test_a_living_owner_is_left_alone_and_one_that_ended_is_succeeded_at_once(
     tmp_path: Path, world_of_one: Layout, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +75,23 @@ def test_silence_is_what_the_file_system_says(tmp_path: Path, capfd: pytest.Capt
     assert "not heard of for 72" in said and "waiting" not in said, "the time that is needed has passed already"
 
 
+def test_the_ranks_hear_of_the_leader_while_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or `parallel.timeout` would end the collective in which they are."""
+    monkeypatch.setattr(run_owner, "LEASE", 0.6)
+    monkeypatch.setattr(run_owner, "ROUND", 0.05)
+    _take(tmp_path, [])  # it never beats
+    heard: list[Any] = []
+
+    def broadcast(value: Any) -> Any:
+        heard.append(value)
+        return value
+
+    layout = SimpleNamespace(leader=True, all_gather=lambda value: [value], broadcast=broadcast)
+    made = own(tmp_path, layout)  # type: ignore[arg-type]
+    assert made.lost is None and len(heard) > 2 and heard[:-1] == [None] * (len(heard) - 1)
+    made.release()
+
+
 def test_a_restart_by_the_same_launcher_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_of_one: Layout) -> None:
     monkeypatch.setattr(run_owner, "kernel", lambda: "one boot")
     monkeypatch.setattr(run_owner, "process_is_gone", lambda pid: False)
@@ -92,6 +121,7 @@ def test_a_link_that_was_made_although_the_answer_is_that_it_exists(tmp_path: Pa
     assert not Owner(tmp_path, token, beats=False).lost
 
 
+@pytest.mark.usefixtures("file_system")
 @pytest.mark.parametrize("dead", [False, True])
 def test_of_many_that_come_at_once_one_wins(tmp_path: Path, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_owner, "LEASE", 20.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.checkpoint.slices import Region
+from bd3_scale.checkpoint.region import Region
 from bd3_scale.model import initialise as module
 from bd3_scale.model.initialise import fill, initial_rows, initialise
 from bd3_scale.model.layers import ColumnLinear, Embedding, Linears, RowLinear, full_shape, parameter_partition

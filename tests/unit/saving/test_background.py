@@ -198,6 +198,41 @@ def test_a_remote_folder_that_is_gone_only_warns(synthetic: Any, tmp_path: Path,
         Saver(tmp_path, CheckpointConfig(remote="nonsense://x"))
 
 
+def test_no_line_shows_what_gives_access(
+    synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither ours, nor what a store's client says of the address that it was given."""
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    url = "memory://user:p@ssword@bucket/run?signature=secret"
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(f"403, url='{url}'")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    warnings: list[str] = []
+    path = synthetic.save(tmp_path / "run")
+    for leads in (True, False):
+        uploader = remote.Uploader(url, warnings.append, leads=leads)
+        uploader.offer(path, [])
+        uploader.close(20)
+    with pytest.raises(CheckpointError) as error:
+        fetch.fetch_latest(url, tmp_path / "new")
+    said = [*warnings, capfd.readouterr().err, str(error.value)]
+    assert all("403" in text and "bucket/run" in text for text in said)
+    assert not any(word in text for text in said for word in ("ssword", "user", "secret"))
+
+
+def test_what_is_old_at_the_remote_folder_goes_by_number(tmp_path: Path) -> None:
+    """As texts, step 99,999,999 comes after 100,000,000."""
+    for step in (99_999_998, 99_999_999, 100_000_000, 100_000_001):
+        (tmp_path / store.step_name(step)).mkdir()
+        (tmp_path / store.step_name(step) / "index.json").touch()
+    (tmp_path / "latest").write_text("step_100000000\n")
+    remote.prune(f"file://{tmp_path}", 2, 0)
+    left = {path.name for path in tmp_path.glob("step_*")}
+    assert left == {"step_99999999", "step_100000000", "step_100000001"}, "the last is of a run that was set back"
+
+
 def test_a_new_machine_continues_from_the_remote_folder(synthetic: Any, tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     url = f"file://{bucket}"
