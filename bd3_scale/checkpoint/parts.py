@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bd3_scale.checkpoint.region import Region, tiling_fault
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3_scale.checkpoint.region import KINDS, Pieces, Region, Runs, intersect, tiling_fault
-
-__all__ = ["KINDS", "Fragment", "Pieces", "Region", "Runs", "copy", "copy_pieces", "intersect", "share", "tiling_fault"]
+from bd3_scale.checkpoint.region import KINDS, Pieces, Region, intersect
 
 
 @dataclass(frozen=True, eq=False)
