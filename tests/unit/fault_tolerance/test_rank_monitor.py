@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from bd3_scale.errors import DataError, TrainingError
 from bd3_scale.fault_tolerance import rank_monitor as module
-from bd3_scale.fault_tolerance.rank_monitor import Beat, Guard, is_lost_peer, named_behind
+from bd3_scale.fault_tolerance.rank_monitor import Beat, Guard, Work, is_lost_peer, named_behind
 
 PATIENCE = 1.2
 LIMIT = 30.0
@@ -94,10 +95,10 @@ def test_ranks_that_leave_in_order_are_not_missed(world: Callable[[int], World])
 def test_silent_ranks_are_named_with_their_step(world: Callable[[int], World]) -> None:
     """Two ranks of a lost node; the third, on another host, is told by the leader and lingers as the leader does."""
     here = world(4)
-    with here.guard(0, local_ranks=range(2)), here.guard(1, local_ranks=range(2)):
+    with here.guard(0, local_ranks=range(2)), here.guard(1, local_ranks=range(2)), ExitStack() as stack:
         for rank in (2, 3):
             lost = here.guard(rank, local_ranks=range(2, 4))
-            lost.progress = lambda: 17
+            stack.enter_context(lost.following(Work(progress=lambda: 17)))
             lost.__enter__()
             silence(lost)
         line = here.wait(0)
