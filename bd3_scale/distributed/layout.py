@@ -94,7 +94,6 @@ def all_gather(value: Any) -> list[Any]:
 def start(config: ParallelConfig, device: str, joined: Callable[[], object] = lambda: None) -> Layout:
     """Join the world that torchrun started (or a world of one) and make the groups of the layout. `joined`: called between the two."""
     told = launched()
-    world_size = told.world_size
     os.environ.setdefault("LOCAL_RANK", str(told.local_rank))  # DeepSpeed reads it
     world = ""
     place = torch.device(device, told.local_rank) if device == "cuda" else torch.device("cpu")
@@ -112,9 +111,9 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
     if not dist.is_initialized():
         # On CUDA, objects and barriers of the host still go through gloo.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        if world_size == 1 and not told.numbered:
+        if told.world_size == 1 and not told.numbered:
             store: dist.Store = dist.HashStore()
-            rank = 0
+            rank, world_size = 0, 1
         else:
             store, rank, world_size = reach(config.timeout)
         world = meet(dist.PrefixStore("bd3_scale", store), rank, world_size, config.timeout)
@@ -126,7 +125,7 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
     joined()
     if device == "cpu":
         megatron_on_cpu.install()
-    replicas = world_size // (config.tensor * config.pipeline * config.context)
+    replicas = dist.get_world_size() // (config.tensor * config.pipeline * config.context)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,

@@ -6,6 +6,7 @@ import datetime
 import subprocess
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -108,6 +109,21 @@ def test_silent_ranks_are_named_with_their_step(world: Callable[[int], World]) -
     assert set(named) == {"2", "3"}
     assert here.ends[0][1] > 0
     assert here.ends[1][0] is None, "the leader has said it for this host"
+
+
+def test_work_that_ended_in_order_is_let_go_of_and_one_that_failed_has_its_last_words() -> None:
+    """Between training and the sample the state of the training must go; an error is still to be told of, with the stacks."""
+    guard, said = Guard(0, 1, PATIENCE), list[str]()
+    trained = SimpleNamespace(step=7)
+    seen = weakref.ref(trained)
+    with guard.following(Work(progress=lambda held=trained: held.step, last_words=lambda held=trained: said.append("words"))):
+        assert guard._now().step == 7
+    del trained
+    assert guard._now().step == 7 and seen() is None
+    with pytest.raises(DataError), guard.following(Work(last_words=lambda: said.append("words"))):
+        raise DataError("x")
+    guard._work.last_words()
+    assert said == ["words"]
 
 
 def test_lost_leader_is_noticed_by_all(world: Callable[[int], World]) -> None:
