@@ -103,8 +103,7 @@ def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tupl
     from bd3_scale.training.build import build_parts
     from bd3_scale.training.trainer import Trainer
 
-    leads_host = here.local_rank == 0
-    with open_data(recipe.data, recipe.model.context, leader=leads_host, barrier=here.barrier, progress=here.leader) as data:
+    with open_data(recipe.data, recipe.model.context, leader=here.local_rank == 0, barrier=here.barrier, progress=here.leader) as data:
         agree(data_and_tokenizer(data), here.all_gather)
         trainer = Trainer(build_parts(recipe, here, data))
         with watchdog(trainer.pulse, here, recipe.parallel, Path(recipe.run.dir) / "stacks", guard) as dog:
