@@ -113,8 +113,11 @@ def test_silent_ranks_are_named_with_their_step(world: Callable[[int], World]) -
 
 def test_work_that_ended_in_order_is_let_go_of_and_one_that_failed_has_its_last_words() -> None:
     """Between training and the sample the state of the training must go; an error is still to be told of, with the stacks."""
-    guard, said = Guard(0, 1, PATIENCE), list[str]()
-    trained = SimpleNamespace(step=7)
+
+    class Trained:
+        step = 7
+
+    guard, said, trained = Guard(0, 1, PATIENCE), list[str](), Trained()
     seen = weakref.ref(trained)
     with guard.following(Work(progress=lambda held=trained: held.step, last_words=lambda held=trained: said.append("words"))):
         assert guard._now().step == 7
