@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.recipe import launched
 
 LEADER_SPEAKS = 20.0
 """Seconds that a rank with an error leaves to the first one, which usually has the same and ends the job by saying so."""
@@ -34,7 +35,8 @@ def rank_and_size() -> tuple[int, int]:
     """(rank, number of processes): in the world that was joined, or as torchrun says."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    told = launched()
+    return told.rank, told.world_size
 
 
 def end_with(error: UserError) -> int:

@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example training.steps=100")
     options = parser.parse_args(arguments)
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
-    started = False
+    told, started = recipes.launched(), False
+    rank, world_size = told.rank, told.world_size
     try:
         with leaving_at_once(leader=rank == 0, last=arguments is None):
             recipe = recipes.load(options.recipe, options.overrides)
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"bd3_scale: error: {error}", file=sys.stderr)
             return error.exit_code
         where = f"[rank {rank}] " if world_size > 1 and not error.shared else ""
-        speaks = not error.shared or os.environ.get("LOCAL_RANK", "0") == "0"
+        speaks = not error.shared or told.local_rank == 0
         if speaks:
             print(f"\nbd3_scale: error: {where}{error}", file=sys.stderr, flush=True)
         if world_size > 1:
@@ -84,8 +85,6 @@ def train(recipe: recipes.Recipe, here: Layout, guard: Guard | None = None) -> N
     from bd3_scale.reporting.summary import sample_text
 
     checkpoint, stopped = _optimize(recipe, here, guard)
-    if guard is not None:
-        guard.progress = lambda: recipe.total_steps  # the old one holds the trainer
     if stopped or not recipe.tracking.sample_tokens or here.data_rank > 0 or here.pipeline_rank > 0:
         return
     gc.collect()  # the state of the training goes before the network comes once more
@@ -98,19 +97,19 @@ def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tupl
     """Run the loop to its end and print the summary. Returns the last checkpoint and whether the run was stopped before the end."""
     from bd3_scale.data.open import open_data
     from bd3_scale.fault_tolerance.agreement import agree, data_and_tokenizer
-    from bd3_scale.fault_tolerance.hang_watchdog import watchdog
+    from bd3_scale.fault_tolerance.hang_watchdog import collectives, watchdog
+    from bd3_scale.fault_tolerance.rank_monitor import Work
     from bd3_scale.reporting.summary import summary
+    from bd3_scale.training.build import build_parts
     from bd3_scale.training.trainer import Trainer
 
-    local_leader = int(os.environ["LOCAL_RANK"]) == 0
-    with open_data(recipe.data, recipe.model.context, leader=local_leader, barrier=here.barrier, progress=here.leader) as data:
+    with open_data(recipe.data, recipe.model.context, leader=here.local_rank == 0, barrier=here.barrier, progress=here.leader) as data:
         agree(data_and_tokenizer(data), here.all_gather)
-        trainer = Trainer(recipe, here, data)
-        with watchdog(trainer, guard):
-            if guard is not None:
-                dump = guard.last_words
-                guard.last_words = lambda: None if trainer.owner.lost else dump()
-            checkpoint = trainer.run()
+        trainer = Trainer(build_parts(recipe, here, data))
+        with watchdog(trainer.pulse, here, recipe.parallel, Path(recipe.run.dir) / "stacks", guard) as dog:
+            work = Work(lambda: trainer.step, collectives, last_words=lambda: None if trainer.owner.lost else dog.dump())
+            with nullcontext() if guard is None else guard.following(work):
+                checkpoint = trainer.run()
     stopped = (trainer.stop.requested or "another rank") if trainer.step < trainer.total_steps else None
     if here.leader:
         text = summary(

@@ -24,6 +24,7 @@ import numpy as np
 from bd3_scale.data.lock import exclusive
 from bd3_scale.data.manifest import FileEntry
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.environment import launched
 
 _mine: set[Path] = set()
 """What this process has left for others."""
@@ -96,7 +97,7 @@ def _place(path: Path, entry: FileEntry) -> Path | None:
 
 def _folder() -> Path | None:
     """None where this process is alone on its node, or no folder is safe."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2:
+    if launched().local_world_size < 2:
         return None
     memory = Path("/dev/shm")
     folder = (memory if memory.is_dir() else Path(tempfile.gettempdir())) / f"bd3_scale-{os.getuid()}-checked"

@@ -11,7 +11,6 @@ opened ahead (from a remote, fetched first, and those of windows that are read a
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.environment import launched
 from bd3_scale.recipe.shares import Shares
 
 
@@ -159,7 +159,8 @@ class Loader:
             if self._closing.is_set() or not self._reader.fetch(shard, coming):
                 break
         # The processes of a node check different ones first, and then find those of the others checked.
-        first = len(coming) * int(os.environ.get("LOCAL_RANK", "0")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        here = launched()
+        first = len(coming) * here.local_rank // here.local_world_size
         for shard in coming[first:] + coming[:first]:
             if self._closing.is_set():
                 return

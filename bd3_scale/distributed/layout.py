@@ -24,6 +24,7 @@ from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.rendezvous import meet, reach
 from bd3_scale.distributed.waiting import waiting_for
 from bd3_scale.files import raise_file_limit
+from bd3_scale.recipe.environment import launched
 from bd3_scale.recipe.schema import ParallelConfig
 
 ORDER = "tp-cp-ep-dp-pp"
@@ -44,6 +45,8 @@ class Layout:
     data: int
     """Data-parallel replicas."""
     data_rank: int
+    local_rank: int = 0
+    """Among the ranks of this host."""
     world: str = ""
     """A name that no other world of this job has; empty where the world was not joined by `start`."""
 
@@ -90,10 +93,10 @@ def all_gather(value: Any) -> list[Any]:
 
 def start(config: ParallelConfig, device: str, joined: Callable[[], object] = lambda: None) -> Layout:
     """Join the world that torchrun started (or a world of one) and make the groups of the layout. `joined`: called between the two."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    told = launched()
+    os.environ.setdefault("LOCAL_RANK", str(told.local_rank))  # DeepSpeed reads it
     world = ""
-    place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    place = torch.device(device, told.local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         if config.tensor > 1 and config.resolved_engine != "fsdp":
             # Kernels start in the order in which they are launched: megatron-core's collectives before the products that hide them.
@@ -108,9 +111,9 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
     if not dist.is_initialized():
         # On CUDA, objects and barriers of the host still go through gloo.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        if world_size == 1 and "RANK" not in os.environ:
+        if told.world_size == 1 and not told.numbered:
             store: dist.Store = dist.HashStore()
-            rank = 0
+            rank, world_size = 0, 1
         else:
             store, rank, world_size = reach(config.timeout)
         world = meet(dist.PrefixStore("bd3_scale", store), rank, world_size, config.timeout)
@@ -122,7 +125,7 @@ def start(config: ParallelConfig, device: str, joined: Callable[[], object] = la
     joined()
     if device == "cpu":
         megatron_on_cpu.install()
-    replicas = world_size // (config.tensor * config.pipeline * config.context)
+    replicas = dist.get_world_size() // (config.tensor * config.pipeline * config.context)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -149,6 +152,7 @@ def current(config: ParallelConfig, device: torch.device) -> Layout:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        local_rank=launched().local_rank,
     )
 
 

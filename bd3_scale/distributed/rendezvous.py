@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from bd3_scale.distributed.waiting import Waiting, waiting_for
 from bd3_scale.errors import TrainingError, one_line
+from bd3_scale.recipe.environment import launched
 
 PAUSE = 0.05
 """Seconds between two looks into the store."""
@@ -45,8 +46,8 @@ def reach(timeout: float) -> tuple[dist.Store, int, int]:
             f"the ranks cannot meet: {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not in the environment; "
             f"set {', '.join(NEEDED)} for every rank, or start with torchrun"
         )
-    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    host = os.environ["MASTER_ADDR"]
+    rank, world_size = launched().rank, launched().world_size
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not launchers
     holder = "the launcher's store" if launchers else "rank 0"
@@ -106,7 +107,7 @@ def names(missing: Collection[int], hosts: Mapping[int, str], per_node: int | No
 
     `hosts`: of the ranks that have come, which tell where the others of their node are.
     """
-    per_node = per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    per_node = per_node or launched().local_world_size
     if per_node == 1:
         return f"{ranks_text(sorted(missing)[:SHOWN])}{', ...' if len(missing) > SHOWN else ''}"
     found = []
@@ -126,7 +127,7 @@ def ranks_text(ranks: list[int]) -> str:
 
 def _speaks() -> bool:
     """One voice a host is enough."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return launched().local_rank == 0
 
 
 def _me(rank: int) -> str:

@@ -12,7 +12,7 @@ checkpoint has, so that a continued run leaves out the steps that the uninterrup
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class StepRule:
         """For the checkpoint; waits for the device."""
         return {"norms": self.norms.tolist(), "counts": self.counts.tolist(), "known": self.known.item()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.norms.copy_(torch.tensor(state["norms"]))
         self.counts.copy_(torch.tensor(state["counts"]))
         self.known.fill_(state.get("known", state["counts"][0]))  # earlier versions forgot nothing

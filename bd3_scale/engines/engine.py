@@ -13,7 +13,7 @@ parameters carry their canonical names; every element of the unsharded state is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,9 +168,12 @@ class Engine(ABC):
             for place in self.places
         ]
 
-    def resume(self, updates: int) -> None:
-        """After the fragments were filled from a checkpoint: set Adam's clock to the `updates` that were made (steps left out are none),
-        publish the weights, and make sure that no hyper-parameter was lost on the way."""
+    def resume(self, step: int, rule: Mapping[str, Any] | None = None) -> None:
+        """After the fragments were filled from the checkpoint of `step`: load what was saved of the `rule` which leaves out steps, set
+        Adam's clock to the updates that were made, publish the weights, and make sure that no hyper-parameter was lost on the way."""
+        if rule is not None:
+            self.adam.rule.load(rule)
+        updates = step - self.adam.rule.left_out_so_far
         self.moments()
         for master in self.masters:
             self.adam.state[master]["step"].fill_(updates)

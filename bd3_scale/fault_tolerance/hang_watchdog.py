@@ -1,8 +1,8 @@
 """Turns a hang into an error: a rank whose main thread does nothing for too long ends the job, and every rank leaves its stacks behind.
 
-The guard (guard.py) finds ranks that are dead or stopped; here the process lives and beats, but its main thread waits: for a collective
-that another rank does not enter, for a file system, for a lock. How long is too long follows the run: `parallel.hang` times the longest
-piece of work that it has done, once it has done some of the kind. Invariants: the time is counted only from the first beat of a
+The guard (rank_monitor.py) finds ranks that are dead or stopped; here the process lives and beats, but its main thread waits: for a
+collective that another rank does not enter, for a file system, for a lock. How long is too long follows the run: `parallel.hang` times the
+longest piece of work that it has done, once it has done some of the kind. Invariants: the time is counted only from the first beat of a
 `Pulse` to the end of the `with`, so that start-up and the end of a run may take what they need; time in which the whole process was
 stopped does not count; it fires before collectives time out by themselves (which with NCCL ends the process without a word).
 """
@@ -17,16 +17,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
+from bd3_scale.distributed.layout import Layout
 from bd3_scale.fault_tolerance.heartbeat_file import Pulse
 from bd3_scale.fault_tolerance.rank_monitor import CURE, Guard, end_process
-
-if TYPE_CHECKING:
-    from bd3_scale.training.trainer import Trainer
+from bd3_scale.recipe.schema import ParallelConfig
 
 SHARE_OF_TIMEOUT = 0.9
 """Of parallel.timeout: a bit less than what collectives are given."""
@@ -87,26 +86,17 @@ class Watchdog:
                 return
 
 
-def watchdog(trainer: Trainer, guard: Guard | None) -> Watchdog:
+def watchdog(pulse: Pulse, layout: Layout, parallel: ParallelConfig, stacks: Path, guard: Guard | None) -> Watchdog:
     """The watchdog of a training: with other ranks it speaks through the guard, which lets all of them leave their stacks."""
 
     def alone(line: str) -> None:
         made.dump()
         end_process(f"bd3_scale: error: {line}; {CURE}", 0.0)
 
-    def complain(line: str) -> None:
-        assert guard is not None
-        guard.complaint = line
-
-    layout = trainer.layout
-    together = guard is not None and layout.world_size > 1
-    parallel, stacks = trainer.recipe.parallel, trainer.folder / "stacks"
-    seconds = SHARE_OF_TIMEOUT * parallel.timeout
-    made = Watchdog(trainer.pulse, seconds, stacks, layout.rank, complain if together else alone, times=parallel.hang)
+    tell = alone if guard is None or layout.world_size == 1 else guard.complain
+    made = Watchdog(pulse, SHARE_OF_TIMEOUT * parallel.timeout, stacks, layout.rank, tell, times=parallel.hang)
     if layout.device.type == "cuda":
         stacks.mkdir(parents=True, exist_ok=True)  # NCCL, where it ends the process by itself, writes there, too
-    if guard is not None:
-        guard.progress, guard.last_words, guard.collectives = lambda: trainer.step, made.dump, collectives
     return made
 
 

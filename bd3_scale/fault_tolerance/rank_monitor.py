@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from typing import Self
 import torch.distributed as dist
 
 from bd3_scale.errors import TrainingError, UserError, one_line
+from bd3_scale.recipe.environment import launched
 
 LONGEST_INTERVAL = 5.0
 """Seconds between two readings of the others' heartbeats at most; a rank's own beats are a second apart, or less."""
@@ -70,13 +71,24 @@ class Beat:
         return f"rank {self.rank} (host {self.host}, pid {self.pid}, last heard of at step {self.step})"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a guard asks of the work that it guards; called in the guard's thread."""
+
+    progress: Callable[[], int] = lambda: 0
+    """The step."""
+    collectives: Callable[[], dict[str, int]] = dict
+    """Group -> collectives that this rank has entered in it."""
+    last_words: Callable[[], None] = lambda: None
+    """Called before this process is ended by a verdict (on whichever rank)."""
+
+
 class Guard:
     """`with Guard(rank, world_size, patience) as guard:` around everything between joining the world and leaving it.
 
-    `patience`: seconds of silence after which a rank is dead. `guard.progress` may be set to a function that gives the
-    step. Inside, an exception of a collective becomes a TrainingError that names the dead rank; any other exception is
-    announced to the other ranks and goes on. `world`: its name, since a restart by the launcher keeps the store but is another
-    world. `cure`: what its people can do. `connect`, `local_ranks` and `end` are for tests.
+    `patience`: seconds of silence after which a rank is dead. Inside, an exception of a collective becomes a TrainingError that names
+    the dead rank; any other exception is announced to the other ranks and goes on. `world`: its name, since a restart by the launcher
+    keeps the store but is another world. `cure`: what its people can do. `connect`, `local_ranks` and `end` are for tests.
     """
 
     def __init__(
@@ -94,15 +106,9 @@ class Guard:
         self.cure = cure
         self.rank, self.world_size, self.patience = rank, world_size, float(patience)
         self.interval = min(LONGEST_INTERVAL, self.patience / 6)
-        self.progress: Callable[[], int] = lambda: 0
-        self.complaint = ""
-        """Set by another thread (the watchdog) to end the job: what is wrong with this rank, though it lives."""
-        self.collectives: Callable[[], dict[str, int]] = dict
-        """Group -> collectives that this rank has entered in it."""
-        self._held_back = 0.0
-        self.last_words: Callable[[], None] = lambda: None
-        """Called before this process is ended by a verdict (on whichever rank)."""
-        self._local = ranks_of_this_host(rank) if local_ranks is None else local_ranks
+        self._work = Work()
+        self._complaint, self._held_back = "", 0.0
+        self._local = launched().ranks_of_this_host(rank) if local_ranks is None else local_ranks
         self._connect = connect or connect_to_rendezvous
         self._end = end or end_process
         self._beat = Beat(rank, socket.gethostname(), os.getpid(), kernel(), step=0)
@@ -135,6 +141,18 @@ class Guard:
             self._leave(reason)
             raise reason from error
         self._leave(error)
+
+    @contextlib.contextmanager
+    def following(self, work: Work) -> Iterator[None]:
+        """Ask `work` meanwhile. Let go of it, and of all that it holds, where it ends in order; an error is still to be told of."""
+        self._work = work
+        yield
+        last = work.progress()
+        self._work = Work(progress=lambda: last)
+
+    def complain(self, line: str) -> None:
+        """End the job, from another thread (the watchdog's): what is wrong with this rank, though it lives."""
+        self._complaint = line
 
     def _leave(self, error: BaseException | None) -> None:
         """End the thread; tell the others that this rank is done, or why it goes."""
@@ -187,17 +205,17 @@ class Guard:
                 # The store may be on this host and end with it: leave the other hosts the time to read the verdict.
                 linger = self.interval + 1 if len(self._local) < self.world_size else 0.0
                 with contextlib.suppress(Exception):  # a full disk must not keep this process from ending
-                    self.last_words()
+                    self._work.last_words()
                 self._end(f"bd3_scale: error: {self.verdict}{self._failure}" if loud else None, linger)
                 return
 
     def _judge(self, gone: list[int], awake: float) -> str | None:
         """The verdict that follows from what is known now, if any. `awake`: seconds since the last look."""
-        if self.complaint:
+        if self._complaint:
             # Only the leader has heard all, and hangs as well as anybody: it is left the time to say who is behind.
             self._held_back += awake
             if self.rank == 0 or self._held_back > 2 * self.interval:
-                return f"{self.complaint}{named_behind([self._beat, *self._last.values()])}; {self.cure}"
+                return f"{self._complaint}{named_behind([self._beat, *self._last.values()])}; {self.cure}"
         for rank in gone:
             if not self._last[rank].done:
                 return f"{self._last[rank]} is gone (killed, or out of memory); {self.cure}"
@@ -222,7 +240,8 @@ class Guard:
         return [r for r in self._silent if r in known and kernel and known[r].kernel == kernel and process_is_gone(known[r].pid)]
 
     def _now(self, done: bool = False) -> Beat:
-        self._beat = replace(self._beat, step=self.progress(), counter=self._beat.counter + 1, done=done, collectives=self.collectives())
+        work, count = self._work, self._beat.counter + 1
+        self._beat = replace(self._beat, step=work.progress(), counter=count, done=done, collectives=work.collectives())
         return self._beat
 
     def _say(self, done: bool = False) -> None:
@@ -298,12 +317,6 @@ def connect_to_rendezvous(timeout: float) -> dist.Store:
     """A client of the store by which the ranks found each other. `timeout`: seconds."""
     host, port = _place()
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout))
-
-
-def ranks_of_this_host(rank: int) -> range:
-    """The ranks that the launcher started here, as far as it says so."""
-    first = rank - int(os.environ.get("LOCAL_RANK", "0"))
-    return range(first, first + int(os.environ["LOCAL_WORLD_SIZE"])) if "LOCAL_WORLD_SIZE" in os.environ else range(rank, rank + 1)
 
 
 def _place() -> tuple[str, int]:

@@ -10,7 +10,6 @@ group have parts of one checkpoint, also where a training moves `latest` while t
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,10 +154,8 @@ def _device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # Whoever joins the world takes the device of its local rank.
-    index, devices = (
-        torch.cuda.current_device() if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", "0")),
-        torch.cuda.device_count(),
-    )
+    index = torch.cuda.current_device() if dist.is_initialized() else recipes.launched().local_rank
+    devices = torch.cuda.device_count()
     if index >= devices:
         raise RecipeError(
             f"process {index} of this host has no CUDA device, there are {devices}; set --nproc-per-node {devices} or device cpu"

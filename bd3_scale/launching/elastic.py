@@ -42,7 +42,8 @@ def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
     from bd3_scale.fault_tolerance.heartbeat_file import Pulse
     from bd3_scale.fault_tolerance.stop_request import seconds_left
 
-    leader, world = os.environ["RANK"] == "0", recipes.world_size_of_environment()
+    told = recipes.launched()
+    leader, world = told.rank == 0, told.world_size
     sizes = f"{' or '.join(map(str, fitting[:SHOWN]))}{' or more' if len(fitting) > SHOWN else ''}"
     text = f"{world} ranks do not fit this recipe ({str(misfit).split('; ')[0]}), {sizes} would: waiting for nodes to join"
     if os.environ.get(JOINABLE) != "1":
@@ -77,7 +78,7 @@ def larger_worlds() -> list[int]:
     told = torchrun.of_this_rank()
     if told is None or told.backend == "static":
         return []
-    nodes, per_node = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes, per_node = int(os.environ["GROUP_WORLD_SIZE"]), recipes.launched().local_world_size
     return [count * per_node for count in range(nodes + 1, told.most + 1)]
 
 

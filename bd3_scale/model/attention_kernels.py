@@ -225,6 +225,12 @@ def _additive_tile_mask(pattern: AttentionPattern, tile: int, halves: int, group
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
+def forget_masks() -> None:
+    """Let go of all masks of all kernels; they are made again when they are needed."""
+    for cached in (_dense_mask, block_mask, _tile_tables, _additive_tile_mask):
+        cached.cache_clear()
+
+
 def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
 

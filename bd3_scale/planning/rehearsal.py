@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -96,18 +95,11 @@ def ranks_of_interest(case: Situation) -> dict[int, str]:
 @contextlib.contextmanager
 def fake_world(case: Situation, rank: int) -> Iterator[Layout]:
     """This process as `rank` of the world, with the groups of the layout."""
-    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    os.environ |= {"WORLD_SIZE": str(case.world_size), "RANK": str(rank), "LOCAL_RANK": "0"}
     try:
         dist.init_process_group("fake", rank=rank, world_size=case.world_size, store=FakeStore())
         yield layout.start(case.recipe.parallel, "cpu")
     finally:
         layout.stop()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -198,8 +190,7 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
             for chunk in built if here.rank == 0 else _own(here, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()
                 handed = _forward_backward(chunk, fake, received, shape, recipe.training.recompute)
-        attention_kernels._additive_tile_mask.cache_clear()  # masks that were made without data
-        attention_kernels._dense_mask.cache_clear()
+        attention_kernels.forget_masks()  # they were made without data
     return shape
 
 

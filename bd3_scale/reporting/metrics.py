@@ -29,14 +29,9 @@ AT_START = ("amendment", "probe")
 class Meter:
     """Collects the steps since the last reading."""
 
-    def __init__(self, device: torch.device, data_tokens: int, flops_per_token: float, peak_flops: float | None) -> None:
-        """`data_tokens`: of the run so far. `flops_per_token`: model FLOPs of a training step per data token.
-
-        `peak_flops`: FLOP/s of all ranks together, or None where unknown (then MFU is None).
-        """
+    def __init__(self, device: torch.device, data_tokens: int, peak_flops: float | None) -> None:
+        """`data_tokens`: of the run so far. `peak_flops`: FLOP/s of all ranks together, or None where unknown (then MFU is None)."""
         self.device, self.peak_flops = device, peak_flops
-        self.flops_per_token = flops_per_token
-        """May be set anew when the objective changes; it holds for the whole window of the next reading."""
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._tokens, self._clock = data_tokens, time.perf_counter()
@@ -46,9 +41,9 @@ class Meter:
         self._losses.append(loss.detach())
         self._norms.append(norm.detach())
 
-    def read(self, data_tokens: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def read(self, data_tokens: int, reduce: Callable[[Tensor], Tensor], flops_per_token: float) -> dict[str, Any]:
         """Means over the steps since the last reading, at least one; of those that have numbers, as far as any has. `reduce`: sum
-        over the replicas, in place."""
+        over the replicas, in place. `flops_per_token`: model FLOPs of a training step per data token, in all of these steps."""
         losses, norms = reduce(torch.stack(self._losses).double()), torch.stack(self._norms).double()
         values = _finite_mean(losses).item(), _finite_mean(norms).item()  # the one wait for the device
         now = time.perf_counter()
@@ -59,7 +54,7 @@ class Meter:
             "loss": values[0],
             "gradient_norm": values[1],
             "tokens_per_second": rate,
-            "mfu": None if self.peak_flops is None else rate * self.flops_per_token / self.peak_flops,
+            "mfu": None if self.peak_flops is None else rate * flops_per_token / self.peak_flops,
             "memory_bytes": memory_bytes(self.device),
         }
 

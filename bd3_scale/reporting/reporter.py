@@ -45,27 +45,29 @@ class Reporter:
         recipe: Recipe,
         layout: Layout,
         folder: Path,
-        run_state: dict[str, Any],
         *,
         first_step: int,
-        flops_per_token: float,
+        wandb: str | None = None,
         may_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """`may_write`: see MetricsFile."""
+        """`wandb`: the id of a run there that goes on. `may_write`: see MetricsFile."""
         self.recipe, self.layout, self.folder, self.first_step = recipe, layout, folder, first_step
         self.file: MetricsFile | None = None
         self.plots_wait_until = 0.0
+        self.wandb = wandb
+        """What checkpoints keep."""
         if layout.leader:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(to_yaml(recipe))
             self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
-            self.tracker = Tracker(recipe, folder, run_state)
+            self.tracker = Tracker(recipe, folder, wandb)
+            self.wandb = self.tracker.run_id
             self.bar = _bar(recipe, first_step)
             if (ends := texts_end_at(recipe.data.row_special, recipe.model.context)) is not None:
                 self.say(ends)
         # Last, so that neither the start of wandb nor a long metrics.jsonl is counted as training.
         self.began = time.perf_counter()
-        self.meter = Meter(layout.device, first_step * recipe.tokens_per_step, flops_per_token, _peak(recipe, layout))
+        self.meter = Meter(layout.device, first_step * recipe.tokens_per_step, _peak(recipe, layout))
 
     def probed(self, found: Sequence[Probed]) -> None:
         """Say and write down which kernels were tried and work; see engines/kernel_probe.py."""
@@ -93,14 +95,15 @@ class Reporter:
         step: int,
         learning_rate: float,
         interval: list[float],
+        flops_per_token: float,
         reduce: Callable[[Tensor], Tensor],
         skipped: Tensor,
         pace: Callable[[Callable[[str], None]], dict[str, float]] = lambda tell: {},
     ) -> dict[str, Any]:
-        """Write a training line of the steps since the last one; collective over the replicas. `skipped`: counts of `StepRule`; `pace`:
-        see `Pace.read`."""
+        """Write a training line of the steps since the last one; collective over the replicas. `flops_per_token`: see `Meter.read`;
+        `skipped`: counts of `StepRule`; `pace`: see `Pace.read`."""
         tokens = step * self.recipe.tokens_per_step
-        values = self.meter.read(tokens, reduce)
+        values = self.meter.read(tokens, reduce, flops_per_token)
         _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()
         line = {"kind": "train", "step": step, "data_tokens": tokens, "learning_rate": learning_rate, "interval": interval, **values}
         if own := pace(lambda text: self.warning(step, text)):

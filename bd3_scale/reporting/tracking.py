@@ -23,15 +23,17 @@ ID_FILE = Path("wandb") / "run_id"
 class Tracker:
     """Sends lines to wandb, or does nothing."""
 
-    def __init__(self, recipe: Recipe, folder: Path, run_state: dict[str, Any]) -> None:
-        """`folder`: the run directory. `run_state["wandb"]` is the id to continue; a new one is put there for checkpoints to keep."""
+    def __init__(self, recipe: Recipe, folder: Path, run_id: str | None = None) -> None:
+        """`folder`: the run directory. `run_id`: the one to continue."""
         self.run: Any = None
+        self.run_id = run_id
+        """Continued or new, for checkpoints to keep; as it was given where nothing is tracked."""
         if recipe.tracking.wandb == "disabled":
             return
         try:
             import wandb
 
-            run_state["wandb"] = run_id = run_state.get("wandb") or _remembered(folder) or secrets.token_hex(4)
+            self.run_id = run_id = run_id or _remembered(folder) or secrets.token_hex(4)
             (folder / ID_FILE).parent.mkdir(parents=True, exist_ok=True)
             (folder / ID_FILE).write_text(run_id + "\n")
             self.run = wandb.init(

@@ -127,15 +127,16 @@ class Saver:
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[int, str], None] = lambda step, text: None,
         may_write: Callable[[], None] = lambda: None,
+        continued: tuple[int, Path] | None = None,
         channel: Communicator | None = None,
     ) -> None:
-        """`may_write`: see `store.save`. `channel`: what the background threads talk over, for tests; else a gloo group where there are
-        several ranks."""
+        """`may_write`: see `store.save`. `continued`: step and place of the checkpoint that the run goes on from. `channel`: what the
+        background threads talk over, for tests; else a gloo group where there are several ranks."""
         self.folder, self.config = Path(folder), config
         self.communicator = communicator or Solo()
-        self.step: int | None = None
+        self.step: int | None = None if continued is None else continued[0]
         """The step of the last save that was begun."""
-        self.published: Path | None = None
+        self.published: Path | None = None if continued is None else continued[1]
         """The newest checkpoint that this run has finished, as of the last `wait`."""
         self.failures = 0
         """Failed saves in a row, as of the last `wait`."""

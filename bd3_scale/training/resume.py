@@ -24,12 +24,11 @@ from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ran
 from bd3_scale.fault_tolerance.heartbeat_file import Pulse
 from bd3_scale.fault_tolerance.run_owner import FOLDER as OWNER
 from bd3_scale.generation.load_model import read_recipe
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import block_sizes
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.saving.fetch import fetch_latest
 from bd3_scale.training.learning_rate_schedule import rate_of
+from bd3_scale.training.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class Found:
     """All of the run so far, in order, those of this start last: {step, key, before, now}."""
     remarks: list[str]
     """What a person should know of this start."""
+
+    @property
+    def state(self) -> RunState:
+        """What the run goes on with."""
+        return replace(RunState.from_dictionary(self.checkpoint.run), amendments=self.amendments)
 
     def amended(self, key: str) -> bool:
         """Whether this start changes `key`."""
@@ -112,17 +116,6 @@ def _check_skip(before: list[list[int]], now: list[list[int]], consumed: int) ->
             f"data.skip is {as_yaml(now)}, but the checkpoint has gone through the samples up to {consumed}; set "
             f"data.skip={as_yaml([*past, *future])}, or continue from an earlier checkpoint (write its name into checkpoints/latest)"
         )
-
-
-def new_run_state(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """The free-form part of a checkpoint: what training decided, and what it was trained on."""
-    beta, omega = recipe.objective.interval
-    return {
-        "tuner": TunerState(block_sizes(recipe.objective.block_size)[0][1], (beta, omega)).to_dict(),
-        "tokenizer": {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint},
-        "data": {"fingerprint": data.fingerprint},
-        "wandb": None,
-    }
 
 
 def _decide(recipe: Recipe, folder: Path, remarks: list[str]) -> Path | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from bd3_scale.recipe.environment import launched
+
 
 def threads_of_a_process(asked: int | None, environment: Mapping[str, str], cores: int) -> int | None:
     """Threads to set, or None to leave torch's choice (one process, or OMP_NUM_THREADS set by the user).
@@ -22,7 +24,7 @@ def threads_of_a_process(asked: int | None, environment: Mapping[str, str], core
     started_by_torchrun = "TORCHELASTIC_RUN_ID" in environment
     if chosen is not None and not (started_by_torchrun and chosen == "1"):
         return None
-    processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    processes = launched(environment).local_world_size
     return max(1, cores // processes) if processes > 1 else None
 
 

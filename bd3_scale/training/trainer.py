@@ -11,102 +11,31 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from bd3_scale import recipe as recipes
-from bd3_scale.data.open import Data
 from bd3_scale.data.order import place_of
-from bd3_scale.data.unigram import unigram_perplexity
-from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.build import build_engine
-from bd3_scale.engines.ema import ExponentialAverage
-from bd3_scale.engines.kernel_probe import probe_recipe
 from bd3_scale.errors import TrainingError
-from bd3_scale.fault_tolerance.heartbeat_file import Pulse
-from bd3_scale.fault_tolerance.pace import Pace
-from bd3_scale.fault_tolerance.run_owner import own
-from bd3_scale.fault_tolerance.stop_request import StopRequest, seconds_left
 from bd3_scale.objectives import interval_tuner
 from bd3_scale.objectives.estimates import Validated
-from bd3_scale.objectives.table import Objective
-from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.suggestions import as_yaml
-from bd3_scale.reporting.reporter import Reporter, flops_per_token
-from bd3_scale.saving.background import Saver
-from bd3_scale.training import resume
-from bd3_scale.training.feed import Feed
+from bd3_scale.reporting.reporter import flops_per_token
+from bd3_scale.training.build import Parts
 from bd3_scale.training.garbage import collect, collected_on_demand
 from bd3_scale.training.learning_rate_schedule import rate_of
-from bd3_scale.training.validation import Validator
-
-UNFINISHED = "unfinished_validation"
-"""Entry of a checkpoint whose run was asked to stop during the validation of its step."""
 
 
 class Trainer:
     """One run on one rank. `run()` returns when the budget is spent or all ranks agreed to stop."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, data: Data) -> None:
-        self.recipe, self.layout, self.data = recipe, layout, data
-        self.folder = Path(recipe.run.dir)
-        self.step, self.samples = 0, 0
-        self.total_steps = recipe.total_steps
-        self.owner = own(self.folder, layout)
-        found = resume.find(recipe, self.folder, data, layout)
-        checkpoint = None if found is None else found.checkpoint
-        vocabulary, mask_id = data.tokenizer.model_vocabulary_size, data.tokenizer.mask_id
-        probed = probe_recipe(recipe, layout.device)
-        self.engine = build_engine(recipe, layout, vocabulary, mask_id)
-        decay = recipe.training.ema
-        self.ema = ExponentialAverage(self.engine.masters, decay, self.engine.publish, self.engine.settle) if decay else None
-        self.run_state: dict[str, Any] = resume.new_run_state(recipe, data)
-        if found is not None and checkpoint is not None:
-            checkpoint.load_into(self.engine.fragments(self._averages), layout)
-            self.step, self.samples, self.run_state = checkpoint.step, checkpoint.samples_consumed, checkpoint.run
-            rule = self.engine.adam.rule
-            if "step_rule" in self.run_state:
-                rule.load(self.run_state["step_rule"])
-            self.engine.resume(checkpoint.step - rule.left_out_so_far)
-            if found.amendments:
-                self.run_state["amendments"] = found.amendments
-        self.tuning = interval_tuner.TunerState.from_dict(self.run_state["tuner"])
-        self._advance(self.step)
-        if found is not None and found.amended("objective.interval"):
-            self._draw_from(recipe.objective.interval)
-        if found is not None and found.amended("objective.resample"):
-            rule.forget()
-        self.feed = Feed(recipe, layout, data, self.objective_at, step=self.step, samples=self.samples)
-        self.validator = Validator(
-            data.validation,
-            layout,
-            rows=recipe.validation.rows,
-            micro_batch=recipe.micro_batch(layout.data),
-            seed=recipe.run.seed,
-            interrupted=self._stop_in_validation,
-        )
-        self.stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
-        self.unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
-        may_write = self.owner.check
-        flops = self.flops_per_token()
-        self.report = Reporter(
-            recipe, layout, self.folder, self.run_state, first_step=self.step, flops_per_token=flops, may_write=may_write
-        )
-        self.report.probed(probed)
-        if found is not None:
-            self.report.continued(self.step, found.amendments, found.remarks)
-        if (remark := recipe.shares(layout.data).remark) is not None:
-            self.report.say(remark)
-        self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size, may_write=may_write)
-        compiled = recipe.training.compile != "none"
-        self.pace = Pace(layout, [part for net in self.engine.networks for part in ([net] if compiled else net.blocks.values())])
+    def __init__(self, parts: Parts) -> None:
+        self.recipe, self.layout, self.state, self.vocabulary = parts.recipe, parts.layout, parts.state, parts.vocabulary
+        self.engine, self.ema, self.objectives, self.feed = parts.engine, parts.ema, parts.objectives, parts.feed
+        self.report, self.saver, self.pulse, self.pace = parts.report, parts.saver, parts.pulse, parts.pace
+        self.validator, self.unigram, self.stop, self.owner = parts.validator, parts.unigram, parts.stop, parts.owner
+        self.step, self.samples, self.total_steps = parts.step, parts.samples, parts.recipe.total_steps
         self.validated: Validated | None = None
-        checkpoints = self.folder / "checkpoints"
-        self.saver = Saver(checkpoints, recipe.checkpoint, layout, say=self.report.say, warn=self.report.warning, may_write=may_write)
-        if checkpoint is not None:
-            self.saver.step, self.saver.published = checkpoint.step, checkpoint.path
 
     def run(self) -> Path:
         """Train to the end of the budget, or to an agreed stop; the state is saved either way. Returns the last checkpoint."""
@@ -119,7 +48,8 @@ class Trainer:
     def train(self) -> None:
         """The loop itself."""
         recipe = self.recipe
-        if self.run_state.pop(UNFINISHED, False):
+        if self.state.unfinished_validation:
+            self.state = replace(self.state, unfinished_validation=False)
             self.validate()
             if self.step == self.total_steps:
                 self.save()
@@ -141,29 +71,14 @@ class Trainer:
         return self.step == self.total_steps or (every > 0 and self.step % every == 0)
 
     @property
-    def objective(self) -> Objective:
-        """The objective of the next update."""
-        return self.objective_at(self.step)
-
-    def objective_at(self, step: int) -> Objective:
-        """The objective of update `step` as far as is known now: the block size of its stage, on the tuned interval. Changes nothing;
-        the thread of the feed asks, too."""
-        return self.recipe.objective_at(self.data.tokenizer, step, self._tuning_at(step).interval, self.layout.device.type)
-
-    def _tuning_at(self, step: int) -> interval_tuner.TunerState:
-        block_size = self.recipe.objective_at(self.data.tokenizer, step).block_size
-        return self.tuning.at(block_size, self.recipe.objective.interval)
+    def tuning(self) -> interval_tuner.TunerState:
+        return self.objectives.tuning
 
     def _advance(self, step: int) -> None:
         """The run is at `step`, and what was tuned with it: another block size begins its search anew."""
-        before, self.step, self.tuning = self.tuning.block_size, step, self._tuning_at(step)
-        if self.tuning.block_size != before:
+        self.step = step
+        if self.objectives.advance(step):
             self.engine.adam.rule.forget()  # norms of another loss
-
-    def _draw_from(self, interval: tuple[float, float]) -> None:
-        if interval != self.tuning.interval:
-            self.tuning = replace(self.tuning, interval=interval)
-            self.engine.adam.rule.forget()
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
@@ -188,11 +103,11 @@ class Trainer:
         """Write a training line; too many steps left out in a row end the run."""
         self.saver.poll()
         collect()
-        self.report.meter.flops_per_token = self.flops_per_token()  # block size and interval change during a run
         line = self.report.train(
             step=self.step,
             learning_rate=rate_of(self.recipe, self.step - 1),
             interval=list(self.tuning.interval),
+            flops_per_token=self.flops_per_token(),  # block size and interval change during a run
             reduce=self.layout.sum_of_replicas,
             skipped=self.engine.adam.rule.counts,
             pace=self.pace.read,
@@ -216,18 +131,19 @@ class Trainer:
 
     def validate(self) -> None:
         """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
-        start, config = time.perf_counter(), self.recipe.tuner
+        start, config, objective = time.perf_counter(), self.recipe.tuner, self.objectives.at(self.step)
         self.pulse.beat(self.step, "validate")
+        given = objective, self.engine.evaluate, self._stop_in_validation
         statistics = None
         with self.ema.swapped() if self.ema is not None else nullcontext():
             if interval_tuner.due(config, self.step):
                 resample = self.recipe.objective.resample
-                validated, statistics = self.validator.and_tune(self.objective, self.engine.evaluate, resample=resample, rows=config.rows)
+                validated, statistics = self.validator.and_tune(*given, resample=resample, rows=config.rows)
             else:
-                validated = self.validator(self.objective, self.engine.evaluate)
+                validated = self.validator(*given)
         if validated is None:
             # Asked to stop: whoever continues the run makes this validation first, so that no line and no tuning is missing.
-            self.run_state[UNFINISHED] = True
+            self.state = replace(self.state, unfinished_validation=True)
             return
         self.validated = validated
         seconds = time.perf_counter() - start
@@ -241,27 +157,28 @@ class Trainer:
         choice = interval_tuner.choose(intervals, variances, statistics.blocks, self.tuning.interval, self.recipe.tuner.margin)
         choice = self.layout.broadcast(choice)
         interval_tuner.agreed(self.layout.all_gather(choice.interval))
-        self._draw_from(choice.interval)
-        self.tuning = self.tuning.after(self.step, choice)
+        if self.objectives.take(choice, self.step):
+            self.engine.adam.rule.forget()
         self.pulse.forget()
         self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
 
     def save(self) -> None:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
         self.pulse.beat(self.step, "save")
+        state = replace(self.state, tuner=self.tuning, step_rule=self.engine.adam.rule.state())
         copy_of = self.engine.copy_of if self.recipe.checkpoint.compare_replicas and self.layout.data > 1 else None
         seconds = self.saver.save(
             self.step,
             self.engine.owned_fragments(self._averages),
             samples_consumed=self.samples,
-            run={**self.run_state, "tuner": self.tuning.to_dict(), "step_rule": self.engine.adam.rule.state()},
+            run=state.to_dictionary(),
             recipe=recipes.to_yaml(self.recipe),
             replica=(copy_of, self.engine.weight_sum()) if copy_of is not None else None,
         )
         self.report.skip(seconds)
 
     def flops_per_token(self) -> float:
-        return flops_per_token(self.recipe, self.objective.pattern, self.data.tokenizer.model_vocabulary_size, self.tuning.interval)
+        return flops_per_token(self.recipe, self.objectives.at(self.step).pattern, self.vocabulary, self.tuning.interval)
 
     def close(self) -> None:
         """Wait for the last checkpoint, end threads and files, let go of the state; the signals are the caller's again."""
@@ -282,11 +199,3 @@ class Trainer:
     @property
     def _averages(self) -> list[torch.Tensor] | None:
         return self.ema.tensors if self.ema is not None else None
-
-
-def _unigram(data: Data, rows: int) -> float | None:
-    """Perplexity of a unigram model on the validation rows: what a model must beat. Counted over small sets only."""
-    if data.train_tokens > 20_000_000:
-        return None
-    held_out = data.validation.rows(np.arange(min(rows, len(data.validation))))
-    return unigram_perplexity(data.train.rows(np.arange(len(data.train))), held_out, data.tokenizer.model_vocabulary_size)

@@ -23,6 +23,7 @@ from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.table import Objective
 
 Evaluate = Callable[[Sequence[NetworkInputs]], list[Tensor | None]]
+Interrupted = Callable[[], bool]
 EVALUATED_TOGETHER = 32
 """Micro-batches handed over at a time: enough to keep the stages of a pipeline busy, few enough to hold on the host."""
 
@@ -30,18 +31,8 @@ EVALUATED_TOGETHER = 32
 class Validator:
     """Holds this replica's share of the held-out rows. Every replica makes the same number of forwards, as ZeRO-3 needs."""
 
-    def __init__(
-        self,
-        reader: Rows,
-        layout: Layout,
-        *,
-        rows: int,
-        micro_batch: int,
-        seed: int,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """`interrupted` is asked between groups of micro-batches, on all ranks alike, and ends a pass without a result."""
-        self.layout, self.micro_batch, self.seed, self.interrupted = layout, micro_batch, seed, interrupted
+    def __init__(self, reader: Rows, layout: Layout, *, rows: int, micro_batch: int, seed: int) -> None:
+        self.layout, self.micro_batch, self.seed = layout, micro_batch, seed
         self.total = min(rows, len(reader))
         if self.total < layout.data:
             raise RecipeError(
@@ -52,12 +43,13 @@ class Validator:
         largest_share = math.ceil(self.total / layout.data)
         self.forwards = math.ceil(largest_share / micro_batch)
 
-    def __call__(self, objective: Objective, evaluate: Evaluate) -> Validated | None:
-        """`evaluate`: micro-batches -> nll of the selected positions of each, None on ranks that do not score."""
-        return self._pass(objective, evaluate, lambda inputs, nll, indices: None)
+    def __call__(self, objective: Objective, evaluate: Evaluate, interrupted: Interrupted = lambda: False) -> Validated | None:
+        """`evaluate`: micro-batches -> nll of the selected positions of each, None on ranks that do not score. `interrupted` is asked
+        between groups of micro-batches, on all ranks alike, and ends a pass without a result."""
+        return self._pass(objective, evaluate, interrupted, lambda inputs, nll, indices: None)
 
     def and_tune(
-        self, objective: Objective, evaluate: Evaluate, *, resample: bool, rows: int | None
+        self, objective: Objective, evaluate: Evaluate, interrupted: Interrupted = lambda: False, *, resample: bool, rows: int | None
     ) -> tuple[Validated | None, IntervalStatistics | None]:
         """The same pass, and the variance of every candidate interval from the first `rows` held-out rows; collective."""
         intervals = candidates(objective.block_size)
@@ -67,18 +59,22 @@ class Validator:
             part = row_statistics(objective.block_samples(inputs, nll, indices, self.seed), indices, intervals, resample)
             parts.append(part.first(self.total if rows is None else rows))
 
-        validation = self._pass(objective, evaluate, collect)
+        validation = self._pass(objective, evaluate, interrupted, collect)
         if validation is None:
             return None, None
         mine = parts if self.layout.speaks else parts[:1]
         return validation, interval_statistics([part for share in self.layout.all_gather(mine) for part in share])
 
     def _pass(
-        self, objective: Objective, evaluate: Evaluate, collect: Callable[[NetworkInputs, Tensor, np.ndarray], None]
+        self,
+        objective: Objective,
+        evaluate: Evaluate,
+        interrupted: Interrupted,
+        collect: Callable[[NetworkInputs, Tensor, np.ndarray], None],
     ) -> Validated | None:
         moments = Moments()
         for first in range(0, self.forwards, EVALUATED_TOGETHER):
-            if first and self.interrupted():
+            if first and interrupted():
                 return None
             parts = [self._part(index) for index in range(first, min(first + EVALUATED_TOGETHER, self.forwards))]
             # A share that is one row short joins the last forward with a row that is not counted.

@@ -16,12 +16,13 @@ from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.data.open import open_data
 from bd3_scale.distributed import layout
+from bd3_scale.training.build import build_parts
 from bd3_scale.training.trainer import Trainer
 
 
 def resave(recipe: recipes.Recipe, here: layout.Layout) -> None:
     with open_data(recipe.data, recipe.model.context, leader=here.leader, barrier=here.barrier, progress=False) as data:
-        trainer = Trainer(recipe, here, data)
+        trainer = Trainer(build_parts(recipe, here, data))
         assert trainer.step > 0, "nothing was loaded"
         trainer.save()
         trainer.close()

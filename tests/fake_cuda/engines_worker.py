@@ -67,7 +67,7 @@ def train(engine: str, zero: int, precision: str, here: Layout) -> dict[str, Any
     with fake_cuda(answer=0) as device:
         built = build_engine(settings, replace(here, device=DEVICE), WORDS + 1, WORDS)
         average = ExponentialAverage(built.masters, 0.999, built.publish, built.settle)
-        meter = Meter(DEVICE, 0, 1.0, None)
+        meter = Meter(DEVICE, 0, None)
         steps = []
         for step in range(1, STEPS + 1):
             # In the first ones masks are made, and ZeRO 3 learns what is needed when.
@@ -88,7 +88,7 @@ def train(engine: str, zero: int, precision: str, here: Layout) -> dict[str, Any
         assert all(fragment.value.is_cuda and fragment.value.dtype == torch.float32 for fragment in fragments)
         device.answer = 0
         device.forget()
-        meter.read(L, lambda value: value)
+        meter.read(L, lambda value: value, 1.0)
         logged = len(device.places)
         built.close()
     return {"step": steps[-1], "evaluated": evaluated[len(steps[-1]) :], "logged": logged}

@@ -71,11 +71,11 @@ def test_whatever_deepspeed_answers_as_a_norm_is_on_the_device(found: Any) -> No
     with fake_cuda() as device:
         if isinstance(found, torch.Tensor):
             found = torch.ones((), device=DEVICE, dtype=torch.bfloat16)
-        meter, rule = Meter(DEVICE, 0, 1.0, None), StepRule(3.0, DEVICE)
+        meter, rule = Meter(DEVICE, 0, None), StepRule(3.0, DEVICE)
         for norm in (torch.ones((), device=DEVICE), norm_on_device(found, DEVICE)):
             assert rule.leave_out(norm).is_cuda
             meter.add(torch.zeros((), device=DEVICE), norm)
         assert not device.waits
         device.answer = 1
-        assert meter.read(10, lambda value: value)["gradient_norm"] == 1
+        assert meter.read(10, lambda value: value, 1.0)["gradient_norm"] == 1
     assert device.waits.total() == 2

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "bd3_scale"
 VERBS = ("cli", "doctor", "evaluate", "launch", "plan", "sample", "train")
 """The commands, above everything; what they share among themselves is theirs."""
 
-TO_GO = {("fault_tolerance", "training"), ("recipe", "data"), ("recipe", "objectives")}
+TO_GO = {("recipe", "data"), ("recipe", "objectives")}
 """Arrows that still run up."""
 
 

@@ -6,8 +6,10 @@ import datetime
 import subprocess
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from bd3_scale.errors import DataError, TrainingError
 from bd3_scale.fault_tolerance import rank_monitor as module
-from bd3_scale.fault_tolerance.rank_monitor import Beat, Guard, is_lost_peer, named_behind
+from bd3_scale.fault_tolerance.rank_monitor import Beat, Guard, Work, is_lost_peer, named_behind
 
 PATIENCE = 1.2
 LIMIT = 30.0
@@ -94,10 +96,10 @@ def test_ranks_that_leave_in_order_are_not_missed(world: Callable[[int], World])
 def test_silent_ranks_are_named_with_their_step(world: Callable[[int], World]) -> None:
     """Two ranks of a lost node; the third, on another host, is told by the leader and lingers as the leader does."""
     here = world(4)
-    with here.guard(0, local_ranks=range(2)), here.guard(1, local_ranks=range(2)):
+    with here.guard(0, local_ranks=range(2)), here.guard(1, local_ranks=range(2)), ExitStack() as stack:
         for rank in (2, 3):
             lost = here.guard(rank, local_ranks=range(2, 4))
-            lost.progress = lambda: 17
+            stack.enter_context(lost.following(Work(progress=lambda: 17)))
             lost.__enter__()
             silence(lost)
         line = here.wait(0)
@@ -107,6 +109,24 @@ def test_silent_ranks_are_named_with_their_step(world: Callable[[int], World]) -
     assert set(named) == {"2", "3"}
     assert here.ends[0][1] > 0
     assert here.ends[1][0] is None, "the leader has said it for this host"
+
+
+def test_work_that_ended_in_order_is_let_go_of_and_one_that_failed_has_its_last_words() -> None:
+    """Between training and the sample the state of the training must go; an error is still to be told of, with the stacks."""
+
+    class Trained:
+        step = 7
+
+    guard, said, trained = Guard(0, 1, PATIENCE), list[str](), Trained()
+    seen = weakref.ref(trained)
+    with guard.following(Work(progress=lambda held=trained: held.step, last_words=lambda held=trained: said.append("words"))):
+        assert guard._now().step == 7
+    del trained
+    assert guard._now().step == 7 and seen() is None
+    with pytest.raises(DataError), guard.following(Work(last_words=lambda: said.append("words"))):
+        raise DataError("x")
+    guard._work.last_words()
+    assert said == ["words"]
 
 
 def test_lost_leader_is_noticed_by_all(world: Callable[[int], World]) -> None:

@@ -37,7 +37,7 @@ def one(value: float) -> torch.Tensor:
 
 
 def test_reading_is_the_mean_of_its_window_and_the_sum_over_replicas(clock: Clock) -> None:
-    meter = Meter(CPU, data_tokens=1000, flops_per_token=6.0, peak_flops=None)
+    meter = Meter(CPU, data_tokens=1000, peak_flops=None)
     meter.add(one(1.0), one(3.0))
     meter.add(one(2.0), one(5.0))
     clock.now += 4.0
@@ -47,7 +47,7 @@ def test_reading_is_the_mean_of_its_window_and_the_sum_over_replicas(clock: Cloc
         calls.append(value)
         return value.mul_(2)  # two replicas with equal parts
 
-    first = meter.read(1800, reduce)
+    first = meter.read(1800, reduce, 6.0)
     assert len(calls) == 1 and calls[0].numel() == 2, "one reduction per reading, of a number a step"
     assert first["loss"] == pytest.approx(3.0)
     assert first["gradient_norm"] == pytest.approx(4.0), "the norm is global already"
@@ -57,41 +57,41 @@ def test_reading_is_the_mean_of_its_window_and_the_sum_over_replicas(clock: Cloc
 
     meter.add(one(7.0), one(1.0))
     clock.now += 1.0
-    second = meter.read(1900, lambda value: value)
+    second = meter.read(1900, lambda value: value, 6.0)
     assert (second["loss"], second["gradient_norm"], second["tokens_per_second"]) == pytest.approx((7.0, 1.0, 100.0))
 
 
 def test_a_step_that_has_no_numbers_is_not_in_the_means() -> None:
-    meter = Meter(CPU, data_tokens=0, flops_per_token=6.0, peak_flops=None)
+    meter = Meter(CPU, data_tokens=0, peak_flops=None)
     for loss, norm in ((1.0, 4.0), (float("nan"), float("inf")), (3.0, 8.0)):
         meter.add(one(loss), one(norm))
-    read = meter.read(10, lambda value: value)
+    read = meter.read(10, lambda value: value, 6.0)
     assert (read["loss"], read["gradient_norm"]) == pytest.approx((2.0, 6.0))
     meter.add(one(float("inf")), one(float("inf")))
-    assert not math.isfinite(meter.read(20, lambda value: value)["loss"]), "nothing but such steps: that must be seen"
+    assert not math.isfinite(meter.read(20, lambda value: value, 6.0)["loss"]), "nothing but such steps: that must be seen"
 
 
 def test_mfu_is_model_flops_over_the_peak(clock: Clock) -> None:
-    meter = Meter(CPU, data_tokens=0, flops_per_token=6e9, peak_flops=4e12)
+    meter = Meter(CPU, data_tokens=0, peak_flops=4e12)
     meter.add(one(1.0), one(1.0))
     clock.now += 10.0
-    assert meter.read(3000, lambda value: value)["mfu"] == pytest.approx(300 * 6e9 / 4e12)
+    assert meter.read(3000, lambda value: value, 6e9)["mfu"] == pytest.approx(300 * 6e9 / 4e12)
 
 
 def test_time_spent_on_something_else_does_not_slow_training(clock: Clock) -> None:
-    meter = Meter(CPU, 0, 1.0, None)
+    meter = Meter(CPU, 0, None)
     meter.add(one(1.0), one(1.0))
     clock.now += 2.0 + 50.0
     meter.skip(50.0)
-    assert meter.read(100, lambda value: value)["tokens_per_second"] == pytest.approx(50.0)
+    assert meter.read(100, lambda value: value, 6.0)["tokens_per_second"] == pytest.approx(50.0)
 
 
 def test_nothing_is_read_from_the_device_between_readings() -> None:
     """Tensors of the meta device have no values: asking for one raises."""
-    meter = Meter(CPU, 0, 1.0, None)
+    meter = Meter(CPU, 0, None)
     meter.add(torch.zeros((), device="meta"), torch.zeros((), device="meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
-        meter.read(1, lambda value: value)
+        meter.read(1, lambda value: value, 6.0)
 
 
 def steps(path: Path) -> list[int]:

@@ -44,7 +44,12 @@ def recipe(folder: Path, steps: int = 40) -> Recipe:
 def train(reporter: Reporter, step: int, loss: float) -> dict[str, Any]:
     reporter.add(torch.tensor(loss), torch.tensor(0.5))
     return reporter.train(
-        step=step, learning_rate=1e-3, interval=[0.25, 0.75], reduce=lambda value: value, skipped=torch.zeros(3, dtype=torch.int64)
+        step=step,
+        learning_rate=1e-3,
+        interval=[0.25, 0.75],
+        flops_per_token=1e9,
+        reduce=lambda value: value,
+        skipped=torch.zeros(3, dtype=torch.int64),
     )
 
 
@@ -56,7 +61,7 @@ def a_run(folder: Path, nelbos: tuple[float, ...] = (6.0, 5.0), layout: Layout =
     """A run of 10 steps per validation with a line every 5."""
     asked = recipe(folder, steps=10 * len(nelbos))
     asked.tracking.plots = pictures
-    reporter = Reporter(asked, layout, folder, {"wandb": None}, first_step=0, flops_per_token=1e9)
+    reporter = Reporter(asked, layout, folder, first_step=0)
     for index, nelbo in enumerate(nelbos):
         for step in (10 * index + 5, 10 * index + 10):
             train(reporter, step, 8.0 - 0.1 * step)
@@ -106,7 +111,7 @@ def test_other_ranks_measure_but_write_nothing(tmp_path: Path) -> None:
 
 
 def test_plain_lines_say_how_far_how_well_how_fast_and_how_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter(recipe(tmp_path), LAYOUT, tmp_path, {}, first_step=20, flops_per_token=1e9)
+    reporter = Reporter(recipe(tmp_path), LAYOUT, tmp_path, first_step=20)
     line = train(reporter, 30, 4.5)
     reporter.meter.peak_flops = 1e12
     train(reporter, 40, 4.25)
@@ -123,7 +128,7 @@ def test_terminal_has_one_line_that_is_written_again(tmp_path: Path, monkeypatch
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    reporter = Reporter(recipe(tmp_path), LAYOUT, tmp_path, {}, first_step=20, flops_per_token=1e9)
+    reporter = Reporter(recipe(tmp_path), LAYOUT, tmp_path, first_step=20)
     train(reporter, 30, 4.5)
     reporter.bar.refresh()
     assert "\n" not in terminal.getvalue()
@@ -136,7 +141,7 @@ def test_terminal_has_one_line_that_is_written_again(tmp_path: Path, monkeypatch
 def test_no_progress_means_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = recipe(tmp_path)
     asked.tracking.progress = False
-    train(Reporter(asked, LAYOUT, tmp_path, {}, first_step=0, flops_per_token=1e9), 10, 4.5)
+    train(Reporter(asked, LAYOUT, tmp_path, first_step=0), 10, 4.5)
     assert capsys.readouterr().err == ""
 
 
@@ -148,7 +153,7 @@ def test_plots_take_little_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         now, asked = Clock(), recipe(tmp_path / str(drawing))
         monkeypatch.setattr(reporter_module.time, "perf_counter", now)
         asked.tracking.plots = drawing
-        reporter = Reporter(asked, LAYOUT, tmp_path / str(drawing), {}, first_step=0, flops_per_token=1e9)
+        reporter = Reporter(asked, LAYOUT, tmp_path / str(drawing), first_step=0)
         now.advance(1)
         train(reporter, 10, 4.5)
         for _ in range(5):
@@ -245,7 +250,7 @@ def test_summary_of_a_start_that_validated_nothing_remembers_the_last(tmp_path: 
 
 def test_a_run_without_likelihood_reports_its_cross_entropy_and_no_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = recipe(tmp_path, steps=20)
-    reporter = Reporter(asked, LAYOUT, tmp_path, {"wandb": None}, first_step=0, flops_per_token=1e9)
+    reporter = Reporter(asked, LAYOUT, tmp_path, first_step=0)
     for step, value in ((10, 3.0), (20, 3.5)):
         train(reporter, step, 4.0)
         reporter.validation(step=step, result=CrossEntropy(value, 0.01, 32), seconds=0.0, unigram_perplexity=90.0)
@@ -284,5 +289,5 @@ def test_the_start_says_where_texts_end(tmp_path: Path, capsys: pytest.CaptureFi
     for special, said in (("bos_eos", 1), ("none", 0)):
         asked = recipe(tmp_path / special)
         asked.data.row_special = special
-        Reporter(asked, LAYOUT, tmp_path / special, {"wandb": None}, first_step=0, flops_per_token=1e9).close()
+        Reporter(asked, LAYOUT, tmp_path / special, first_step=0).close()
         assert capsys.readouterr().err.count("texts of this model end at 128 tokens") == said

@@ -64,33 +64,30 @@ def recipe(mode: str = "offline") -> Recipe:
 
 
 def test_disabled_is_the_default_and_touches_nothing(wandb: FakeWandb, tmp_path: Path) -> None:
-    state: dict[str, Any] = {"wandb": None}
-    tracker = Tracker(Recipe(), tmp_path, state)
+    tracker = Tracker(Recipe(), tmp_path, "known")
     tracker.log(LINE)
     tracker.close()
-    assert wandb.calls == [] and state == {"wandb": None} and list(tmp_path.iterdir()) == []
+    assert wandb.calls == [] and tracker.run_id == "known" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_mode_is_always_passed_and_the_id_is_kept(mode: str, wandb: FakeWandb, tmp_path: Path) -> None:
-    state: dict[str, Any] = {"wandb": None}
-    Tracker(recipe(mode), tmp_path, state)
+    tracker = Tracker(recipe(mode), tmp_path)
     options = wandb.calls[0]
     assert (options["mode"], options["resume"], options["dir"]) == (mode, "allow", str(tmp_path))
-    assert options["id"] == state["wandb"] == (tmp_path / ID_FILE).read_text().strip()
+    assert options["id"] == tracker.run_id == (tmp_path / ID_FILE).read_text().strip()
 
 
 def test_restart_continues_the_run(wandb: FakeWandb, tmp_path: Path) -> None:
     """With the checkpoint's id, or the run directory's where it was killed before the first checkpoint."""
-    first: dict[str, Any] = {"wandb": None}
-    Tracker(recipe(), tmp_path, first)
-    Tracker(recipe(), tmp_path, {"wandb": None})
-    Tracker(recipe(), tmp_path, {"wandb": "of-the-checkpoint"})
-    assert [call["id"] for call in wandb.calls] == [first["wandb"], first["wandb"], "of-the-checkpoint"]
+    first = Tracker(recipe(), tmp_path).run_id
+    Tracker(recipe(), tmp_path)
+    Tracker(recipe(), tmp_path, "of-the-checkpoint")
+    assert [call["id"] for call in wandb.calls] == [first, first, "of-the-checkpoint"]
 
 
 def test_lines_are_sent_by_kind_with_the_step_as_a_value(wandb: FakeWandb, tmp_path: Path) -> None:
-    tracker = Tracker(recipe(), tmp_path, {})
+    tracker = Tracker(recipe(), tmp_path)
     tracker.log(LINE)
     tracker.log({"kind": "validation", "step": 10, "nelbo": 3.0})
     tracker.close()
@@ -106,7 +103,7 @@ def test_lines_are_sent_by_kind_with_the_step_as_a_value(wandb: FakeWandb, tmp_p
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_failure_is_said_once_and_stops_nothing(broken: str, wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wandb.broken = broken
-    tracker = Tracker(recipe(), tmp_path, {})
+    tracker = Tracker(recipe(), tmp_path)
     for _ in range(3):
         tracker.log(LINE)
     tracker.close()
@@ -117,14 +114,14 @@ def test_failure_is_said_once_and_stops_nothing(broken: str, wandb: FakeWandb, t
 
 def test_missing_wandb_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
-    Tracker(recipe(), tmp_path, {}).log(LINE)
+    Tracker(recipe(), tmp_path).log(LINE)
     assert capsys.readouterr().err.count("training goes on without it") == 1
 
 
 def test_credentials_of_a_recipe_stay_here(wandb: FakeWandb, tmp_path: Path) -> None:
     asked = recipe()
     asked.data.remote = "https://user:secret1@host/corpus?sig=secret2"
-    Tracker(asked, tmp_path, {})
+    Tracker(asked, tmp_path)
     config = wandb.calls[0]["config"]
     assert config["data"]["remote"] == "https://***@host/corpus?***"
     assert config["model"] == vars(asked.model), "the rest is the resolved recipe"
@@ -136,14 +133,15 @@ def test_real_offline_run_is_continued_and_holds_no_key(monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_SILENT", "true")
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    state: dict[str, Any] = {"wandb": None}
+    run_id = None
     for _ in range(2):
-        tracker = Tracker(recipe(), tmp_path, state)
+        tracker = Tracker(recipe(), tmp_path, run_id)
+        run_id = tracker.run_id
         assert tracker.run is not None
         tracker.log(LINE)
         tracker.close()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers, "wandb took our signals"
-    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{state['wandb']}"))
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
     assert runs and all(list(run.glob("*.wandb")) for run in runs)
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert len(files) > 1 and not [path for path in files if key.encode() in path.read_bytes()]
