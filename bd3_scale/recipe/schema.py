@@ -31,7 +31,7 @@ class RunConfig:
     seed: int = key(0, least=0, change="amend")
     """Initial weights, noise, dropout and the order of the rows are functions of it."""
     resume: str = key("auto", choices=("auto", "never", "fresh"), change="free")
-    """auto (continue the newest checkpoint) | never (refuse if there is one) | fresh (needs an empty directory)."""
+    """auto continues the newest checkpoint, never refuses if there is one, fresh needs an empty directory."""
     time_limit: float | None = key(None, above=0, change="free")
     """Seconds of wall clock, counted from the start of the process, after which the run saves its state and leaves with status 0."""
     amend: list[str] = key([], change="free")
@@ -61,9 +61,9 @@ class ModelConfig:
     head_width: int | None = key(None, above=0)
     """Width of one head; default: hidden / heads."""
     positions: str = key("rotary", choices=("rotary", "learned"))
-    """rotary | learned (a vector per position, added to the embedding: no text can be longer than `context`)."""
+    """rotary turns queries and keys; learned adds a vector per position to the embedding: no text can be longer than `context`."""
     attention_bias: str = key("none", choices=("none", "query_key_value", "all"))
-    """Biases of the attention's linears: none | query_key_value | all (the output, too)."""
+    """Biases of the attention's linears; all: of its output, too."""
     query_key_norm: bool = False
     """RMSNorm over the width of every head of query and key, before they are rotated."""
     norm: str = key("layernorm", choices=("layernorm", "rmsnorm"))
@@ -73,13 +73,13 @@ class ModelConfig:
     norm_epsilon: float = key(1e-5, above=0)
     """Added to the variance (mean square) in every norm."""
     mlp: str = key("gelu", choices=("gelu", "swiglu"))
-    """The MLP: gelu (tanh form) | swiglu."""
+    """Activation of the MLP; gelu is the tanh form."""
     mlp_hidden: int | None = key(None, above=0)
     """Default: 4 x hidden for gelu, 8/3 x hidden rounded up to a multiple of 64 for swiglu."""
     mlp_bias: bool = False
     """Biases of the MLP's linears."""
     conditioning: str = key("none", choices=("none", "adaln"))
-    """How the network is told the noise level: none | adaln (the paper's DiT form)."""
+    """How the network is told the noise level; adaln is the paper's DiT form."""
     conditioning_size: int = key(128, above=0)
     """Width of the vector that carries the noise level to adaLN."""
     tied_head: bool = False
@@ -93,12 +93,12 @@ class ModelConfig:
     initial_std: float = key(0.02, above=0)
     """Standard deviation of initial weights; of those that write into the residual stream, divided by sqrt(2 layers)."""
     attention: str = key("auto", choices=("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"), change="free")
-    """The kernel: auto (flex on CUDA, tiled on CPU) | flex | flex_triton | flex_flash (FlexAttention by the backend named: Triton, or
-    FlashAttention 4, which must be installed; tried before the run) | tiled | dense (reference: four times the work). Changes no result."""
+    """The kernel. auto: flex on CUDA, tiled on CPU; flex_triton, flex_flash: FlexAttention by the backend named (Triton, or FlashAttention
+    4, which must be installed), tried before the run; dense: a reference with four times the work. Changes no result."""
 
     head_loss: str = key("eager", choices=("eager", "fused"), change="free")
-    """The cross-entropy of the logits: eager (megatron-core's) | fused (compiled, which moves a sixth of the memory; not yet seen on a
-    GPU). Changes no result."""
+    """The cross-entropy of the logits. eager: megatron-core's; fused: compiled, which moves a sixth of the memory (not yet seen on a GPU).
+    Changes no result."""
 
     @property
     def head_size(self) -> int:
@@ -133,7 +133,7 @@ class ObjectiveConfig:
     interval: tuple[float, float] = key((1e-3, 1.0), change="amend")
     """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]. Not for ar."""
     clean_half: str = key("block_causal", choices=("block_causal", "causal"))
-    """How clean tokens see each other: block_causal | causal (inside a block, too). For bd3 and ssdlm."""
+    """How clean tokens see each other: whole blocks, or causally inside a block, too. For bd3 and ssdlm."""
     schedule: str = "linear"
     """Mask probability over time t: linear | cosine | square | sqrt | log. `interval` bounds t. The reported NELBO is always
     linear. Not for ar, nor for ssdlm, whose Gaussian noise has a cosine schedule of its own."""
@@ -145,7 +145,7 @@ class ObjectiveConfig:
 
 @dataclass
 class TunerConfig:
-    """The search for [beta, omega] during training (objective.md section 4), by the variance that validation sees."""
+    """The search for [beta, omega] during training, by the variance that validation sees."""
 
     enabled: bool = key(False, change="amend")
     """Off: objective.interval is never changed. On: it is where the search starts, and must be one of the candidates."""
@@ -182,7 +182,7 @@ class DataConfig:
     remote: str | None = key(None, change="free")
     """A folder or URL (s3://, gs://, ...) that shards are fetched from when `path` lacks them."""
     format: str = key("mds", choices=("mds", "webdataset"), change="free")
-    """mds (mosaicml-streaming) | webdataset (tar)."""
+    """mds: mosaicml-streaming; webdataset: tar."""
     mixture: list[SourceConfig] = key([])
     """Several data sets instead of `path`: [{path: A, weight: 0.7}, {path: B, weight: 0.3, remote: ..., format: ...}]. Each is read in
     its own order, epoch by epoch; validation takes held-out rows of all in the same proportions. A continued run may have them
@@ -192,14 +192,14 @@ class DataConfig:
     download_ahead: int = key(16, least=0, change="free")
     """Shards fetched from a remote, and opened and checked, ahead of need, after those of the current window."""
     source: str | None = key(None, choices=(None, "documentation"), change="free")
-    """What to prepare `path` from when it holds no manifest: documentation (docstrings of the installed Python packages), or nothing."""
+    """What to prepare `path` from when it holds no manifest. documentation: docstrings of the installed Python packages."""
     source_tokens: int = key(4_000_000, above=0)
     """At most so many tokens are prepared from `source`."""
     tokenizer: str = key("gpt2", change="free")
     """gpt2 | bytes | the path of a `tokenizers` JSON file. A continued run may have it elsewhere, but no other one."""
     row_special: str = key("bos", choices=("none", "bos", "bos_eos"))
-    """Special tokens of each row when it is packed: none | bos | bos_eos. The paper packs OpenWebText with none, so that texts go on past
-    a row, and LM1B with bos_eos, where a row, and so every text of the model, ends with an end of text."""
+    """Special tokens of each row when it is packed. The paper packs OpenWebText with none, so that texts go on past a row, and LM1B with
+    bos_eos, where a row, and so every text of the model, ends with an end of text."""
     window: int = key(16, above=0)
     """Shards that are shuffled together: larger mixes better, smaller streams better."""
     document_mask: bool = False
@@ -232,7 +232,7 @@ class TrainingConfig:
     warmup: int = key(2500, least=0, change="amend")
     """Steps of linear warm-up."""
     schedule: str = key("constant", choices=("constant", "cosine", "wsd"), change="amend")
-    """constant | cosine | wsd (warm-up, stable, decay), the last two to learning_rate * final_fraction at the last step."""
+    """Learning rate after the warm-up; wsd: stable, then decay. cosine and wsd reach learning_rate * final_fraction at the last step."""
     final_fraction: float = key(0.1, change="amend")
     """Learning rate after cosine or wsd, as a fraction of `learning_rate`, in [0, 1]."""
     decay: int = key(0, least=0, change="free")
@@ -255,13 +255,13 @@ class TrainingConfig:
             "fp16": "its range needs loss scaling, which is not built in, and bf16 needs no loss scaling; set training.precision=bf16",
         },
     )
-    """auto (bf16 on CUDA, fp32 on CPU) | bf16 | fp32."""
+    """auto: bf16 on CUDA, fp32 on CPU."""
     recompute: str = key("none", choices=("none", "attention", "mlp", "layer"), change="free", former={True: "layer", False: "none"})
-    """What a backward computes again instead of keeping it (activation checkpointing): none | attention (every layer's first half: norm,
-    query, key, value, kernel, output) | mlp (its second half) | layer (both, from the layer's input alone)."""
+    """What a backward computes again instead of keeping it (activation checkpointing). attention: every layer's first half (norm, query,
+    key, value, kernel, output); mlp: its second half; layer: both, from the layer's input alone."""
     compile: str = key("none", choices=("none", "blocks", "max-autotune"), change="free", former={True: "blocks", False: "none"})
-    """torch.compile: none | blocks (each layer) | max-autotune (each layer, CUDA; its kernels chosen by timing them: minutes at the start,
-    tried before the run)."""
+    """torch.compile. blocks: each layer; max-autotune: each layer, its kernels chosen by timing them (CUDA; minutes at the start, tried
+    before the run)."""
 
 
 @dataclass
@@ -309,11 +309,11 @@ class ParallelConfig:
     context: int = key(1, above=0)
     """Ranks that share a row. Only 1 in this version."""
     zero: int = key(1, choices=(0, 1, 2, 3))
-    """ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks."""
+    """ZeRO stage: what is divided over the data-parallel ranks. 0: nothing; 1: the optimizer; 2: gradients, too; 3: weights, too."""
     engine: str = key("auto", choices=("auto", "deepspeed", "megatron", "fsdp"))
-    """Who divides and reduces: deepspeed (one pipeline stage) | megatron (megatron-core, ZeRO 0 and 1) | fsdp (torch's fully_shard, ZeRO 2
-    and 3) | auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several, or where layers are compiled under
-    ZeRO 3. Changes no result."""
+    """Who divides and reduces. deepspeed: one pipeline stage; megatron: megatron-core, ZeRO 0 and 1; fsdp: torch's fully_shard, ZeRO 2 and
+    3; auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several, or where layers are compiled under ZeRO 3.
+    Changes no result."""
     shard: int | None = key(None, above=0)
     """Data-parallel ranks that share one copy of what ZeRO divides; the others replicate it (HSDP). null: all of them."""
     sequence: bool = False
