@@ -51,7 +51,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         full_key = getattr(error, "full_key", None)
         where = f"{full_key}: " if full_key else ""
-        raise RecipeError(f"{where}{_one_line(error)}; see the sections' classes in bd3_scale/recipe/schema.py for all keys") from None
+        raise RecipeError(f"{where}{_one_line(error)}; see python -m bd3_scale.recipe for all keys") from None
     assert isinstance(recipe, Recipe)
     if rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
