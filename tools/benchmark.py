@@ -37,7 +37,7 @@ from benchmark_network import benchmark_device, benchmark_features, benchmark_me
 from benchmark_runs import benchmark_sampling, benchmark_tuner
 from benchmark_world import benchmark_world
 
-from bd3_scale.recipe.key_rules import CHOICES
+from bd3_scale.recipe import KEYS
 
 COMMANDS = {
     "step": benchmark_step,
@@ -77,13 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             network.add_argument("--context", type=int, default=1024)
         if name == "device":
-            network.add_argument("--recompute", default="none", choices=CHOICES["training.recompute"], help="activation checkpointing")
-            network.add_argument(
-                "--compile", choices=CHOICES["training.compile"], help="of the layers (default: blocks on CUDA, else none)"
-            )
-            network.add_argument(
-                "--compared", nargs="+", choices=CHOICES["training.compile"], help="choices to time against each other (default: that one)"
-            )
+            recomputed, compiled = KEYS["training.recompute"].choices, KEYS["training.compile"].choices
+            network.add_argument("--recompute", default="none", choices=recomputed, help="activation checkpointing")
+            network.add_argument("--compile", choices=compiled, help="of the layers (default: blocks on CUDA, else none)")
+            network.add_argument("--compared", nargs="+", choices=compiled, help="choices to time against each other (default: that one)")
     sampling = commands.add_parser("sampling", help="decoding with and without the cache")
     sampling.add_argument("checkpoint", type=Path)
     sampling.add_argument("--length", type=int, default=256)

@@ -29,12 +29,11 @@ from benchmark import machine, write_report
 
 from bd3_scale.data.formats.mds import rows_per_shard, xxh64
 from bd3_scale.data.loader import Loader
-from bd3_scale.data.manifest import MANIFEST, FileEntry, Manifest
+from bd3_scale.data.manifest import FORMATS, MANIFEST, FileEntry, Manifest
 from bd3_scale.data.open import Data, open_data
 from bd3_scale.data.preparation.packing import Document
 from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
 from bd3_scale.data.tokenizer import load_tokenizer
-from bd3_scale.recipe.key_rules import DATA_FORMATS
 from bd3_scale.recipe.schema import DataConfig
 from bd3_scale.recipe.shares import Shares
 
@@ -143,11 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True)
     try:
-        measured = {kind: measure(options.folder / kind, kind, options) for kind in DATA_FORMATS}
+        measured = {kind: measure(options.folder / kind, kind, options) for kind in FORMATS}
     finally:
         shutil.rmtree(options.folder)
     needed = options.tokens_per_second / options.context
-    result: dict[str, Any] = {name: {kind: values[name] for kind, values in measured.items()} for name in measured[DATA_FORMATS[0]]}
+    result: dict[str, Any] = {name: {kind: values[name] for kind, values in measured.items()} for name in measured[FORMATS[0]]}
     result |= {
         "samples_per_second_that_one_gpu_needs": needed,
         "samples_per_second_over_need": {kind: rate / needed for kind, rate in result["samples_per_second"].items()},

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.data.formats.row_reader import ShardReader
-from bd3_scale.data.manifest import MANIFEST, PACKINGS, SPLITS, Manifest
+from bd3_scale.data.manifest import FORMATS, MANIFEST, PACKINGS, SPLITS, Manifest
 from bd3_scale.data.preparation.documentation import documentation
 from bd3_scale.data.preparation.packing import HELD_OUT, ROW_SPECIAL
 from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
 from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import DataError, RecipeError, UserError
-from bd3_scale.recipe.key_rules import DATA_FORMATS
 from bd3_scale.recipe.schema import DataConfig
 
 
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", nargs="+", help="documentation, or files, folders, patterns; without it, the folder is only looked at")
     parser.add_argument("--context", type=int, default=1024, help="tokens per row, model.context (default %(default)s)")
     parser.add_argument("--tokenizer", help="gpt2, bytes or a `tokenizers` JSON file (default: the folder's, or gpt2)")
-    parser.add_argument("--format", choices=DATA_FORMATS, default=defaults.format, help="(default %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default=defaults.format, help="(default %(default)s)")
     parser.add_argument(
         "--row-special", choices=ROW_SPECIAL, default=defaults.row_special, help="special tokens of a row (default %(default)s)"
     )

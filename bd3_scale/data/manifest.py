@@ -19,12 +19,12 @@ from typing import Any
 
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError
-from bd3_scale.recipe.key_rules import DATA_FORMATS
+from bd3_scale.recipe.schema import KEYS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-
+FORMATS = KEYS["data.format"].choices
 PACKINGS = ("wrap", "document")
 DOCUMENT_END = "end_of_text after each document"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -133,11 +133,7 @@ class Manifest:
 
     def _check(self, path: Path) -> None:
         sizes = (self.context, self.vocabulary_size, self.end_of_text)
-        if (
-            self.format not in DATA_FORMATS
-            or self.dtype not in ("uint16", "uint32")
-            or any(type(size) is not int or size < 0 for size in sizes)
-        ):
+        if self.format not in FORMATS or self.dtype not in ("uint16", "uint32") or any(type(size) is not int or size < 0 for size in sizes):
             raise DataError(f"{path}: has an impossible format, dtype, context or vocabulary; {PREPARE_AGAIN}")
         if self.packing not in PACKINGS or not isinstance(self.held_out, str):
             raise DataError(f"{path}: has an impossible packing or rule of what is held out; {PREPARE_AGAIN}")

@@ -15,15 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe import rules_device
-from bd3_scale.recipe.key_rules import CHOICES
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.suggestions import as_text, as_yaml
-
-FORMER = {
-    "training.recompute": {True: "layer", False: "none"},
-    "training.compile": {True: "blocks", False: "none"},
-}
-"""Keys that once were true or false: what these mean in a saved recipe, and the cure where somebody writes them."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = False) -> Recipe:
@@ -58,7 +51,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         full_key = getattr(error, "full_key", None)
         where = f"{full_key}: " if full_key else ""
-        raise RecipeError(f"{where}{_one_line(error)}; see the sections' classes in bd3_scale/recipe/schema.py for all keys") from None
+        raise RecipeError(f"{where}{_one_line(error)}; see python -m bd3_scale.recipe for all keys") from None
     assert isinstance(recipe, Recipe)
     if rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
@@ -66,11 +59,11 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
 
 
 def _renew(text: DictConfig) -> None:
-    """Replace the values of `FORMER` by today's."""
-    for key, meanings in FORMER.items():
-        value = OmegaConf.select(text, key)
+    """Replace former values of keys by today's."""
+    for key, facts in KEYS.items():
+        value = OmegaConf.select(text, key) if facts.former else None
         if isinstance(value, bool):
-            OmegaConf.update(text, key, meanings[value])
+            OmegaConf.update(text, key, facts.former[value])
 
 
 def _check_written(written: Any) -> None:
@@ -89,11 +82,9 @@ def _check_written(written: Any) -> None:
                 continue  # known only when it is resolved
             if kind is bool and not isinstance(value, bool):
                 raise RecipeError(f"{key} is {as_yaml(value)} but must be true or false; set {key}=true, or set {key}=false")
-            if isinstance(value, bool) and key in FORMER:
-                choices = ", ".join(str(choice) for choice in CHOICES[key])
-                raise RecipeError(
-                    f"{key} is {as_yaml(value)} but is one of {choices}; {as_text({key: FORMER[key][value]})} for what {as_yaml(value)} was"
-                )
+            if isinstance(value, bool) and key in KEYS and KEYS[key].former:
+                choices, cure = ", ".join(KEYS[key].choices), as_text({key: KEYS[key].former[value]})
+                raise RecipeError(f"{key} is {as_yaml(value)} but is one of {choices}; {cure} for what {as_yaml(value)} was")
             if get_origin(kind) is tuple:
                 numbers = value if isinstance(value, list) else []
                 if len(numbers) != len(get_args(kind)) or not all(type(one) in (int, float) or "${" in str(one) for one in numbers):

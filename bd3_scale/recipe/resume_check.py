@@ -1,4 +1,4 @@
-"""Whether a recipe may continue a run that was begun with another one."""
+"""Whether a recipe may continue a run that was begun with another one: every key says in `schema.py` whether it may change."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ from typing import Any
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.objective_kinds import block_sizes
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.text import flatten
-
-FREE_TO_CHANGE = {
-    "run.name", "run.dir", "run.resume", "run.amend", "run.time_limit", "run.device", "run.threads", "model.attention", "model.head_loss",
-    "data.path", "data.remote", "data.tokenizer", "data.prefetch", "data.cache_bytes", "data.download_ahead", "data.source", "data.format",
-    "training.steps", "training.tokens", "training.decay", "training.recompute", "training.compile", "training.spike_deviations",
-    "training.skipped_in_a_row", "validation.every", "parallel", "checkpoint", "tracking",
-}  # fmt: skip
-"""What a continued run may have otherwise than the run it continues (of the tokenizer, its place); everything else is the run."""
-AMENDABLE = {
-    "run.seed", "data.skip", "objective.interval", "objective.resample", "tuner.enabled", "tuner.every", "tuner.start_step", "tuner.margin",
-    "tuner.rows", "training.learning_rate", "training.betas", "training.weight_decay", "training.warmup", "training.schedule",
-    "training.final_fraction", "training.rewarmup", "training.clip",
-}  # fmt: skip
-"""What it may change from a step on where `run.amend` names it."""
 
 
 def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | None = None) -> dict[str, tuple[Any, Any]]:
@@ -35,13 +21,11 @@ def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | 
         flat["data.mixture"] = [source.weight for source in flat["data.mixture"]]  # where they lie may change, as data.path
         flat["objective.block_size"] = [list(stage) for stage in block_sizes(flat["objective.block_size"]) if stage[0] < max(step, 1)]
     for key, value in now.items():
-        if key in FREE_TO_CHANGE or key.split(".")[0] in FREE_TO_CHANGE:
-            continue
-        if before.get(key) == value:
+        if KEYS[key].change == "free" or before.get(key) == value:
             continue
         if key not in asked.run.amend:
             amended_at = f" since step {since[key]}" if since and key in since else ""
-            amend = f", or run.amend=[{key}] to change it from step {step} on" if key in AMENDABLE else ""
+            amend = f", or run.amend=[{key}] to change it from step {step} on" if KEYS[key].change == "amend" else ""
             raise RecipeError(
                 f"{key} is {value} but the run being continued has {before.get(key)}{amended_at}, and it defines the run; "
                 f"set {key}={before.get(key)} or another run.dir{amend}"

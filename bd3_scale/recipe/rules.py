@@ -13,12 +13,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe.key_rules import DATA_FORMATS
 from bd3_scale.recipe.mixture_weights import weights_problem
 from bd3_scale.recipe.objective_kinds import IN_BLOCKS, ONE_BLOCK, block_sizes
 from bd3_scale.recipe.rules_device import DEVICE_RULES
 from bd3_scale.recipe.rules_run import RUN_RULES
-from bd3_scale.recipe.schema import DataConfig
+from bd3_scale.recipe.schema import KEYS, DataConfig
 from bd3_scale.recipe.suggestions import Case, Problem, as_text, divisors, fitting_micro_batches, nearest, nearest_layout
 
 if TYPE_CHECKING:
@@ -121,9 +120,9 @@ def mixture_is_sound(case: Case) -> Problem | None:
     if not all(paths) or len(set(paths)) < len(paths):
         text = f"data.mixture has the paths {paths}, but each source must have one of its own"
         return Problem(text, lambda: ["set each path once, and give one a larger weight to read it more often"])
-    formats = [source.format for source in data.mixture]
-    if not set(formats) <= set(DATA_FORMATS):
-        return Problem(f"data.mixture has the formats {formats}", lambda: [f"set each to one of {', '.join(DATA_FORMATS)}"])
+    formats, known = [source.format for source in data.mixture], KEYS["data.format"].choices
+    if not set(formats) <= set(known):
+        return Problem(f"data.mixture has the formats {formats}", lambda: [f"set each to one of {', '.join(known)}"])
     if (problem := weights_problem([source.weight for source in data.mixture])) is not None:
         what, cure = problem.split("; ")
         return Problem(f"data.mixture: {what}", lambda: [cure])

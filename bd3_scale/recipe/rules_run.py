@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from bd3_scale.recipe.objective_kinds import block_sizes
+from bd3_scale.recipe.schema import KEYS
 from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml
 
 
@@ -43,13 +44,12 @@ def skipped_ranges_ascend(case: Case) -> Problem | None:
 
 
 def amended_keys_may_be(case: Case) -> Problem | None:
-    from bd3_scale.recipe.resume_check import AMENDABLE
-
-    wrong = next((key for key in case.recipe.run.amend if key not in AMENDABLE), None)
+    amendable = sorted(key for key, facts in KEYS.items() if facts.change == "amend")
+    wrong = next((key for key in case.recipe.run.amend if key not in amendable), None)
     if wrong is None:
         return None
     text = f"run.amend has {wrong!r}, which no continued run can change"
-    return Problem(text, lambda: [f"use some of {', '.join(sorted(AMENDABLE))}"])
+    return Problem(text, lambda: [f"use some of {', '.join(amendable)}"])
 
 
 RUN_RULES = (decay_has_its_schedule, rewarmup_has_its_change, skipped_ranges_ascend, amended_keys_may_be)

@@ -1,14 +1,17 @@
-"""Every key of a recipe: its type, default and meaning, a dataclass for each section.
+"""Every key of a recipe, all sections on one page: type, default, what it may be, whether a continued run may change it, meaning.
 
-Invariants: nothing here depends on the number of ranks or on a device; a section is plain data that omegaconf reads and writes.
+A key's facts stand in `key(...)`, in the words of `keys.Facts`; its meaning is the text below it. `python -m bd3_scale.recipe` prints
+both and makes docs/recipe.md. Invariants: nothing here depends on the number of ranks or on a device; a section is plain data that
+omegaconf reads and writes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bd3_scale.recipe.keys import facts_of, key, section
 from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
 from bd3_scale.recipe.shares import Shares
 
@@ -21,20 +24,23 @@ if TYPE_CHECKING:
 class RunConfig:
     """Who this run is."""
 
-    name: str = "bd3"
-    dir: str = "runs/${run.name}"
-    seed: int = 0
-    resume: str = "auto"
-    """auto (continue the newest checkpoint) | never (refuse if there is one) | fresh (needs an empty directory)."""
-    time_limit: float | None = None
+    name: str = key("bd3", change="free")
+    """Name of the run, in its default folder and in wandb."""
+    dir: str = key("runs/${run.name}", change="free")
+    """Folder of everything that the run writes. A run that is there already is continued, see `resume`."""
+    seed: int = key(0, least=0, change="amend")
+    """Initial weights, noise, dropout and the order of the rows are functions of it."""
+    resume: str = key("auto", choices=("auto", "never", "fresh"), change="free")
+    """auto continues the newest checkpoint, never refuses if there is one, fresh needs an empty directory."""
+    time_limit: float | None = key(None, above=0, change="free")
     """Seconds of wall clock, counted from the start of the process, after which the run saves its state and leaves with status 0."""
-    amend: list[str] = field(default_factory=list)
+    amend: list[str] = key([], change="free")
     """Keys of the recipe, such as [training.learning_rate, data.skip], that may change where a run is continued. Without its name here a
     change is refused. From that step on the new value is the run's: written into checkpoints and metrics, and whoever continues it must
     have it, too. As long as a key is named, it may change again, also back."""
-    device: str = "auto"
-    """auto (cuda where there is one) | cpu | cuda."""
-    threads: int | None = None
+    device: str = key("auto", choices=("auto", "cpu", "cuda"), change="free")
+    """auto: cuda where there is one."""
+    threads: int | None = key(None, above=0, change="free")
     """CPU threads of each process; null: OMP_NUM_THREADS where it was set by hand, else the cores shared by the processes of a host."""
 
 
@@ -42,47 +48,57 @@ class RunConfig:
 class ModelConfig:
     """Shape of the network. Nothing here depends on how many ranks hold it."""
 
-    context: int = 1024
+    context: int = key(1024, above=0)
     """L, data tokens per row."""
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    key_value_heads: int | None = None
+    layers: int = key(12, above=0)
+    """Transformer layers."""
+    hidden: int = key(768, above=0)
+    """Width of the residual stream."""
+    heads: int = key(12, above=0)
+    """Attention heads (of the queries)."""
+    key_value_heads: int | None = key(None, above=0)
     """Grouped-query attention when fewer than heads; default: heads."""
-    head_width: int | None = None
+    head_width: int | None = key(None, above=0)
     """Width of one head; default: hidden / heads."""
-    positions: str = "rotary"
-    """rotary | learned (a vector per position, added to the embedding: no text can be longer than `context`)."""
-    attention_bias: str = "none"
-    """Biases of the attention's linears: none | query_key_value | all (the output, too)."""
+    positions: str = key("rotary", choices=("rotary", "learned"))
+    """rotary turns queries and keys; learned adds a vector per position to the embedding: no text can be longer than `context`."""
+    attention_bias: str = key("none", choices=("none", "query_key_value", "all"))
+    """Biases of the attention's linears; all: of its output, too."""
     query_key_norm: bool = False
     """RMSNorm over the width of every head of query and key, before they are rotated."""
-    norm: str = "layernorm"
-    """layernorm | rmsnorm; computed in fp32."""
+    norm: str = key("layernorm", choices=("layernorm", "rmsnorm"))
+    """Kind of every norm; computed in fp32."""
     norm_bias: bool = False
     """A bias beside the weight of every LayerNorm."""
-    norm_epsilon: float = 1e-5
-    mlp: str = "gelu"
-    """gelu (tanh form) | swiglu."""
-    mlp_hidden: int | None = None
+    norm_epsilon: float = key(1e-5, above=0)
+    """Added to the variance (mean square) in every norm."""
+    mlp: str = key("gelu", choices=("gelu", "swiglu"))
+    """Activation of the MLP; gelu is the tanh form."""
+    mlp_hidden: int | None = key(None, above=0)
     """Default: 4 x hidden for gelu, 8/3 x hidden rounded up to a multiple of 64 for swiglu."""
     mlp_bias: bool = False
-    conditioning: str = "none"
-    """none | adaln (the paper's DiT form)."""
-    conditioning_size: int = 128
+    """Biases of the MLP's linears."""
+    conditioning: str = key("none", choices=("none", "adaln"))
+    """How the network is told the noise level; adaln is the paper's DiT form."""
+    conditioning_size: int = key(128, above=0)
+    """Width of the vector that carries the noise level to adaLN."""
     tied_head: bool = False
     """Share the embedding with the head."""
     head_bias: bool = False
-    dropout: float = 0.0
-    rotary_base: float = 10000.0
-    initial_std: float = 0.02
-    attention: str = "auto"
-    """The kernel: auto (flex on CUDA, tiled on CPU) | flex | flex_triton | flex_flash (FlexAttention by the backend named: Triton, or
-    FlashAttention 4, which must be installed; tried before the run) | tiled | dense (reference: four times the work). Changes no result."""
+    """A bias for every word of the vocabulary."""
+    dropout: float = key(0.0, least=0)
+    """Probability, below 1, of dropping an element of what attention and MLP add to the residual stream, in training."""
+    rotary_base: float = key(10000.0, above=0)
+    """Base of the wavelengths of rotary positions (theta)."""
+    initial_std: float = key(0.02, above=0)
+    """Standard deviation of initial weights; of those that write into the residual stream, divided by sqrt(2 layers)."""
+    attention: str = key("auto", choices=("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"), change="free")
+    """The kernel. auto: flex on CUDA, tiled on CPU; flex_triton, flex_flash: FlexAttention by the backend named (Triton, or FlashAttention
+    4, which must be installed), tried before the run; dense: a reference with four times the work. Changes no result."""
 
-    head_loss: str = "eager"
-    """The cross-entropy of the logits: eager (megatron-core's) | fused (compiled, which moves a sixth of the memory; not yet seen on a
-    GPU). Changes no result."""
+    head_loss: str = key("eager", choices=("eager", "fused"), change="free")
+    """The cross-entropy of the logits. eager: megatron-core's; fused: compiled, which moves a sixth of the memory (not yet seen on a GPU).
+    Changes no result."""
 
     @property
     def head_size(self) -> int:
@@ -113,15 +129,15 @@ class ObjectiveConfig:
     block_size: Any = None
     """L', tokens per block; divides model.context. Default 4. For bd3 and ssdlm (25 in its paper, which asks for a context such as
     1000; of 1024, 16 and 32 are near). Or its schedule over training: a list of [from step, block size], such as [[0, 1024],
-    [850000, 16]]; the first starts at step 0."""
-    interval: tuple[float, float] = (1e-3, 1.0)
+    [850000, 16]]; the first starts at step 0. A continued run may change the stages of steps to come."""
+    interval: tuple[float, float] = key((1e-3, 1.0), change="amend")
     """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]. Not for ar."""
-    clean_half: str = "block_causal"
-    """How clean tokens see each other: block_causal | causal (inside a block, too). For bd3 and ssdlm."""
+    clean_half: str = key("block_causal", choices=("block_causal", "causal"))
+    """How clean tokens see each other: whole blocks, or causally inside a block, too. For bd3 and ssdlm."""
     schedule: str = "linear"
     """Mask probability over time t: linear | cosine | square | sqrt | log. `interval` bounds t. The reported NELBO is always
     linear. Not for ar, nor for ssdlm, whose Gaussian noise has a cosine schedule of its own."""
-    resample: bool = False
+    resample: bool = key(False, change="amend")
     """Keep the *realised* masked fraction of a block, not only its t, inside `interval`. Training only. With omega < 1 the
     fully masked block is then never trained, although every block starts sampling in that state; and the expected train
     loss is no longer the bound over the interval. Not for ar and ssdlm, not for L' = 1."""
@@ -129,17 +145,17 @@ class ObjectiveConfig:
 
 @dataclass
 class TunerConfig:
-    """The search for [beta, omega] during training (objective.md section 4), by the variance that validation sees."""
+    """The search for [beta, omega] during training, by the variance that validation sees."""
 
-    enabled: bool = False
+    enabled: bool = key(False, change="amend")
     """Off: objective.interval is never changed. On: it is where the search starts, and must be one of the candidates."""
-    every: int = 5000
+    every: int = key(5000, change="amend")
     """Steps between tunings; each takes a validation pass on the averaged weights."""
-    start_step: int = 5000
+    start_step: int = key(5000, change="amend")
     """No tuning before this step: clipping lowers the variance but can raise the perplexity of young models."""
-    margin: float = 0.02
+    margin: float = key(0.02, change="amend")
     """The interval changes only where the variance falls by more than this fraction."""
-    rows: int | None = None
+    rows: int | None = key(None, change="amend")
     """The first so many held-out rows are used; default: all that validation uses."""
 
 
@@ -148,46 +164,50 @@ class SourceConfig:
     """One data set of a mixture: path, remote and format as in `data`."""
 
     path: str = ""
+    """Folder of prepared rows, as data.path."""
     weight: float = 1.0
     """Its share of the samples, with at most four decimals; the weights of a mixture sum up to 1."""
     remote: str | None = None
+    """Where shards are fetched from, as data.remote."""
     format: str = "mds"
+    """mds | webdataset, as data.format."""
 
 
 @dataclass
 class DataConfig:
     """Where rows of tokens come from. A data folder holds `manifest.json`, `train/` and `validation/`."""
 
-    path: str = "~/.cache/bd3_scale/data"
+    path: str = key("~/.cache/bd3_scale/data", change="free")
     """Folder of prepared rows; with `remote` set, the local cache of it."""
-    remote: str | None = None
+    remote: str | None = key(None, change="free")
     """A folder or URL (s3://, gs://, ...) that shards are fetched from when `path` lacks them."""
-    format: str = "mds"
-    """mds (mosaicml-streaming) | webdataset (tar)."""
-    mixture: list[SourceConfig] = field(default_factory=list)
+    format: str = key("mds", choices=("mds", "webdataset"), change="free")
+    """mds: mosaicml-streaming; webdataset: tar."""
+    mixture: list[SourceConfig] = key([])
     """Several data sets instead of `path`: [{path: A, weight: 0.7}, {path: B, weight: 0.3, remote: ..., format: ...}]. Each is read in
-    its own order, epoch by epoch; validation takes held-out rows of all in the same proportions."""
-    cache_bytes: int | None = None
+    its own order, epoch by epoch; validation takes held-out rows of all in the same proportions. A continued run may have them
+    elsewhere, with the same weights."""
+    cache_bytes: int | None = key(None, above=0, change="free")
     """The most that each local folder of a remote may hold: shards not needed soon are deleted from it. null: everything stays."""
-    download_ahead: int = 16
+    download_ahead: int = key(16, least=0, change="free")
     """Shards fetched from a remote, and opened and checked, ahead of need, after those of the current window."""
-    source: str | None = None
-    """What to prepare `path` from when it holds no manifest: documentation (docstrings of the installed Python packages), or nothing."""
-    source_tokens: int = 4_000_000
+    source: str | None = key(None, choices=(None, "documentation"), change="free")
+    """What to prepare `path` from when it holds no manifest. documentation: docstrings of the installed Python packages."""
+    source_tokens: int = key(4_000_000, above=0)
     """At most so many tokens are prepared from `source`."""
-    tokenizer: str = "gpt2"
-    """gpt2 | bytes | the path of a `tokenizers` JSON file."""
-    row_special: str = "bos"
-    """Special tokens of each row when it is packed: none | bos | bos_eos. The paper packs OpenWebText with none, so that texts go on past
-    a row, and LM1B with bos_eos, where a row, and so every text of the model, ends with an end of text."""
-    window: int = 16
+    tokenizer: str = key("gpt2", change="free")
+    """gpt2 | bytes | the path of a `tokenizers` JSON file. A continued run may have it elsewhere, but no other one."""
+    row_special: str = key("bos", choices=("none", "bos", "bos_eos"))
+    """Special tokens of each row when it is packed. The paper packs OpenWebText with none, so that texts go on past a row, and LM1B with
+    bos_eos, where a row, and so every text of the model, ends with an end of text."""
+    window: int = key(16, above=0)
     """Shards that are shuffled together: larger mixes better, smaller streams better."""
     document_mask: bool = False
     """Documents that are packed into one row do not see each other; in a block where one ends, from the next block on."""
-    skip: list[Any] = field(default_factory=list)
+    skip: list[Any] = key([], change="amend")
     """Ranges of samples, [[from, to], ...], that are left out: sample n is row n % training.global_batch of step n // training.global_batch
     of the run without a skip, `to` is not left out."""
-    prefetch: int = 2
+    prefetch: int = key(2, least=0, change="free")
     """Global batches read, noised and laid out ahead of need; 0: when they are needed, by the main thread."""
 
 
@@ -195,52 +215,62 @@ class DataConfig:
 class TrainingConfig:
     """Budget and optimizer (AdamW)."""
 
-    steps: int | None = None
+    steps: int | None = key(None, above=0, change="free", example=1000)
     """Optimizer steps; this or `tokens`."""
-    tokens: int | None = None
+    tokens: int | None = key(None, above=0, change="free", example=1000)
     """Data tokens; rounded up to whole steps."""
-    global_batch: int = 512
+    global_batch: int = key(512, above=0)
     """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank."""
-    learning_rate: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    learning_rate: float = key(3e-4, above=0, change="amend")
+    """Peak learning rate, reached after `warmup`."""
+    betas: tuple[float, float] = key((0.9, 0.999), change="amend")
+    """AdamW's decay rates of the first and second moment, each in [0, 1)."""
+    epsilon: float = key(1e-8, above=0)
+    """AdamW's epsilon, added to the root of the second moment."""
+    weight_decay: float = key(0.0, least=0, change="amend")
     """Applied to matrices only."""
-    warmup: int = 2500
+    warmup: int = key(2500, least=0, change="amend")
     """Steps of linear warm-up."""
-    schedule: str = "constant"
-    """constant | cosine | wsd (warm-up, stable, decay), the last two to learning_rate * final_fraction at the last step."""
-    final_fraction: float = 0.1
-    decay: int = 0
+    schedule: str = key("constant", choices=("constant", "cosine", "wsd"), change="amend")
+    """Learning rate after the warm-up; wsd: stable, then decay. cosine and wsd reach learning_rate * final_fraction at the last step."""
+    final_fraction: float = key(0.1, change="amend")
+    """Learning rate after cosine or wsd, as a fraction of `learning_rate`, in [0, 1]."""
+    decay: int = key(0, least=0, change="free")
     """wsd: the last so many steps decay, as 1 - sqrt. A decay starts from any checkpoint with training.steps = its step + decay."""
-    rewarmup: int = 0
+    rewarmup: int = key(0, least=0, change="amend")
     """Steps of linear warm-up after every change of objective.block_size."""
-    clip: float = 1.0
+    clip: float = key(1.0, least=0, change="amend")
     """Largest gradient norm; 0 switches clipping off."""
-    spike_deviations: float = 0.0
+    spike_deviations: float = key(0.0, least=0, change="free")
     """Leave out a step whose gradient norm exceeds the mean of the last 128 by this many standard deviations (6 is usual); 0:
     only steps whose norm is not a finite number are left out."""
-    skipped_in_a_row: int = 10
+    skipped_in_a_row: int = key(10, least=0, change="free")
     """End the run when more steps than this were left out one after another."""
-    ema: float = 0.9999
-    """Decay of the averaged weights, ramped as min(ema, (1 + n) / (10 + n)); 0 switches them off."""
-    precision: str = "auto"
-    """auto (bf16 on CUDA, fp32 on CPU) | bf16 | fp32."""
-    recompute: str = "none"
-    """What a backward computes again instead of keeping it (activation checkpointing): none | attention (every layer's first half: norm,
-    query, key, value, kernel, output) | mlp (its second half) | layer (both, from the layer's input alone)."""
-    compile: str = "none"
-    """torch.compile: none | blocks (each layer) | max-autotune (each layer, CUDA; its kernels chosen by timing them: minutes at the start,
-    tried before the run)."""
+    ema: float = key(0.9999, least=0)
+    """Decay of the averaged weights, below 1, ramped as min(ema, (1 + n) / (10 + n)); 0 switches them off."""
+    precision: str = key(
+        "auto",
+        choices=("auto", "bf16", "fp32"),
+        refused={
+            "fp16": "its range needs loss scaling, which is not built in, and bf16 needs no loss scaling; set training.precision=bf16",
+        },
+    )
+    """auto: bf16 on CUDA, fp32 on CPU."""
+    recompute: str = key("none", choices=("none", "attention", "mlp", "layer"), change="free", former={True: "layer", False: "none"})
+    """What a backward computes again instead of keeping it (activation checkpointing). attention: every layer's first half (norm, query,
+    key, value, kernel, output); mlp: its second half; layer: both, from the layer's input alone."""
+    compile: str = key("none", choices=("none", "blocks", "max-autotune"), change="free", former={True: "blocks", False: "none"})
+    """torch.compile. blocks: each layer; max-autotune: each layer, its kernels chosen by timing them (CUDA; minutes at the start, tried
+    before the run)."""
 
 
 @dataclass
 class ValidationConfig:
     """NELBO on a fixed held-out set with fixed noise and the EMA weights."""
 
-    every: int = 5000
+    every: int = key(5000, least=0, change="free")
     """Steps between validations; there is one after the last step. 0: only that one."""
-    rows: int = 512
+    rows: int = key(512, above=0)
     """Held-out rows used (fewer if the set is smaller)."""
 
 
@@ -248,17 +278,19 @@ class ValidationConfig:
 class TrackingConfig:
     """What is written down and where."""
 
-    every: int = 10
+    every: int = key(10, above=0)
     """Steps between lines of metrics.jsonl; nothing waits for the device in between."""
-    wandb: str = "disabled"
-    """online | offline | disabled."""
+    wandb: str = key("disabled", choices=("online", "offline", "disabled"))
+    """Whether metrics go to wandb."""
     project: str = "bd3_scale"
+    """The project in wandb."""
     entity: str | None = None
+    """The team or user in wandb; null: wandb's default."""
     progress: bool = True
     """A progress line on the terminal."""
     plots: bool = True
     """Draw report/*.png at validations (not so often that it slows the run) and at the end; tools/plot_run.py draws them at any time."""
-    sample_tokens: int = 0
+    sample_tokens: int = key(0, least=0)
     """Tokens sampled from the last checkpoint and printed when the run ends; 0: none."""
 
 
@@ -266,35 +298,35 @@ class TrackingConfig:
 class ParallelConfig:
     """How the ranks share the work. The data-parallel size is what is left of the world: world / (tensor x pipeline)."""
 
-    tensor: int = 1
+    tensor: int = key(1, above=0)
     """Ranks that share every layer: heads, MLP, vocabulary. Keep them on one node."""
-    pipeline: int = 1
+    pipeline: int = key(1, above=0)
     """Stages that share the layers."""
-    virtual_stages: int = 1
+    virtual_stages: int = key(1, above=0)
     """Slices of the layers per stage: above 1, the interleaved schedule, whose bubble is that much smaller."""
     stage_layers: list[int] | None = None
     """Layers of each of the pipeline x virtual_stages slices, in order; null: by cost (first embeds, last has the head)."""
-    context: int = 1
+    context: int = key(1, above=0)
     """Ranks that share a row. Only 1 in this version."""
-    zero: int = 1
-    """ZeRO stage 0-3: nothing | optimizer | + gradients | + weights divided over the data-parallel ranks."""
-    engine: str = "auto"
-    """Who divides and reduces: deepspeed (one pipeline stage) | megatron (megatron-core, ZeRO 0 and 1) | fsdp (torch's fully_shard, ZeRO 2
-    and 3) | auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several, or where layers are compiled under
-    ZeRO 3. Changes no result."""
-    shard: int | None = None
+    zero: int = key(1, choices=(0, 1, 2, 3))
+    """ZeRO stage: what is divided over the data-parallel ranks. 0: nothing; 1: the optimizer; 2: gradients, too; 3: weights, too."""
+    engine: str = key("auto", choices=("auto", "deepspeed", "megatron", "fsdp"))
+    """Who divides and reduces. deepspeed: one pipeline stage; megatron: megatron-core, ZeRO 0 and 1; fsdp: torch's fully_shard, ZeRO 2 and
+    3; auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several, or where layers are compiled under ZeRO 3.
+    Changes no result."""
+    shard: int | None = key(None, above=0)
     """Data-parallel ranks that share one copy of what ZeRO divides; the others replicate it (HSDP). null: all of them."""
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1): norms, dropout and residuals divided over the tensor ranks along the rows."""
-    micro_batch: int | None = 1
+    micro_batch: int | None = key(1, above=0)
     """The most rows per forward on one replica; its share of training.global_batch is computed in as few forwards as that allows, of
     equally many rows (recipe/shares.py). null: the whole share at once."""
-    timeout: int = 1800
+    timeout: int = key(1800, above=0)
     """Seconds after which a collective that does not finish is an error."""
-    hang: int = 20
+    hang: int = key(20, least=0)
     """Times the longest step, save or validation that the run has known, two minutes at least: a rank whose main thread does nothing
     for so long is a hang, and ends the job (fault_tolerance/hang_watchdog.py). 0: only `timeout` counts."""
-    heartbeat: int = 30
+    heartbeat: int = key(30, above=0)
     """Seconds of silence after which a rank counts as dead and the whole job ends with its name (rank_monitor.py). Independent of
     how long a step takes; a rank that is killed on a host where others live is noticed within a second or so."""
 
@@ -312,11 +344,11 @@ class ParallelConfig:
 class CheckpointConfig:
     """When the state is saved and how much of it is kept."""
 
-    every: int = 1000
+    every: int = key(1000, least=0)
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
-    keep: int = 3
+    keep: int = key(3, least=0)
     """Newest checkpoints kept; older ones are deleted. 0 keeps all."""
-    keep_every: int = 0
+    keep_every: int = key(0, least=0)
     """Checkpoints of steps that are multiples of this are kept for ever. 0: none are."""
     fallback: bool = False
     """Where the newest checkpoint is damaged, continue from the newest older whole one and say so, instead of ending with an error."""
@@ -325,12 +357,12 @@ class CheckpointConfig:
     compare_replicas: bool = True
     """Each save compares a sum of the bits of the weights over the replicas, and is an error where a rank's differ: its memory, device or
     network corrupts data in silence."""
-    patience: int = 3
+    patience: int = key(3, least=0)
     """Failed saves in a row (a full disk, no permission) that only warn; one more ends the run. The last save must succeed."""
     remote: str | None = None
     """A folder as fsspec names it (s3://bucket/run, gs://...) that every finished checkpoint is copied to, by every rank its own file. A
     run without local checkpoints continues from the newest one there (`run.resume=auto`), which all ranks fetch together."""
-    remote_keep: int = 0
+    remote_keep: int = key(0, least=0)
     """Newest checkpoints kept there; older ones are deleted, but for those of `keep_every`. 0: nothing is ever deleted there."""
 
 
@@ -338,16 +370,16 @@ class CheckpointConfig:
 class Recipe:
     """Everything that defines a run. See each section's class for its keys."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    tuner: TunerConfig = field(default_factory=TunerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    tuner: TunerConfig = section(TunerConfig)
+    data: DataConfig = section(DataConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    validation: ValidationConfig = section(ValidationConfig)
+    parallel: ParallelConfig = section(ParallelConfig, change="free")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, change="free")
+    tracking: TrackingConfig = section(TrackingConfig, change="free")
 
     @property
     def total_steps(self) -> int:
@@ -389,3 +421,7 @@ class Recipe:
     def selected_multiple(self, device: str) -> int:
         """What the number of selected positions of a micro-batch is padded to: sequence parallelism divides them over its ranks."""
         return math.lcm(SELECTED_MULTIPLE[device], self.parallel.tensor if self.parallel.sequence else 1)
+
+
+KEYS = facts_of(Recipe)
+"""{dotted key: its facts}, of every key of every section."""

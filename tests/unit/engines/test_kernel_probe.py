@@ -14,7 +14,7 @@ from bd3_scale.engines.kernel_probe import OPTIONS, Shape, as_line, probe_recipe
 from bd3_scale.errors import RecipeError, TrainingError
 from bd3_scale.model import attention_kernels
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.recipe import Recipe, key_rules
+from bd3_scale.recipe import KEYS, Recipe
 
 CPU = torch.device("cpu")
 PATTERN = AttentionPattern("block_diffusion", 1024, 16)
@@ -114,8 +114,8 @@ def test_what_works_is_listed_and_tried_with_its_own_options(monkeypatch: pytest
 def test_options_are_choices_of_a_recipe_and_modes_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import list_mode_options
 
-    assert all(value in key_rules.CHOICES[key] for key, value in OPTIONS)
-    assert ("none", *build.COMPILE_MODES) == key_rules.CHOICES["training.compile"]
+    assert all(value in KEYS[key].choices for key, value in OPTIONS)
+    assert ("none", *build.COMPILE_MODES) == KEYS["training.compile"].choices
     assert set(build.COMPILE_MODES.values()) <= set(list_mode_options())
     assert list_mode_options("max-autotune-no-cudagraphs").get("max_autotune") is True
     for choice, mode in [("none", None), *build.COMPILE_MODES.items()]:

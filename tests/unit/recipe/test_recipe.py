@@ -11,9 +11,7 @@ import pytest
 from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe import key_rules, resume_check
-from bd3_scale.recipe.load import FORMER
-from bd3_scale.recipe.schema import SourceConfig
+from bd3_scale.recipe.schema import KEYS, SourceConfig
 from tests.unit.refusing import BASE, refused
 
 
@@ -153,7 +151,7 @@ def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.
 # -- The tables of rules, row by row -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("key", "allowed"), key_rules.CHOICES.items(), ids=key_rules.CHOICES)
+@pytest.mark.parametrize(("key", "allowed"), [(key, facts.choices) for key, facts in KEYS.items() if facts.choices])
 def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed: tuple[Any, ...]) -> None:
     for value in allowed:
         needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"]}.get(str(value), [])
@@ -162,19 +160,13 @@ def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed
     assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)
 
 
-@pytest.mark.parametrize("key", [*key_rules.POSITIVE, *key_rules.NOT_NEGATIVE])
+@pytest.mark.parametrize("key", [key for key, facts in KEYS.items() if (facts.above, facts.least) != (None, None)])
 def test_every_bound_holds_and_is_named(base: Path, key: str) -> None:
-    bounds = ["-1", "0"] if key in key_rules.POSITIVE else ["-1"]
+    bounds = ["-1", "0"] if KEYS[key].above == 0 else ["-1"]
     for value in bounds:
         assert refused(base, [f"{key}={value}"]).startswith(f"{key} is {value}")
-    if key in key_rules.NOT_NEGATIVE:
+    if KEYS[key].least == 0:
         recipes.validate(recipes.load(base, [f"{key}=0"]))
-
-
-def test_rules_are_about_keys_that_exist(base: Path) -> None:
-    keys = set(recipes.flatten(recipes.load(base)))
-    assert {*key_rules.CHOICES, *key_rules.POSITIVE, *key_rules.NOT_NEGATIVE} <= keys
-    assert all(free in keys or any(key.startswith(f"{free}.") for key in keys) for free in resume_check.FREE_TO_CHANGE)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +267,8 @@ def test_a_saved_recipe_of_an_earlier_version_is_read_as_what_it_meant(base: Pat
     assert recipes.load(base, saved=True).training.recompute == "layer" and recipes.load(base, saved=True).training.compile == "blocks"
     base.write_text(BASE.replace("steps: 20", "steps: 20, recompute: false, compile: false"))
     assert recipes.load(base, saved=True) == recipes.load(_plain(base))
-    for key, meanings in FORMER.items():
-        assert set(meanings) == {True, False} and set(meanings.values()) <= set(key_rules.CHOICES[key])
+    for facts in KEYS.values():
+        assert set(facts.former) in (set(), {True, False}) and set(facts.former.values()) <= {*facts.choices}
 
 
 def _plain(base: Path) -> Path:
