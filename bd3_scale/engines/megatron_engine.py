@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from bd3_scale.costs.state_memory import bucket_elements
+from bd3_scale.costs.sizes import bucket_elements
 from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.adamw import SkippingAdamW

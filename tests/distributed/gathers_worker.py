@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale import recipe as recipes
-from bd3_scale.costs import state_memory
+from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.objectives.table import objective_at
 
-state_memory.SMALLEST_BUCKET = 1000
+sizes.SMALLEST_BUCKET = 1000
 VOCABULARY = 259
 
 

@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from bd3_scale import recipe as recipes
 from bd3_scale.costs.activation_memory import exchange_bytes
-from bd3_scale.costs.shapes import units_of, whole
-from bd3_scale.costs.state_memory import PERSISTENT, stage_parameters, state_bytes
+from bd3_scale.costs.parameter_shapes import units_of, whole
+from bd3_scale.costs.sizes import PERSISTENT
+from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
@@ -112,7 +113,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
         if here.pipeline > 1:  # the fullest forward follows a backward, with its gradients and what it sent last
             expected += planned.gradients + sum(4 * whole(chunk.embedding or chunk.rest, case.sharers) for chunk in chunks)
     elif recipe.parallel.zero == 3:  # the weights that were gathered for the forward
-        sizes = [size for layers in stages for size in stage_parameters(recipe.model, VOCABULARY, layers, here.tensor)]
+        sizes = [size for layers in stages for size in units_of(recipe.model, VOCABULARY, layers, here.tensor).sizes]
         expected += case.batch().weight * sum(size for size in sizes if size > PERSISTENT)
     engine.close()
     return {"state": most, "planned_state": planned.state + buckets, "activations": activations, "planned_activations": expected}

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from bd3_scale import recipe as recipes
 from bd3_scale import train
-from bd3_scale.costs import state_memory
+from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.model import compiling
 
-state_memory.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
+sizes.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
 compiling.BACKEND = "aot_eager"  # the same graphs as Inductor's, without a C++ compiler's minute for each
 
 
