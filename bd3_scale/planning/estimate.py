@@ -271,17 +271,16 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, product: 
     model, tensor = recipe.model, parallel.tensor
     if tensor == 1 or case.device.type != "cuda":
         return 0.0
-    pattern = phase.pattern
     key_value = 2 * model.kv_heads * model.head_size
     shared = bool(model.kv_heads % tensor)  # such a projection gathers by itself, and waits
     hidden, held = 0.0, [index + 1 == model.layers for layers in case.stages_of(pipeline_rank) for index in layers]
     for last in set(held):
-        scored = pattern.scored_rows if last else pattern.rows
-        linears = [(scored, model.heads * model.head_size), (scored, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
-        linears += [] if shared else [(pattern.rows, key_value)]
+        asking = batch.computed(last)
+        linears = [(asking, model.heads * model.head_size), (asking, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
+        linears += [] if shared else [(batch.computed(False), key_value)]
         for rows, outputs in linears:
-            taken = product(rows * batch.rows, model.hidden, outputs / tensor)
-            moved = batch.weight * rows * batch.rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
+            taken = product(rows, model.hidden, outputs / tensor)
+            moved = batch.weight * rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
             # Reduce-scatter and gather of as many bytes; or an all-reduce, which takes as long as both, behind one product.
             hidden += held.count(last) * (2 * min(moved, taken) if parallel.sequence else min(2 * moved, taken))
     return hidden
