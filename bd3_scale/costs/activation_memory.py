@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE, padded_vocabulary, positions_per_chunk
 from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.recipe.environment import resolve_attention
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 
 
@@ -61,9 +62,7 @@ class Batch:
         """tiled | flex | dense | sdpa (patterns of one half)."""
         if self.pattern.kind != "block_diffusion" and self.config.attention != "dense":
             return "sdpa"
-        chosen = self.config.attention
-        if chosen == "auto":
-            return "flex" if self.device == "cuda" else "tiled"
+        chosen = resolve_attention(self.config.attention, self.device)
         return "flex" if chosen.startswith("flex") else chosen  # its backends keep the same
 
     @property
