@@ -22,12 +22,13 @@ from benchmark_measure import alternate, paired_ratio, peak_bytes, split_of_time
 from megatron.core import parallel_state
 from torch import Tensor
 
+from bd3_scale.costs import sizes
 from bd3_scale.costs.flops import count_flops, peak_flops
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import RECOMPUTED, apply_outside
 from bd3_scale.engines.kernel_probe import Shape, probe
 from bd3_scale.errors import TrainingError
-from bd3_scale.model import attention_kernels, loss_head
+from bd3_scale.model import attention_kernels
 from bd3_scale.model.attention import rotary_table
 from bd3_scale.model.attention_kernels import BACKENDS
 from bd3_scale.model.initialise import initialise
@@ -270,12 +271,12 @@ def benchmark_features(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def at_once() -> Iterator[None]:
     """The head's logits in one chunk."""
-    before = dict(loss_head.CHUNK_ELEMENTS)
-    loss_head.CHUNK_ELEMENTS.update(dict.fromkeys(before, 1 << 62))
+    before = dict(sizes.LOGITS_CHUNK)
+    sizes.LOGITS_CHUNK.update(dict.fromkeys(before, 1 << 62))
     try:
         yield
     finally:
-        loss_head.CHUNK_ELEMENTS.update(before)
+        sizes.LOGITS_CHUNK.update(before)
 
 
 def benchmark_memory(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import torch
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
 from bd3_scale.convert.key_map import KeyMap, LazyFragment, Sizes, makers
-from bd3_scale.convert.parameter_shapes import parameter_shapes
 from bd3_scale.convert.source import Source
+from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
@@ -64,7 +64,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     text = load_tokenizer(tokenizer)
     recipe = _recipe(found, out, _kept_tokenizer(tokenizer, out), data, overrides)
     fingerprint = _data(recipe, data, text)
-    shapes = parameter_shapes(recipe.model, text.model_vocabulary_size)
+    shapes = {name: one.shape for name, one in parameter_shapes(recipe.model, text.model_vocabulary_size).items()}
     sizes = Sizes(text.vocabulary_size, recipe.model.context, recipe.model.head_size, shapes)
     made = makers(found.source, found.key_map, recipe.model.layers, sizes)
     kinds = ["weight"]

@@ -31,13 +31,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bd3_scale.costs.pipeline_stages import micro_batch_group
+from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE, padded_vocabulary, positions_per_chunk
 from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.recipe.environment import resolve_attention
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
-
-HEAD_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Logits alive at a time (`model/loss_head.py`; a test holds the two together)."""
-FUSED = 2
-"""Times as many where the loss is fused (there, too)."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,7 @@ class Batch:
         """tiled | flex | dense | sdpa (patterns of one half)."""
         if self.pattern.kind != "block_diffusion" and self.config.attention != "dense":
             return "sdpa"
-        chosen = self.config.attention
-        if chosen == "auto":
-            return "flex" if self.device == "cuda" else "tiled"
+        chosen = resolve_attention(self.config.attention, self.device)
         return "flex" if chosen.startswith("flex") else chosen  # its backends keep the same
 
     @property
@@ -222,23 +217,17 @@ def kept_bytes(batch: Batch, layers: range, vocabulary: int, *, recompute: str, 
 def head_bytes(batch: Batch, vocabulary: int) -> int:
     """The final norm of the selected positions; the gradients that the head forms in its forward."""
     config, hidden, n = batch.config, batch.config.hidden, batch.selected
-    multiple = batch.tensor * (128 if batch.device == "cuda" else 1)
-    share = -(-vocabulary // multiple) * multiple // batch.tensor
+    share = padded_vocabulary(vocabulary, batch.tensor, VOCABULARY_MULTIPLE[batch.device]) // batch.tensor
     copies = (1 if config.conditioning == "adaln" else 0) + _repeated(batch, True)
     norm = norm_bytes(batch, n) + batch.weight * n * hidden * copies
     return norm + batch.weight * n * hidden + 4 * share * (hidden + config.head_bias)
-
-
-def head_chunk(batch: Batch, share: int) -> int:
-    """Positions at a time in the head of a rank that has `share` ids."""
-    return max(64, HEAD_CHUNK[batch.device] * (FUSED if batch.fused_loss else 1) // share)
 
 
 def logits_bytes(batch: Batch, vocabulary: int) -> int:
     """Alive at a time in the head: a chunk's logits, their fp32 copy, its exponentials, their gradient in the weight's type; fused, the
     gradient takes the place of the logits."""
     share = -(-vocabulary // batch.tensor)
-    chunk = min(head_chunk(batch, share), batch.selected)
+    chunk = min(positions_per_chunk(share, batch.device, batch.fused_loss), batch.selected)
     if batch.fused_loss:
         return chunk * share * batch.weight
     return chunk * share * ((4 + 4) if batch.weight == 4 else (2 + 4 + 4 + 2))

@@ -44,12 +44,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bd3_scale.costs.activation_memory import Batch
-from bd3_scale.costs.flops import SINUSOIDS
-from bd3_scale.costs.shapes import Shape, Units, shard, units_of, whole
-from bd3_scale.costs.state_memory import PERSISTENT
+from bd3_scale.costs.parameter_shapes import Shape, Units, parameter_shapes, shard, units_of, whole
+from bd3_scale.costs.sizes import PERSISTENT, VOCABULARY_MULTIPLE, padded_vocabulary
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
-from bd3_scale.recipe.schema import ModelConfig
 
 REUSE = 1_000_000_000
 """Elements: DeepSpeed 3 keeps a gathered parameter that it needs again within as many (stage3_max_reuse_distance)."""
@@ -79,7 +77,7 @@ def step_traffic(
 ) -> list[Transfer]:
     """Of a rank that holds `stages` (one per virtual stage); `data`: data-parallel ranks. Groups of one rank move nothing."""
     parallel, model = recipe.parallel, recipe.model
-    multiple = 128 if batch.device == "cuda" else 1
+    multiple = VOCABULARY_MULTIPLE[batch.device]
     chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
     fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.kind in ON_SIMPLEX
     sharers = (parallel.shard or data) if fsdp else 1
@@ -91,7 +89,7 @@ def step_traffic(
             _add(found, "data", sharded_bytes(chunk, parallel.zero, sharers, batch.weight, micro_batches, one_stage, not simplex))
         _add(found, "copies", {"all_reduce": sum(4 * shard(group, sharers) for chunk in chunks for group in chunk.groups)})
     else:
-        sizes = [rows * width for chunk in chunks for group in chunk.groups for rows, width in group]
+        sizes = [size for chunk in chunks for size in chunk.sizes]
         _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
     for layers in stages:
         one = tensor_bytes(batch, layers, recipe.training.recompute, recipe.objective.kind)
@@ -103,7 +101,7 @@ def step_traffic(
     if parallel.pipeline > 1:
         _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches, sharers))
         if model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):
-            share = -(-vocabulary // (parallel.tensor * multiple)) * multiple
+            share = padded_vocabulary(vocabulary, parallel.tensor, multiple) // parallel.tensor
             _add(found, "embedding", {"all_reduce": 4 * shard([(share, model.hidden)], sharers)})
     ranks = {"data": sharers if fsdp else data, "copies": data // sharers if fsdp else 1, "tensor": parallel.tensor}
     ranks |= {"pipeline": parallel.pipeline, "embedding": 2}
@@ -196,21 +194,9 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict
 
 
 def partial_shapes(batch: Batch, layers: range) -> list[Shape]:
-    """Of the parameters whose gradient each tensor rank knows in part (see tensor.py)."""
-    config: ModelConfig = batch.config
-    hidden, each = config.hidden, []
-    vector = (hidden, 1)
-    if batch.sequence:
-        each += [vector] * (4 if config.norm_bias else 2)
-        each += [(6 * hidden, config.conditioning_size), (6 * hidden, 1)] if config.conditioning == "adaln" else []
-        each += ([vector] if config.attention_bias == "all" else []) + ([vector] if config.mlp_bias else [])
-    if config.kv_heads % batch.tensor:
-        width = 2 * config.kv_heads * config.head_size
-        each += [(width, hidden)] + ([(width, 1)] if config.attention_bias != "none" else [])
-    if config.query_key_norm:
-        each += [(config.head_size, 1)] * 2
-    positions = [(config.context, hidden)] if batch.sequence and layers.start == 0 and config.positions == "learned" else []
-    return each * len(layers) + positions
+    """Of the parameters whose gradient each tensor rank knows in part; none of them has a row for each id."""
+    found = parameter_shapes(batch.config, 0, layers, batch.tensor, batch.sequence)
+    return [parameter.held(batch.tensor) for parameter in found.values() if parameter.partial]
 
 
 def pipeline_bytes(batch: Batch, virtual: int, pipeline: int, pipeline_rank: int, micro_batches: int, sharers: int = 1) -> dict[str, int]:
@@ -218,6 +204,5 @@ def pipeline_bytes(batch: Batch, virtual: int, pipeline: int, pipeline_rank: int
     config = batch.config
     state = batch.hidden_states
     forwards, backwards = virtual - (pipeline_rank == pipeline - 1), virtual - (pipeline_rank == 0)
-    size = config.conditioning_size if config.conditioning == "adaln" else 0
-    condition = 4 * shard([(size, SINUSOIDS), (size, 1), (size, size), (size, 1)], sharers)
-    return {"send": micro_batches * (forwards + backwards) * state, "all_reduce": condition}
+    condition = [one.held(1) for name, one in parameter_shapes(config, 0, range(0)).items() if name.startswith("condition.")]
+    return {"send": micro_batches * (forwards + backwards) * state, "all_reduce": 4 * shard(condition, sharers)}

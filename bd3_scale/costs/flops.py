@@ -7,33 +7,32 @@ elementwise work, norms, rotary angles and the conditioning (one vector per micr
 Backward is twice forward: a kernel that computes attention scores again in its backward does so on its own account, and so does
 activation checkpointing (`recomputed`; `model` is without it).
 
-Invariant: `count_parameters(...).total` is the number of elements in `Transformer(...).parameters()`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import astuple, dataclass
 from functools import lru_cache
+from math import prod
 
+from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe.schema import ModelConfig
-
-SINUSOIDS = 256
-"""Inputs of the noise-level embedding (`layers.NoiseCondition.frequencies`); a test holds the two together."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
     """Trained elements by part."""
 
-    embedding: int
+    embedding: int = 0
     """Of tokens, and of positions where they are learned."""
-    attention: int
-    mlp: int
-    norms: int
-    conditioning: int
-    head: int
+    attention: int = 0
+    mlp: int = 0
+    norms: int = 0
+    conditioning: int = 0
+    head: int = 0
     """0 for a tied head without bias."""
 
     @property
@@ -77,24 +76,20 @@ class RowFlops:
 
 def count_parameters(config: ModelConfig, vocabulary: int) -> ParameterCount:
     """`vocabulary` is V, MASK included. Equal to the network's, element for element."""
-    hidden, size = config.hidden, config.conditioning_size
-    query, key_value = config.heads * config.head_size, 2 * config.kv_heads * config.head_size
-    up = config.mlp_size * (2 if config.mlp == "swiglu" else 1)
-    conditioning = 0
-    if config.conditioning == "adaln":
-        chunks = 6 * config.layers + 2
-        conditioning = chunks * hidden * (size + 1) + size * (SINUSOIDS + 1) + size * (size + 1)
-    attention = hidden * (2 * query + key_value)
-    attention += {"none": 0, "query_key_value": query + key_value, "all": query + key_value + hidden}[config.attention_bias]
-    head_norms = 2 * config.head_size * config.layers if config.query_key_norm else 0
-    return ParameterCount(
-        embedding=(vocabulary + (config.context if config.positions == "learned" else 0)) * hidden,
-        attention=config.layers * attention,
-        mlp=config.layers * (hidden * (up + config.mlp_size) + (up + hidden if config.mlp_bias else 0)),
-        norms=(2 * config.layers + 1) * hidden * (2 if config.norm_bias else 1) + head_norms,
-        conditioning=conditioning,
-        head=(0 if config.tied_head else vocabulary * hidden) + (vocabulary if config.head_bias else 0),
-    )
+    counted: Counter[str] = Counter()
+    for name, parameter in parameter_shapes(config, vocabulary).items():
+        counted[_part(name)] += prod(parameter.shape)
+    return ParameterCount(**counted)
+
+
+def _part(name: str) -> str:
+    """The part of the network that a parameter belongs to, as `ParameterCount` names it."""
+    root, module = name.split(".")[0], name.split(".")[-2]
+    if "norm" in module:
+        return "norms"
+    if root == "blocks":
+        return "conditioning" if module == "modulation" else name.split(".")[2]
+    return {"positions": "embedding", "condition": "conditioning", "final_modulation": "conditioning"}.get(root, root)
 
 
 def count_flops(config: ModelConfig, pattern: AttentionPattern, vocabulary: int, selected: float, simplex: bool = False) -> RowFlops:

@@ -27,16 +27,9 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from bd3_scale.costs.shapes import shard, units_of
+from bd3_scale.costs.parameter_shapes import Units, shard, units_of
+from bd3_scale.costs.sizes import LARGEST_BUCKET, PERSISTENT, VOCABULARY_MULTIPLE
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.schema import ModelConfig
-
-LARGEST_BUCKET = 200_000_000
-"""Elements of DeepSpeed's reduce bucket (zero.py) where the model has as many."""
-SMALLEST_BUCKET = 1_000_000
-"""Elements below which a collective of megatron-core's engine costs more for being one than for what it moves."""
-PERSISTENT = 100_000
-"""Elements up to which ZeRO-3 keeps a parameter whole on every rank (DeepSpeed's default)."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +49,13 @@ class StateBytes:
         return sum(astuple(self))
 
 
-def stage_parameters(config: ModelConfig, vocabulary: int, layers: range, tensor: int = 1, vocabulary_multiple: int = 1) -> list[int]:
-    """Elements of every parameter on one tensor rank of the stage that holds `layers`; `vocabulary` is V, MASK included."""
-    groups = units_of(config, vocabulary, layers, tensor, vocabulary_multiple).groups
-    return [rows * width for group in groups for rows, width in group]
-
-
-def bucket_elements(elements: int, ranks: int) -> int:
-    """Of gradients that megatron-core's engine reduces together, and weights that it gathers, of `elements` on this rank: an eighth,
-    so that there is something to hide behind, but neither so few that links idle nor more than megatron-core's own choice."""
-    return max(SMALLEST_BUCKET, min(elements // 8, max(40_000_000, 1_000_000 * ranks)))
-
-
 def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int, device: str, bf16: bool) -> StateBytes:
     """Of a rank that holds `stages` (one per virtual stage), among `data` data-parallel ranks; `device`: cpu | cuda."""
     parallel = recipe.parallel
-    multiple = 128 if device == "cuda" else 1
-    sizes = [size for layers in stages for size in stage_parameters(recipe.model, vocabulary, layers, parallel.tensor, multiple)]
+    chunks = [units_of(recipe.model, vocabulary, layers, parallel.tensor, VOCABULARY_MULTIPLE[device]) for layers in stages]
+    sizes = [size for chunk in chunks for size in chunk.sizes]
     if parallel.resolved_engine == "fsdp":
-        return _sharded_bytes(recipe, stages, vocabulary, parallel.shard or data, multiple, 2 if bf16 else 4)
+        return _sharded_bytes(recipe, chunks, parallel.shard or data, 2 if bf16 else 4)
     n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(recipe.training.ema)
     divided = -(-n // data)
     if zero == 0:
@@ -90,9 +71,8 @@ def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int,
     return StateBytes(weight * n, gradients, 4 * divided, 8 * divided, ema * divided, bucket)
 
 
-def _sharded_bytes(recipe: Recipe, stages: list[range], vocabulary: int, sharers: int, multiple: int, weight: int) -> StateBytes:
+def _sharded_bytes(recipe: Recipe, chunks: list[Units], sharers: int, weight: int) -> StateBytes:
     """Of the first of the ranks that share a copy: the last ones have fewer rows."""
-    chunks = [units_of(recipe.model, vocabulary, layers, recipe.parallel.tensor, multiple) for layers in stages]
     own = sum(shard(group, sharers) for chunk in chunks for group in chunk.groups)
     gathered = weight * sharers * own if recipe.parallel.zero == 2 else 0
     return StateBytes(gathered, 4 * own, 4 * own, 8 * own, 4 * bool(recipe.training.ema) * own, 0)

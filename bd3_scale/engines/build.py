@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from bd3_scale.costs import pipeline_stages
+from bd3_scale.costs.parameter_shapes import parameter_shapes
+from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, OptimizerSettings
 from bd3_scale.model.compiling import compiled_whole
 from bd3_scale.model.layers import Linears
-from bd3_scale.model.partial_gradients import mark_partial_gradients
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe import Recipe, resolve_precision
 from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 
-VOCABULARY_MULTIPLE = {"cpu": 1, "cuda": 128}
-"""Ids per tensor rank are padded to a multiple of this: matrix units want it, a CPU does not."""
 COMPILE_MODES = {"blocks": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """torch's name of what `training.compile` says. No CUDA graphs: they hold addresses, which micro-batches under way, recomputation and
 ZeRO 3 change."""
@@ -63,6 +62,14 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
         engine = ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=steps, bf16=bf16)
     engine.initialise(recipe.model, recipe.run.seed)
     return engine
+
+
+def mark_partial_gradients(model: Transformer) -> None:
+    """Mark the parameters whose gradient each tensor rank knows in part, with megatron-core's own word: `sequence_parallel`."""
+    linears = model.linears
+    shapes = parameter_shapes(model.config, 0, model.layers, linears.tensor, linears.sequence)
+    for name, parameter in model.named_parameters():
+        parameter.sequence_parallel = shapes[name].partial  # type: ignore[attr-defined]
 
 
 def layers_of_rank(recipe: Recipe, layout: Layout, vocabulary: int) -> list[range]:

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import OptimizerSettings, Place, clip, global_norm, owns, place
+from bd3_scale.engines.engine import OptimizerSettings, Place, owns, place
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
 from bd3_scale.model.transformer import Transformer
 
@@ -75,6 +75,7 @@ class FsdpEngine(ScheduledEngine):
         self._held = [(name, outline, shard_of(outline.sharded)) for name, outline in self.named]
         self._held = [held for held in self._held if held[2].numel()]  # the last ranks have no row of the smallest
         self.masters = [master for _, _, master in self._held]
+        self.owned = [master for _, outline, master in self._held if owns(outline, layout)]
         self.places = list(self._find_places())
         two = [master for _, outline, master in self._held if outline.dim() >= 2]
         self.adam = settings.adam(two, [master for _, outline, master in self._held if outline.dim() < 2], layout.device)
@@ -95,21 +96,11 @@ class FsdpEngine(ScheduledEngine):
     def gradient(self, parameter: Any) -> Tensor:
         return shard_of(parameter.sharded.grad)
 
-    def step(self, learning_rate: float) -> Tensor:
+    def prepare_step(self) -> dist.ProcessGroup:
         self.publish()
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate
         for _, outline, master in self._held:
             master.grad = self.gradient(outline)
-        owned = [master.grad for _, outline, master in self._held if owns(outline, self.layout) and master.grad is not None]
-        # The ranks that together hold one copy of everything.
-        norm = global_norm(owned, parallel_state.get_intra_distributed_optimizer_instance_group(), self.layout.device)
-        self.adam.begin(lambda: norm)
-        clip([master.grad for master in self.masters if master.grad is not None], norm, self.settings.clip)
-        self.adam.step()
-        for master in self.masters:
-            master.grad = None
-        return norm
+        return parallel_state.get_intra_distributed_optimizer_instance_group()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any]) -> list[Tensor | None]:

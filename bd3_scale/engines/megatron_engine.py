@@ -19,11 +19,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from bd3_scale.costs.state_memory import bucket_elements
+from bd3_scale.costs.sizes import bucket_elements
 from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.adamw import SkippingAdamW
-from bd3_scale.engines.engine import OptimizerSettings, Place, clip, global_norm, owns, place
+from bd3_scale.engines.engine import OptimizerSettings, Place, owns, place
 from bd3_scale.engines.gathers import Gathers
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
 from bd3_scale.model.transformer import Transformer
@@ -61,7 +61,7 @@ class MegatronEngine(ScheduledEngine):
         self.named = [(name, p) for chunk in self.transformers for name, p in chunk.named_parameters()]
         self.adam = self._make_adam()
         self.places = list(self._find_places())
-        self._owned = [master for master, parameter in self._masters if owns(parameter, layout)]
+        self.owned = [master for master, parameter in self._masters if owns(parameter, layout)]
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -78,25 +78,14 @@ class MegatronEngine(ScheduledEngine):
         gradient: Tensor = parameter.main_grad
         return gradient
 
-    def step(self, learning_rate: float) -> Tensor:
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate
+    def prepare_step(self) -> dist.ProcessGroup | None:
+        assert self.gathers is None or not self.gathers.under_way, "a part of the network did not wait for its weights"
         if self.distributed is None:
             for parameter in self.masters:
                 parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
-            holders = parallel_state.get_model_parallel_group()
-        else:
-            self.distributed.prepare_grads()
-            holders = dist.group.WORLD  # masters are divided over the data-parallel ranks, too
-        norm = global_norm([m.grad for m in self._owned if m.grad is not None], holders, self.layout.device)
-        self.adam.begin(lambda: norm)
-        clip([m.grad for m in self.masters if m.grad is not None], norm, self.settings.clip)
-        assert self.gathers is None or not self.gathers.under_way, "a part of the network did not wait for its weights"
-        self.adam.step()
-        for master in self.masters:
-            master.grad = None  # of a parameter, the next backward would add to the buffer that it is
-        self._spread()
-        return norm
+            return parallel_state.get_model_parallel_group()
+        self.distributed.prepare_grads()
+        return dist.group.WORLD  # masters are divided over the data-parallel ranks, too
 
     # -- the state -----------------------------------------------------------------------------------------------------
 
@@ -110,12 +99,11 @@ class MegatronEngine(ScheduledEngine):
 
     def publish(self) -> None:
         self.settle()
-        self._spread()
+        self.spread()
         self.settle()
 
     @torch.no_grad()
-    def _spread(self) -> None:
-        """Begin to bring this rank's masters into the weights of all ranks."""
+    def spread(self) -> None:
         if self.distributed is None:
             return
         if self.dtype != torch.float32:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import Engine
+from bd3_scale.engines.engine import Engine, clip, global_norm
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 
@@ -41,6 +41,8 @@ class ScheduledEngine(Engine):
     named: list[tuple[str, Any]]
     """Canonical name and parameter, or something with its shape and attributes, of all chunks. Every virtual stage has its own copy
     of the noise condition, under the same name."""
+    owned: list[Tensor]
+    """The masters that this rank speaks for: over the ranks of `prepare_step`, every element is in one of them once."""
 
     # -- what an engine adds -------------------------------------------------------------------------------------------
 
@@ -55,6 +57,13 @@ class ScheduledEngine(Engine):
     @abstractmethod
     def gradient(self, parameter: Any) -> Tensor:
         """fp32, of one of `named`, as far as this rank has it; changing it changes what is stepped with."""
+
+    @abstractmethod
+    def prepare_step(self) -> dist.ProcessGroup | None:
+        """Give every master its gradient. Returns the ranks that together hold one copy of everything."""
+
+    def spread(self) -> None:
+        """Begin to bring the masters that were stepped into the weights that compute."""
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -73,6 +82,19 @@ class ScheduledEngine(Engine):
         self.begin()
         losses = self._run(micro_batches, forward_only=False)
         return torch.stack(losses).sum() / tokens if losses else torch.zeros((), device=self.layout.device)
+
+    def step(self, learning_rate: float) -> Tensor:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        holders = self.prepare_step()
+        norm = global_norm([master.grad for master in self.owned if master.grad is not None], holders, self.layout.device)
+        self.adam.begin(lambda: norm)
+        clip([master.grad for master in self.masters if master.grad is not None], norm, self.settings.clip)
+        self.adam.step()
+        for master in self.masters:
+            master.grad = None  # of a parameter, the next backward would add to it
+        self.spread()
+        return norm
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[NetworkInputs]) -> list[Tensor | None]:
@@ -174,7 +196,10 @@ class Stage(nn.Module):
 
     def forward(self, inputs: NetworkInputs) -> Any:
         received, self._received = self._received, None
-        return self.module(inputs, received)
+        answer = self.module(inputs, received)
+        if self.module.last or answer._base is None:
+            return answer
+        return answer.clone()  # the schedule frees what a stage hands on, which must be no view
 
 
 def mark_shared(transformers: Sequence[Transformer], pipeline: int) -> None:

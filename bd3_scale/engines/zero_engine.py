@@ -2,7 +2,7 @@
 
 Each ZeRO stage differs in how its flat fp32 masters are found and in how they are published to the weights that compute.
 Invariants: as in `engine.py`; a parameter that tensor ranks hold whole but of whose gradient each computes a part
-(`sequence_parallel`, see tensor.py) has its gradient summed over them before DeepSpeed sees it.
+(`sequence_parallel`) has its gradient summed over them before DeepSpeed sees it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from bd3_scale.costs.sizes import LARGEST_BUCKET
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, OptimizerSettings, Place, clip, global_norm, owns, place
 from bd3_scale.engines.zero_device import install, norm_on_device
@@ -199,7 +200,7 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     # Buckets are allocated at their full size: never larger than what there is to send. DeepSpeed wants them even.
     numel = sum(parameter.numel() for parameter in model.parameters())
-    bucket = min(numel + numel % 2, 200_000_000)
+    bucket = min(numel + numel % 2, LARGEST_BUCKET)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

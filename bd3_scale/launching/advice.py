@@ -11,7 +11,7 @@ import socket
 from collections.abc import Mapping
 
 from bd3_scale.launching import torchrun
-from bd3_scale.launching.elastic import JOINABLE
+from bd3_scale.launching.node import JOINABLE
 
 NEEDS = "torchrun on several nodes needs --rdzv-backend c10d --rdzv-endpoint HOST:PORT, or PET_RDZV_BACKEND and PET_RDZV_ENDPOINT"
 CURE = "set PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=FIRST_NODE:29400 on every node"

@@ -17,11 +17,9 @@ from pathlib import Path
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.launching.node import JOINABLE
 from bd3_scale.recipe import Recipe
 
-JOINABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Must be 1 for every torchrun of an elastic world: else (torch 2.13) the first one keeps the ranks' store over all worlds and does not
-tell its address again, so that a node that joins later waits for it in vain, for 60 s, and the whole job fails with it."""
 PAUSE = 1.0
 """Seconds between two looks at the clock."""
 SHOWN = 8

@@ -42,8 +42,9 @@ PAUSE = 5.0
 """Seconds before another attempt to meet the other nodes."""
 DEAF = {"PET_SIGNALS_TO_HANDLE": "SIGINT", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT"}
 """What torchrun listens to (its option as a variable, and what versions without the option read)."""
-JOINABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""For elastic worlds: else nobody can join who was not there from the start (torch 2.13; see `launching.elastic`)."""
+JOINABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Must be 1 for every torchrun of an elastic world: else (torch 2.13) the first one keeps the ranks' store over all worlds and does not
+tell its address again, so that a node that joins later waits for it in vain, for 60 s, and the whole job fails with it."""
 QUIET = 2.0
 """Seconds without a rank after which somebody looks for whom torchrun waits, to say it within ten: see `meeting`."""
 SPEAKER = [sys.executable, "-m", "bd3_scale.launching.meeting"]
@@ -103,7 +104,7 @@ class Node:
     def _attempt(self) -> int:
         torchrun = subprocess.Popen(
             [*TORCHRUN, *self.arguments],
-            env={**(JOINABLE if _elastic(self.arguments) else {}), **os.environ, **DEAF},
+            env={**({JOINABLE: "1"} if _elastic(self.arguments) else {}), **os.environ, **DEAF},
             start_new_session=True,
             preexec_fn=_deafen,
         )

@@ -29,6 +29,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from bd3_scale.errors import RecipeError
 from bd3_scale.model.compiling import compiled_whole
 from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices, dense, tile_length, tile_mask, visible
+from bd3_scale.recipe.environment import resolve_attention
 
 HIDDEN = -1e30
 """Added to the logits of keys of another segment. Not -inf: a query may see no key of an earlier tile, and its log-sum-exp must stay a
@@ -51,13 +52,7 @@ def attend(
     `block_mask`: what `block_mask_of` gave for all this. FlexAttention makes it itself where it is missing, but not in compiled code.
     """
     made = {} if block_mask is None else {"block_mask": block_mask}
-    return KERNELS[_resolved(kernel, q.device)](q, k, v, pattern, segments, **made)
-
-
-def _resolved(kernel: str, device: torch.device) -> str:
-    if kernel != "auto":
-        return kernel
-    return "flex" if device.type == "cuda" else "tiled"
+    return KERNELS[resolve_attention(kernel, q.device.type)](q, k, v, pattern, segments, **made)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor | None = None) -> Tensor:
@@ -103,7 +98,7 @@ def flex_attention(
 
 def block_mask_of(kernel: str, pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
     """The `BlockMask` that `attend` needs where `kernel` is FlexAttention's; None where it needs none."""
-    if _resolved(kernel, device) not in BACKENDS or (pattern.kind != "block_diffusion" and segments is None):
+    if resolve_attention(kernel, device.type) not in BACKENDS or (pattern.kind != "block_diffusion" and segments is None):
         return None
     return _block_mask(pattern, query_rows, device, segments)
 

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from bd3_scale.costs.sizes import SINUSOIDS, padded_vocabulary
 from bd3_scale.keyed_random import hash32
 from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.simplex_embedding import SMALLEST, expected_embedding
@@ -173,9 +174,8 @@ class Linears:
         return linear.weight, linear.bias
 
     def padded(self, vocabulary: int) -> int:
-        """Ids with padding: each rank gets the same number, a multiple of `vocabulary_multiple`."""
-        multiple = self.tensor * self.vocabulary_multiple
-        return -(-vocabulary // multiple) * multiple
+        """Ids with padding, of all ranks."""
+        return padded_vocabulary(vocabulary, self.tensor, self.vocabulary_multiple)
 
     def stream(self, pattern: AttentionPattern) -> Stream:
         """Which rows this rank holds between the linears."""
@@ -299,17 +299,15 @@ class RowGroups:
 
 
 class NoiseCondition(nn.Module):
-    """sigma [...] -> condition [..., conditioning_size]: 256 sinusoids (cos, then sin; period 10,000), two linears, SiLU."""
-
-    frequencies = 256
+    """sigma [...] -> condition [..., conditioning_size]: sinusoids (cos, then sin; period 10,000), two linears, SiLU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.conditioning_size
-        self.mlp = nn.Sequential(nn.Linear(self.frequencies, size), nn.SiLU(), nn.Linear(size, size))
+        self.mlp = nn.Sequential(nn.Linear(SINUSOIDS, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, sigma: Tensor) -> Tensor:
-        half = self.frequencies // 2
+        half = SINUSOIDS // 2
         rate = torch.exp(torch.arange(half, device=sigma.device, dtype=torch.float32) * (-math.log(10000.0) / half))
         angle = sigma.float()[..., None] * rate
         waves = torch.cat([angle.cos(), angle.sin()], -1)

@@ -26,14 +26,10 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from bd3_scale.costs.sizes import positions_per_chunk
 from bd3_scale.model.cross_entropy import FusedCrossEntropy
 from bd3_scale.model.layers import Linears
 from bd3_scale.recipe.schema import ModelConfig
-
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Logits alive at a time, by device: 64 MB in fp32 keeps a CPU's caches useful, a GPU wants larger products."""
-FUSED = 2
-"""Times as many where their gradient takes their place: less memory than the copies that it else has, and often one chunk."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """(logits [n, V of this rank], targets int64 [n], weights fp32 [n] or None) -> (losses fp32 [n], with weights the gradient of their
@@ -70,7 +66,7 @@ class Head(nn.Module):
         fused = normalised and self.config.head_loss == "fused"
         if not fused:
             loss = partial(_by_autograd, vocab_parallel_cross_entropy if normalised else self._score_entropy)
-        step = _chunk(len(self.weight), hidden.device, fused)
+        step = positions_per_chunk(len(self.weight), hidden.device.type, fused)
         return _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.impossible, gradients, loss, step)
 
     def _score_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,11 +95,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, impossible: int
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits[:, impossible:] = float("-inf")
     return logits
-
-
-def _chunk(vocabulary: int, device: torch.device, fused: bool) -> int:
-    """Positions at a time."""
-    return max(64, CHUNK_ELEMENTS.get(device.type, 1 << 24) * (FUSED if fused else 1) // vocabulary)
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         for (block, is_last), word in zip(self._layers(), words, strict=True):
             x = block(x, shared, is_last, word)
         if not self.last:
-            return x if x._base is None else x.clone()  # the schedule frees what a stage hands on, which must be no view
+            return x
         x = self.linears.all_rows(x)
         if not inputs.sparse:
             x = x.transpose(0, 1).flatten(0, 1)[inputs.selected]

@@ -12,16 +12,17 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.activation_memory import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
 from bd3_scale.costs.communication import Transfer, step_traffic
 from bd3_scale.costs.flops import RowFlops, count_flops
+from bd3_scale.costs.parameter_shapes import whole
 from bd3_scale.costs.pipeline_stages import Phase
-from bd3_scale.costs.shapes import units_of, whole
-from bd3_scale.costs.state_memory import LARGEST_BUCKET, bucket_elements, stage_parameters, state_bytes
+from bd3_scale.costs.sizes import LARGEST_BUCKET, bucket_elements
+from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits
@@ -96,18 +97,18 @@ def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
         ema=state.ema,
         activations=most_bytes(kept, parallel, pipeline_rank, case.micro_batches).total,
         logits=logits_bytes(batch, case.vocabulary) if last else 0,
-        buffers=buffers + _reduction_bytes(case, held),
+        buffers=buffers + _reduction_bytes(case, pipeline_rank),
     )
 
 
-def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
+def _reduction_bytes(case: Situation, pipeline_rank: int) -> int:
     """What DeepSpeed and FSDP allocate for a moment to reduce gradients (fp32 on the way) and to gather weights."""
     parallel, batch = case.recipe.parallel, case.batch()
     if parallel.resolved_engine == "fsdp":
-        return _gathered_bytes(case, held)
+        return _gathered_bytes(case, pipeline_rank)
     if case.replicas == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
         return 0
-    n = _elements(case, held)
+    n = _elements(case, pipeline_rank)
     if parallel.zero == 3:
         return batch.weight * min(n, LIVE)
     if parallel.zero == 2:
@@ -116,21 +117,17 @@ def _reduction_bytes(case: Situation, held: Sequence[range]) -> int:
     return 4 * min(n, FALLBACK_BUCKET)
 
 
-def _elements(case: Situation, held: Sequence[range]) -> int:
+def _elements(case: Situation, pipeline_rank: int) -> int:
     """Of the parameters on one tensor rank of a stage."""
-    multiple = 128 if case.device.type == "cuda" else 1
-    tensor = case.recipe.parallel.tensor
-    return sum(sum(stage_parameters(case.recipe.model, case.vocabulary, layers, tensor, multiple)) for layers in held)
+    return sum(sum(chunk.sizes) for chunk in case.units_of(pipeline_rank))
 
 
-def _gathered_bytes(case: Situation, held: Sequence[range]) -> int:
+def _gathered_bytes(case: Situation, pipeline_rank: int) -> int:
     """FSDP's, of the chunk that needs the most: the weights of two groups, one that computes and one on its way (and, in ZeRO 3, what the
     root holds), the gradients of one as they arise and, in fp32, as they are sent."""
     parallel, weight = case.recipe.parallel, case.batch().weight
-    multiple = 128 if case.device.type == "cuda" else 1
     most = 0
-    for layers in held:
-        chunk = units_of(case.recipe.model, case.vocabulary, layers, parallel.tensor, multiple)
+    for chunk in case.units_of(pipeline_rank):
         sizes = sorted((whole(group, case.sharers) for group in chunk.groups), reverse=True)
         gathered = sum(sizes[:2]) + whole(chunk.rest, case.sharers) if parallel.zero == 3 else sizes[0]
         most = max(most, weight * gathered + (weight + 4) * sizes[0])
@@ -274,17 +271,16 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, product: 
     model, tensor = recipe.model, parallel.tensor
     if tensor == 1 or case.device.type != "cuda":
         return 0.0
-    pattern = phase.pattern
     key_value = 2 * model.kv_heads * model.head_size
     shared = bool(model.kv_heads % tensor)  # such a projection gathers by itself, and waits
     hidden, held = 0.0, [index + 1 == model.layers for layers in case.stages_of(pipeline_rank) for index in layers]
     for last in set(held):
-        scored = pattern.scored_rows if last else pattern.rows
-        linears = [(scored, model.heads * model.head_size), (scored, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
-        linears += [] if shared else [(pattern.rows, key_value)]
+        asking = batch.computed(last)
+        linears = [(asking, model.heads * model.head_size), (asking, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
+        linears += [] if shared else [(batch.computed(False), key_value)]
         for rows, outputs in linears:
-            taken = product(rows * batch.rows, model.hidden, outputs / tensor)
-            moved = batch.weight * rows * batch.rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
+            taken = product(rows, model.hidden, outputs / tensor)
+            moved = batch.weight * rows * model.hidden * (tensor - 1) / tensor / bandwidth(case, "tensor")
             # Reduce-scatter and gather of as many bytes; or an all-reduce, which takes as long as both, behind one product.
             hidden += held.count(last) * (2 * min(moved, taken) if parallel.sequence else min(2 * moved, taken))
     return hidden
@@ -300,7 +296,7 @@ def _waited_for(case: Situation, rank: int, gradients: float, weights: float, on
         return max(0.0, gradients - count * backward, gradients + weights - behind)
     if parallel.resolved_engine == "megatron":
         # The last bucket of gradients is there when the backward ends, and the first of weights is needed when a forward begins.
-        n = _elements(case, case.stages_of(rank))
+        n = _elements(case, rank)
         one_bucket = min(1.0, bucket_elements(n, case.replicas) / n)
         return max(gradients - backward, one_bucket * gradients) + max(weights - (once - backward), one_bucket * weights)
     hidden = 0.0

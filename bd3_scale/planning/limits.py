@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bd3_scale.costs.activation_memory import Batch
-from bd3_scale.costs.shapes import elements, units_of
 from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices
 from bd3_scale.planning.devices import Device
 from bd3_scale.planning.passes import Passes, attention_half, embedding_passes, final_norm, head_passes, mlp_half
@@ -138,7 +137,7 @@ def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequ
         if flops := simplex_flops(case, batch):
             seconds = flops / (reached.product * device.peak(case.precision))
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
-    accumulated, updated, started = update_bytes(case, held)
+    accumulated, updated, started = update_bytes(case, pipeline_rank)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
     compiled = case.recipe.training.compile != "none"
     host = reached.launch * (kernels + started) + reached.layer[compiled] * count
@@ -200,8 +199,8 @@ def simplex_flops(case: Situation, batch: Batch) -> float:
     return 2.0 * batch.config.hidden * (case.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
 
 
-def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, int]:
-    """(bytes of a micro-batch, bytes of a step, kernels of a micro-batch) on one rank that has the layers `held`: of a gradient one for
+def update_bytes(case: Situation, pipeline_rank: int) -> tuple[float, float, int]:
+    """(bytes of a micro-batch, bytes of a step, kernels of a micro-batch) on one rank of a stage: of a gradient one for
     each parameter, and for fsdp, three for each group that is reduced, and gathered. w: bytes of a weight that computes, d: data-parallel
     ranks that share what ZeRO divides. Of a parameter:
 
@@ -214,11 +213,9 @@ def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, 
     DeepSpeed's row was counted on a stub of the CUDA driver: 18 and 82 bytes for one rank under ZeRO 1 in bf16.
     """
     recipe, parallel = case.recipe, case.recipe.parallel
-    multiple = 128 if case.device.type == "cuda" else 1
-    chunks = [units_of(recipe.model, case.vocabulary, layers, parallel.tensor, multiple) for layers in held]
-    groups = [group for chunk in chunks for group in chunk.groups]
-    tensors = sum(len(group) for group in groups)
-    n, w = float(sum(elements(group) for group in groups)), 2 if case.precision == "bf16" else 4
+    chunks = case.units_of(pipeline_rank)
+    sizes, groups = [size for chunk in chunks for size in chunk.sizes], sum(len(chunk.groups) for chunk in chunks)
+    n, tensors, w = float(sum(sizes)), len(sizes), 2 if case.precision == "bf16" else 4
     d = case.sharers if parallel.zero else 1
     cast = w + 4 if w < 4 else 0
     each = 4 + 8 + 28 + (12 if recipe.training.ema else 0)
@@ -230,8 +227,8 @@ def update_bytes(case: Situation, held: Sequence[range]) -> tuple[float, float, 
         return n * (cast + 12 / partly), n * (4 / partly + (20 if parallel.zero == 1 else 0) + (each + cast) / d), tensors
     gather = 2 * w + cast / d
     if parallel.zero == 3:
-        return n * (cast + 20 / d + 2 * gather), n * each / d, tensors + 9 * len(groups)
-    return n * (cast + 20 / d), n * (each / d + gather), tensors + 3 * len(groups)
+        return n * (cast + 20 / d + 2 * gather), n * each / d, tensors + 9 * groups
+    return n * (cast + 20 / d), n * (each / d + gather), tensors + 3 * groups
 
 
 def _moved(device: Device, name: str, passes: Passes) -> Part:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_scale.costs.activation_memory import Batch, head_chunk
+from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.costs.sizes import positions_per_chunk
 from bd3_scale.recipe.schema import ModelConfig
 
 
@@ -99,7 +100,7 @@ def head_passes(batch: Batch, vocabulary: int) -> Passes:
     config, w, n = batch.config, batch.weight, batch.selected
     fused = batch.fused_loss
     share = -(-vocabulary // batch.tensor)
-    chunks = -(-n // head_chunk(batch, share))
+    chunks = -(-n // positions_per_chunk(share, batch.device, batch.fused_loss))
     cast = w + 4 if w < 4 else 0
     # Eager: copy to fp32; maximum; subtract; exp; sum; divide; weigh; back. Fused: maximum, sum, gradient in place of the logits.
     logits = 4 * w if fused else 2 * cast + 4 + 8 + 8 + 4 + 8 + 8

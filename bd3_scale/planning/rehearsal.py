@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,8 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bd3_scale.costs import pipeline_stages
-from bd3_scale.costs.flops import count_parameters
-from bd3_scale.costs.state_memory import stage_parameters
+from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.distributed import layout
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import apply_outside, build_engine
@@ -141,20 +139,20 @@ def build_stages(case: Situation, here: Layout) -> list[Transformer]:
     """All chunks of the pipeline as this tensor rank holds them, with fake weights; together they are the whole network."""
     recipe, tensor = case.recipe, here.tensor
     built: list[Transformer] = []
-    whole: dict[str, int] = {}
+    together: set[str] = set()
     for layers in case.chunks:
         with FakeTensorMode():
             chunk = Transformer(
                 recipe.model, case.vocabulary, case.vocabulary - 1, Linears(tensor, sequence=recipe.parallel.sequence), layers
             )
-        expected = sorted(stage_parameters(recipe.model, case.vocabulary, layers, tensor))
-        if sorted(p.numel() for p in chunk.parameters()) != expected:
+        expected = parameter_shapes(recipe.model, case.vocabulary, layers, tensor)
+        found = {name: full_shape(p, tensor) for name, p in chunk.named_parameters()}
+        if found != {name: (one.shape, one.divided) for name, one in expected.items()}:
             raise ValueError(f"layers {layers.start} to {layers.stop - 1} hold other parameters than the plan counts")
-        whole |= {name: math.prod(full_shape(p, tensor)[0]) for name, p in chunk.named_parameters()}
+        together |= found.keys()
         built.append(chunk)
-    total = count_parameters(recipe.model, case.vocabulary).total
-    if sum(whole.values()) != total:
-        raise ValueError(f"the stages hold {sum(whole.values()):,} parameters together, the network has {total:,}")
+    if missing := parameter_shapes(recipe.model, case.vocabulary).keys() - together:
+        raise ValueError(f"no stage holds {', '.join(sorted(missing))}")
     return built
 
 

@@ -125,7 +125,7 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
         reached = per_token * recipe.tokens_per_step / (step.total * peak)
         phases.append(PhasePlan(phase.steps, phase.block_size, per_token, step, step.total, reached, _parts(case, slowest)))
         flops += phase.steps * recipe.tokens_per_step * per_token
-    total = recipe.total_steps * recipe.training.global_batch
+    rows = recipe.total_steps * recipe.training.global_batch
     seconds = sum(phase.steps * phase.step_seconds for phase in phases)
     hours = seconds / 3600 * case.world_size
     steps, tokens = recipe.total_steps, recipe.total_steps * recipe.tokens_per_step
@@ -161,7 +161,7 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
         shares=str(case.shares),
         filler=case.shares.filler,
         flops=flops,
-        flops_ratio=flops / (total * autoregressive_flops(case)),
+        flops_ratio=flops / (rows * autoregressive_flops(case)),
         memory=memory,
         fullest=fullest,
         usable=case.device.usable,

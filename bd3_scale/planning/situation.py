@@ -10,7 +10,9 @@ from functools import cached_property, lru_cache
 
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.costs.parameter_shapes import Units, units_of
 from bd3_scale.costs.pipeline_stages import Phase
+from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.planning.devices import Device
 from bd3_scale.recipe import Recipe, resolve_precision, validate
@@ -74,6 +76,11 @@ class Situation:
 
     def stages_of(self, pipeline_rank: int) -> list[range]:
         return pipeline_stages.of_rank(self.chunks, self.recipe.parallel.pipeline, pipeline_rank)
+
+    def units_of(self, pipeline_rank: int) -> list[Units]:
+        """What one tensor rank of a stage holds, chunk by chunk."""
+        model, tensor, multiple = self.recipe.model, self.recipe.parallel.tensor, VOCABULARY_MULTIPLE[self.device.type]
+        return [units_of(model, self.vocabulary, layers, tensor, multiple) for layers in self.stages_of(pipeline_rank)]
 
     def batch(self, phase: Phase | None = None) -> Batch:
         """The expected micro-batch on one tensor rank in a phase of the run (None: the widest)."""

@@ -17,6 +17,13 @@ def resolve_precision(recipe: Recipe, device: str) -> str:
     return "bf16" if device == "cuda" else "fp32"
 
 
+def resolve_attention(kernel: str, device: str) -> str:
+    """The kernel of attention for `auto`: flex on CUDA, tiled elsewhere."""
+    if kernel != "auto":
+        return kernel
+    return "flex" if device == "cuda" else "tiled"
+
+
 def resolve_device(recipe: Recipe) -> str:
     """cpu or cuda for `auto`. Raises RecipeError where CUDA is asked for and not there."""
     import torch

@@ -6,10 +6,7 @@ The plan is a list of [name, recipe, overrides, further overrides of rank 1]; `v
 from __future__ import annotations
 
 import datetime
-import gc
-import json
 import os
-import sys
 
 import torch.distributed as dist
 
@@ -18,25 +15,23 @@ from bd3_scale import train
 from bd3_scale.distributed import layout
 from bd3_scale.errors import UserError
 from bd3_scale.fault_tolerance import agreement
+from tests.distributed.worlds import join, leave, plan, write
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
     rank, world_size = int(os.environ["RANK"]), recipes.world_size_of_environment()
     said: dict[str, list[str]] = {}
     # Where the guards of the trainings meet.
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=rank == 0, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
     version = agreement._version
-    for number, (name, path, overrides, other) in enumerate(plan):
+    for number, (name, path, overrides, other) in enumerate(plan()):
         wrong = [item.partition("=")[2] for item in other if item.startswith("version=")]
         given = {"torch": wrong[0]} if wrong and rank == 1 else {}
         agreement._version = lambda package, given=given: given.get(package) or version(package)
         mine = [*overrides, *(item for item in other if rank == 1 and not item.startswith("version="))]
         recipe = recipes.load(path, mine)
-        meeting = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world_size)
+        meeting = join(number)
         try:
             train.run(recipe, "cpu")
             text = ""
@@ -45,11 +40,8 @@ def main() -> None:
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.PrefixStore("then", meeting), rank=rank, world_size=world_size)
         said[name] = layout.all_gather(text)
-        layout.stop()
-        gc.collect()
-    if rank == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(said, file)
+        leave()
+    write(said)
     # The store lives in rank 0, which is therefore the last to leave; nobody else reads from it, because an answer could be cut off.
     end = dist.PrefixStore("end", store)
     end.set(str(rank), "")

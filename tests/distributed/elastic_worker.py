@@ -5,19 +5,13 @@ Actions: `train` (to the end of the recipe's budget), `resave` (load the newest 
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import sys
-
-import torch.distributed as dist
-
 from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.data.open import open_data
 from bd3_scale.distributed import layout
 from bd3_scale.training.build import build_parts
 from bd3_scale.training.trainer import Trainer
+from tests.distributed.worlds import worlds
 
 
 def resave(recipe: recipes.Recipe, here: layout.Layout) -> None:
@@ -29,19 +23,12 @@ def resave(recipe: recipes.Recipe, here: layout.Layout) -> None:
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
-    for number, (path, overrides, action) in enumerate(plan):
+    for path, overrides, action in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, world_size, "cpu")
-        store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        recipes.validate(recipe, recipes.world_size_of_environment(), "cpu")
         here = layout.start(recipe.parallel, "cpu")
         {"train": train.train, "resave": resave}[action](recipe, here)
         here.barrier()
-        layout.stop()
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,6 @@ computes without waiting is not a number. `order`: of the buckets, which are sti
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale import recipe as recipes
-from bd3_scale.costs import state_memory
+from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.objectives.table import objective_at
+from tests.distributed.worlds import join, leave, plan, write
 
-state_memory.SMALLEST_BUCKET = 1000
+sizes.SMALLEST_BUCKET = 1000
 VOCABULARY = 259
 
 
@@ -67,11 +64,6 @@ class Case:
         tokens = self.recipe.training.global_batch * self.objective.scored_tokens_per_row
         loss = self.engine.forward_backward(self.inputs(step), tokens)
         return [float(loss), float(self.engine.step(1e-2))]
-
-    def close(self) -> None:
-        self.engine.close()
-        layout.stop()
-        gc.collect()
 
     def late(self) -> None:
         for bucket in self.buckets:
@@ -129,22 +121,17 @@ def order(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     results: dict[str, Any] = {}
-    for number, (name, path, overrides) in enumerate(plan):
+    for number, (name, path, overrides) in enumerate(plan()):
         for kind in ("as it is", "late", "order"):
-            store = dist.FileStore(f"{sys.argv[1]}.{number}.{kind}.store", world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            join(f"{number}.{kind}")
             case = Case(path, overrides)
             if kind == "late":
                 case.late()
             results[f"{name}: {kind}"] = case.here.all_gather(order(case) if kind == "order" else training(case))
-            case.close()
-    if rank == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
+            case.engine.close()
+            leave()
+    write(results)
 
 
 if __name__ == "__main__":

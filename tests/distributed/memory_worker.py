@@ -8,21 +8,18 @@ and something still holds when a forward ends; in a pipeline the most of it, els
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from bd3_scale import recipe as recipes
 from bd3_scale.costs.activation_memory import exchange_bytes
-from bd3_scale.costs.shapes import units_of, whole
-from bd3_scale.costs.state_memory import PERSISTENT, stage_parameters, state_bytes
+from bd3_scale.costs.parameter_shapes import units_of, whole
+from bd3_scale.costs.sizes import PERSISTENT
+from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
@@ -32,6 +29,7 @@ from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
 from bd3_scale.planning.situation import Situation
 from tests.alive import Alive
+from tests.distributed.worlds import results_of_ranks
 
 VOCABULARY = 2003
 
@@ -112,7 +110,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
         if here.pipeline > 1:  # the fullest forward follows a backward, with its gradients and what it sent last
             expected += planned.gradients + sum(4 * whole(chunk.embedding or chunk.rest, case.sharers) for chunk in chunks)
     elif recipe.parallel.zero == 3:  # the weights that were gathered for the forward
-        sizes = [size for layers in stages for size in stage_parameters(recipe.model, VOCABULARY, layers, here.tensor)]
+        sizes = [size for layers in stages for size in units_of(recipe.model, VOCABULARY, layers, here.tensor).sizes]
         expected += case.batch().weight * sum(size for size in sizes if size > PERSISTENT)
     engine.close()
     return {"state": most, "planned_state": planned.state + buckets, "activations": activations, "planned_activations": expected}
@@ -132,22 +130,7 @@ def under_way(engine: Any, pipeline: int, run: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
-    results = {}
-    for number, (name, path, overrides) in enumerate(plan):
-        store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        mine = measure(path, overrides)
-        every: list = [None] * world_size
-        dist.all_gather_object(every, mine)
-        results[name] = every
-        layout.stop()
-        gc.collect()
-    if rank == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
+    results_of_ranks(measure)
 
 
 if __name__ == "__main__":

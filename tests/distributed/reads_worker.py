@@ -6,16 +6,11 @@ to the report. What a logging step reads, and the making of the rows on the host
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +18,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.distributed import layout
 from bd3_scale.training.trainer import Trainer
+from tests.distributed.worlds import results_of_ranks
 
 READING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
 """Operators whose result the host, or the shape of their output, waits for."""
@@ -53,7 +49,7 @@ def _by_mask(indices: list[Tensor | None], values: Tensor | None = None) -> bool
     return any(one is not None and one.dtype == torch.bool for one in indices) and (values is None or values.numel() > 1)
 
 
-def count(path: str, overrides: list[str], here: layout.Layout) -> tuple[dict[str, int], int]:
+def count(path: str, overrides: list[str]) -> tuple[dict[str, int], int]:
     """Reads in all steps of a training but the first (in which ZeRO 3 learns what is needed when), and how many steps those were."""
     reads, steps = Reads(), 0
     made, update = Trainer.__init__, Trainer.update
@@ -81,27 +77,14 @@ def count(path: str, overrides: list[str], here: layout.Layout) -> tuple[dict[st
     recipe = recipes.load(path, overrides)
     Trainer.__init__, Trainer.update = initialised, updated  # type: ignore[method-assign]
     try:
-        train.train(recipe, here)
+        train.train(recipe, layout.start(recipe.parallel, "cpu"))
     finally:
         Trainer.__init__, Trainer.update = made, update  # type: ignore[method-assign]
     return dict(reads.found), steps - 1
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
-    results = {}
-    for number, (name, path, overrides) in enumerate(plan):
-        store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        here = layout.start(recipes.load(path, overrides).parallel, "cpu")
-        results[name] = here.all_gather(count(path, overrides, here))
-        layout.stop()
-        gc.collect()
-    if rank == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
+    results_of_ranks(count)
 
 
 if __name__ == "__main__":

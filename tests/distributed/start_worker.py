@@ -6,12 +6,8 @@ The C library gives back at once what is freed, so that what is resident is what
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
-import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import psutil
@@ -24,6 +20,7 @@ from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.situation import Situation
+from tests.distributed.worlds import results_of_ranks
 
 VOCABULARY = 12288
 
@@ -71,23 +68,8 @@ def measure(path: str, overrides: list[str]) -> dict:
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
-    rank, world_size = int(os.environ["RANK"]), recipes.world_size_of_environment()
     ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-    results = {}
-    for number, (name, path, overrides) in enumerate(plan):
-        store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        wait = datetime.timedelta(seconds=recipes.load(path, overrides).parallel.timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
-        every: list = [None] * world_size
-        dist.all_gather_object(every, measure(path, overrides))
-        results[name] = every
-        layout.stop()
-        gc.collect()
-    if rank == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
+    results_of_ranks(measure, timeout=lambda item: recipes.load(*item[1:]).parallel.timeout)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import numpy as np
 import psutil
 import pytest
 
+from bd3_scale.launching.node import JOINABLE
 from tests.distributed.conftest import metrics
 from tests.distributed.launch import give_turn, launch, take_turn
 from tests.distributed.test_torchrun_elastic import Node
 
 COMMON = ["training.steps=40", "checkpoint.every=4", "parallel.tensor=2"]
-JOINABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Without, torch 2.13 lets nobody join who was not there from the start; `launching.node` sets it, too."""
 WAITS = "bd3_scale: 1 ranks do not fit this recipe (the world of 1 ranks must be a multiple of parallel.tensor"
 
 
@@ -35,7 +34,7 @@ def start(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Node]]:
 
     def node(*overrides: str) -> Node:
         arguments = [str(recipe), f"run.dir={tmp_path / 'run'}", *COMMON, "parallel.heartbeat=4", *overrides]
-        started.append(Node(port, arguments, tmp_path / f"node-{len(started)}.log", ranks=1, restarts=1, **JOINABLE))
+        started.append(Node(port, arguments, tmp_path / f"node-{len(started)}.log", ranks=1, restarts=1, **{JOINABLE: "1"}))
         return started[-1]
 
     yield node

@@ -6,33 +6,25 @@ tools/chaos_trace.py does. A stop is the end of a smaller `training.steps`, whic
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.data import loader
 from bd3_scale.distributed import layout
+from tests.distributed.worlds import worlds
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        plan = json.load(file)
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
     original = loader.Loader.take
-    for number, (path, overrides, name) in enumerate(plan):
+    for path, overrides, name in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, world_size, "cpu")
-        store = dist.FileStore(f"{sys.argv[1]}.{number}.store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        recipes.validate(recipe, recipes.world_size_of_environment(), "cpu")
         here = layout.start(recipe.parallel, "cpu")
-        with open(Path(sys.argv[2]) / f"{name}-{rank}.jsonl", "a") as trace:
+        with open(Path(sys.argv[2]) / f"{name}-{here.rank}.jsonl", "a") as trace:
 
             def take(self: loader.Loader, samples: int, trace=trace, here=here) -> tuple[list[loader.MicroBatch], Any]:
                 batches, prepared = original(self, samples)
@@ -45,8 +37,6 @@ def main() -> None:
             loader.Loader.take = take  # type: ignore[method-assign]
             train.train(recipe, here)
             here.barrier()
-        layout.stop()
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.build import VOCABULARY_MULTIPLE, apply_outside
+from bd3_scale.engines.build import apply_outside
 from bd3_scale.generation.sampler import generate
 from bd3_scale.generation.token_sampling import SamplingOptions
 from bd3_scale.model.layers import Linears

@@ -11,6 +11,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 from bd3_scale.fault_tolerance import early_exit, run_owner
 from bd3_scale.launching import elastic, torchrun
+from bd3_scale.launching.node import JOINABLE
 from bd3_scale.launching.torchrun import Torchrun
 from bd3_scale.recipe import Recipe
 
@@ -49,14 +50,14 @@ def test_it_waits_for_the_sizes_that_fit(
         raise Left(name)
 
     monkeypatch.setattr(early_exit, "leave", left)
-    monkeypatch.setenv(elastic.JOINABLE, "1")
+    monkeypatch.setenv(JOINABLE, "1")
     with pytest.raises(Left, match="time_limit"):
         wait(misfit)
     assert "6 ranks do not fit this recipe (the world of 6 ranks must be a multiple of parallel.tensor" in (said := capfd.readouterr().err)
     assert "8 or 16 would: waiting for nodes to join\n" in said or "8 or 12 or 16 would: waiting for nodes to join\n" in said
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     assert (beat["step"], beat["doing"]) == (7, "wait")
-    monkeypatch.delenv(elastic.JOINABLE)
+    monkeypatch.delenv(JOINABLE)
     with pytest.raises(Left):
         wait(misfit)
     assert "unless all of them are started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from bd3_scale.checkpoint.reader import Checkpoint
-from bd3_scale.convert.parameter_shapes import parameter_shapes
 from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe import load, validate
-from bd3_scale.recipe.schema import ModelConfig
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -173,15 +169,3 @@ def test_bad_keys_and_places_are_refused(transformers: Any, tmp_path: Path, caps
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 6 and all(line.startswith("convert_checkpoint: error: ") for line in said)
     assert not list(tmp_path.glob("run/*"))
-
-
-def test_shapes_are_those_of_the_network() -> None:
-    base = ModelConfig(context=8, layers=2, hidden=16, heads=4, key_value_heads=2)
-    for config in (
-        base,
-        replace(base, mlp="swiglu", mlp_bias=True, attention_bias="query_key_value", query_key_norm=True, head_width=6, norm="rmsnorm"),
-        replace(base, positions="learned", attention_bias="all", norm_bias=True, tied_head=True, head_bias=True),
-        replace(base, conditioning="adaln", conditioning_size=12, head_bias=True),
-    ):
-        network = Transformer(config, 33, 32)
-        assert parameter_shapes(config, 33) == {name: tuple(value.shape) for name, value in network.named_parameters()}

@@ -17,7 +17,7 @@ from bd3_scale.checkpoint import store
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.slices import Fragment
-from bd3_scale.convert.parameter_shapes import parameter_shapes
+from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generation.load_model import load_network
@@ -60,9 +60,9 @@ def checkpoint_of(folder: Path, name: str) -> Path:
     generator = torch.Generator().manual_seed(0)
     fragments = []
     for kind in ("weight", "ema"):
-        for parameter, shape in parameter_shapes(recipe.model, MASK + 1).items():
-            value = torch.randn(shape, generator=generator) * 0.2 + ("norm" in parameter)
-            fragments.append(Fragment(kind, parameter, Region.whole(shape), value.reshape(-1)))
+        for name, parameter in parameter_shapes(recipe.model, MASK + 1).items():
+            value = torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name)
+            fragments.append(Fragment(kind, name, Region.whole(parameter.shape), value.reshape(-1)))
     run = {
         "tuner": TunerState(8, (0.3, 0.8)).to_dict(),
         "tokenizer": {"name": "bytes", "fingerprint": load_tokenizer("bytes").fingerprint},

@@ -13,7 +13,7 @@ from bd3_scale.checkpoint import store
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.slices import Fragment
-from bd3_scale.convert.parameter_shapes import parameter_shapes
+from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.engines.zero_engine import _import_deepspeed
 from bd3_scale.model.transformer import Transformer
@@ -32,10 +32,11 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     asked = tmp_path / "asked.yaml"
     asked.write_text("{}")
     recipe, generator = recipes.load(asked, SMALL), torch.Generator().manual_seed(0)
+    shapes = {name: parameter.shape for name, parameter in parameter_shapes(recipe.model, MASK + 1).items()}
     fragments = [
         Fragment(kind, name, Region.whole(shape), torch.rand(shape, generator=generator).reshape(-1))
         for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")
-        for name, shape in parameter_shapes(recipe.model, MASK + 1).items()
+        for name, shape in shapes.items()
     ]
     tokenizer = {"name": "bytes", "fingerprint": load_tokenizer("bytes").fingerprint}
     run = {"tuner": TunerState(8, (0.3, 0.8)).to_dict(), "tokenizer": tokenizer, "data": {"fingerprint": "0"}}

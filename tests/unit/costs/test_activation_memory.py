@@ -15,7 +15,6 @@ from bd3_scale.costs import activation_memory
 from bd3_scale.costs.activation_memory import Batch, kept_bytes, most_bytes, under_way
 from bd3_scale.engines.build import apply_outside
 from bd3_scale.model.initialise import initialise
-from bd3_scale.model.loss_head import CHUNK_ELEMENTS, FUSED
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
@@ -83,10 +82,6 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
     expected = kept_bytes(batch, range(3), V, recompute=recompute, pipeline=False, interleaved=False).total
     record_property("table", f"activations, {name:24s} {measured / 2**20:6.2f} MiB measured, {expected / 2**20:6.2f} by the formula")
     assert expected == pytest.approx(measured, rel=0.03)
-
-
-def test_chunks_of_logits_are_those_of_the_loss() -> None:
-    assert activation_memory.HEAD_CHUNK == CHUNK_ELEMENTS and activation_memory.FUSED == FUSED
 
 
 def test_flex_attention_keeps_less_than_the_tiles_and_more_than_recomputation() -> None:

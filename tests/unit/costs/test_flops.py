@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bd3_scale.costs.flops import SINUSOIDS, count_flops, count_parameters, peak_flops, training_flops_per_token
+from bd3_scale.costs.flops import count_flops, count_parameters, peak_flops, training_flops_per_token
+from bd3_scale.costs.sizes import SINUSOIDS
 from bd3_scale.engines.build import apply_outside
-from bd3_scale.model.layers import NoiseCondition
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.table import BlockDiffusion, NetworkInputs
@@ -211,10 +211,6 @@ def test_cost_against_autoregression_is_the_known_one() -> None:
 
     assert ratio(small) == pytest.approx(1.494, abs=0.005)
     assert ratio(small) < ratio(large) < 2
-
-
-def test_sinusoids_are_those_of_the_network() -> None:
-    assert NoiseCondition.frequencies == SINUSOIDS
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bd3_scale.costs.state_memory import SMALLEST_BUCKET, bucket_elements
+from bd3_scale.costs.sizes import SMALLEST_BUCKET, bucket_elements
 from bd3_scale.recipe.schema import ParallelConfig
 
 

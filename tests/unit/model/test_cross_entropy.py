@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bd3_scale.model import cross_entropy, loss_head
+from bd3_scale.costs import sizes
+from bd3_scale.model import cross_entropy
 from bd3_scale.model.cross_entropy import FusedCrossEntropy
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.loss_head import Head
@@ -119,7 +120,7 @@ def step(kind: str, backend: str, dtype: torch.dtype, tokens: int) -> list[Tenso
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_head_that_is_fused_is_the_head(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64, and a shorter last one of many sizes: one graph of each function."""
-    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", 1)
     counters.clear()
     cross_entropy._compiled.cache_clear()
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bd3_scale.model import loss_head
+from bd3_scale.costs import sizes
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.loss_head import Head
 from bd3_scale.recipe.schema import ModelConfig
@@ -64,7 +64,7 @@ def reference(module: Head, hidden: Tensor, targets: Tensor, normalised: bool = 
 def test_is_the_weighted_loss_without_mask(
     bias: bool, chunk: int, multiple: int, normalised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", chunk)
     module, (hidden, targets, weights) = head(bias, multiple=multiple), batch()
     if not normalised:  # exp of the logits is summed: those of a usual size
         hidden = (0.3 * hidden.detach()).requires_grad_()
@@ -95,7 +95,7 @@ def test_score_entropy_is_cross_entropy_and_the_price_of_the_mass() -> None:
 @CHUNKS
 def test_weight_0_is_exactly_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding: whatever stands there, the sum and the gradients are the same bits."""
-    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", chunk)
     results = []
     for other in (False, True):
         module, (hidden, targets, weights) = head(bias=True), batch()
@@ -116,7 +116,7 @@ def test_chunks_change_no_value(chunk: int, monkeypatch: pytest.MonkeyPatch) -> 
     module, (hidden, targets, weights) = head(bias=True), batch()
     with torch.no_grad():
         single = torch.cat([module(hidden[i : i + 1], targets[i : i + 1], weights[i : i + 1])[1] for i in range(TOKENS)])
-    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", chunk)
     torch.testing.assert_close(module(hidden, targets, weights)[1], single, rtol=1e-6, atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_large_logits_stay_finite() -> None:
 @BIASES
 def test_bf16_sums_in_fp32(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of many chunks are added in fp32 and rounded once: the error does not grow with the number of chunks."""
-    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", 1)
     module, (hidden, targets, weights) = head(bias, dtype=torch.bfloat16), batch(6400)
     hidden = hidden.detach().bfloat16().requires_grad_()
     total, nll = module(hidden, targets, weights)
@@ -199,7 +199,7 @@ def test_without_gradients_only_the_forward_runs() -> None:
 def test_no_logits_of_all_positions_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many more positions than a chunk: no allocation, and no sum of what is alive, comes near (tokens, V) in any dtype."""
     tokens, vocabulary = 8192, 1000
-    monkeypatch.setitem(loss_head.CHUNK_ELEMENTS, "cpu", 64 * vocabulary)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", 64 * vocabulary)
     module, (hidden, targets, weights) = (
         head(bias=True, vocabulary=vocabulary),
         batch(tokens, vocabulary),
