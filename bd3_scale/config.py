@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bd3_scale import recipe_rules, recipe_rules_device
 from bd3_scale.checkpoint.config import CheckpointConfig
+from bd3_scale.data.batches import BatchSchedule, batch_schedule
 from bd3_scale.data.config import DataConfig
 from bd3_scale.data.shares import Shares
 from bd3_scale.diffusion.config import ROW_MULTIPLE, SELECTED_MULTIPLE, ObjectiveConfig, TunerConfig, block_sizes
@@ -55,20 +56,28 @@ class Recipe:
         if self.training.steps is not None:
             return self.training.steps
         assert self.training.tokens is not None, "validate() asks for one of the two"
-        return -(-self.training.tokens // self.tokens_per_step)
-
-    def shares(self, replicas: int) -> Shares:
-        """How `replicas` data-parallel ranks share the global batch."""
-        return Shares(self.training.global_batch, replicas, self.parallel.micro_batch)
-
-    def micro_batch(self, replicas: int) -> int:
-        """Rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
-        return self.shares(replicas).micro_batch
+        return self.batches.steps_for(-(-self.training.tokens // self.model.context))
 
     @property
-    def tokens_per_step(self) -> int:
-        """Data tokens of a global batch."""
-        return self.training.global_batch * self.model.context
+    def batches(self) -> BatchSchedule:
+        """The global batch of every update."""
+        return batch_schedule(self.training.global_batch)
+
+    def shares(self, replicas: int, rows: int) -> Shares:
+        """How `replicas` data-parallel ranks share a global batch of so many rows."""
+        return Shares(rows, replicas, self.parallel.micro_batch)
+
+    def every_shares(self, replicas: int) -> list[Shares]:
+        """The same of every global batch of the run."""
+        return [self.shares(replicas, phase.rows) for phase in self.batches.phases]
+
+    def micro_batch(self, replicas: int) -> int:
+        """The most rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
+        return max(shares.micro_batch for shares in self.every_shares(replicas))
+
+    def tokens_before(self, step: int) -> int:
+        """Data tokens of the first `step` updates."""
+        return self.batches.samples_before(step) * self.model.context
 
     def objective_at(self, tokenizer: Tokenizer, step: int, interval: tuple[float, float] | None = None, device: str = "cpu") -> Objective:
         """The objective of update `step` on `interval` (None: the recipe's), for rows of this tokenizer's ids, in shapes for `device`."""
@@ -130,7 +139,7 @@ POSITIVE = (
     "run.time_limit", "run.threads",
     "model.context", "model.layers", "model.hidden", "model.heads", "model.conditioning_size", "model.key_value_heads", "model.mlp_hidden",
     "model.initial_std", "model.rotary_base", "model.head_width", "model.norm_epsilon",
-    "data.source_tokens", "data.window", "data.cache_bytes", "training.steps", "training.tokens", "training.global_batch",
+    "data.source_tokens", "data.window", "data.cache_bytes", "training.steps", "training.tokens",
     "training.learning_rate", "training.epsilon",
     "validation.rows", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_stages", "parallel.context", "parallel.shard", "parallel.micro_batch", "parallel.timeout", "parallel.heartbeat",
@@ -192,6 +201,8 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
         where = f"{full_key}: " if full_key else ""
         raise RecipeError(f"{where}{_one_line(error)}; see the sections' classes in bd3_scale/*/config.py for all keys") from None
     assert isinstance(recipe, Recipe)
+    if isinstance(recipe.training.global_batch, str) and recipe.training.global_batch.isdecimal():  # of an environment variable
+        recipe.training.global_batch = int(recipe.training.global_batch)
     if recipe_rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe
@@ -268,6 +279,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
         _need(flat[key] is None or flat[key] > 0, f"{key} is {flat[key]} but must be above 0; {cure}, for example")
     for key in NOT_NEGATIVE:
         _need(flat[key] >= 0, f"{key} is {flat[key]} but must not be negative; {as_text({key: defaults[key]})}, for example")
+    batch_schedule(recipe.training.global_batch)
     recipe_rules.check(recipe, world_size, device, resolve_precision(recipe, device) if device is not None else None)
     from bd3_scale.diffusion.objectives import build_objective
     from bd3_scale.diffusion.tuner import check_tuner
@@ -304,13 +316,15 @@ def world_size_of_environment() -> int:
 
 def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | None = None) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue a run at `step` under a recipe that would make it another run. Raises RecipeError naming the first
-    such key. Block sizes of later steps may change: the past must be as it was. Returns what `run.amend` lets change: {key: (saved,
-    asked)}. `since`: the steps at which keys were amended before."""
+    such key. Block sizes and batches of later steps may change: the past must be as it was. Returns what `run.amend` lets change:
+    {key: (saved, asked)}. `since`: the steps at which keys were amended before."""
     amended = {}
     before, now = flatten(saved), flatten(asked)
     for flat in (before, now):
         flat["data.mixture"] = [source.weight for source in flat["data.mixture"]]  # where they lie may change, as data.path
         flat["objective.block_size"] = [list(stage) for stage in block_sizes(flat["objective.block_size"]) if stage[0] < max(step, 1)]
+    if _past_batches(saved, step) == _past_batches(asked, step):
+        now["training.global_batch"] = before["training.global_batch"]
     for key, value in now.items():
         if key in FREE_TO_CHANGE or key.split(".")[0] in FREE_TO_CHANGE:
             continue
@@ -325,6 +339,10 @@ def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | 
             )
         amended[key] = before.get(key), value
     return amended
+
+
+def _past_batches(recipe: Recipe, step: int) -> list[tuple[int, int]]:
+    return [(phase.step, phase.rows) for phase in recipe.batches.phases if phase.step < max(step, 1)]
 
 
 def as_dictionary(recipe: Recipe) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class DataConfig:
     """Documents that are packed into one row do not see each other; in a block where one ends, from the next block on."""
     skip: list[Any] = field(default_factory=list)
     """Ranges of samples, [[from, to], ...], that are left out: sample n is row n % training.global_batch of step n // training.global_batch
-    of the run without a skip, `to` is not left out."""
+    of the run without a skip (with a schedule of batches, the n-th row of its steps), `to` is not left out."""
     prefetch: int = 2
     """Global batches read, noised and laid out ahead of need; 0: when they are needed, by the main thread."""
 

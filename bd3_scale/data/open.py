@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bd3_scale.data.batches import batch_schedule
 from bd3_scale.data.cache import Cache
 from bd3_scale.data.config import DataConfig, SourceConfig
 from bd3_scale.data.documentation import documentation
@@ -86,16 +87,17 @@ class Data:
         self,
         seed: int,
         *,
-        global_batch: int,
+        global_batch: Any,
         micro_batch: int | None,
         replica: int,
         replicas: int,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> Loader:
-        """What reads the global batches of a run. Raises DataError where a bounded cache is too small for what is read at a time."""
+        """What reads the global batches of a run; see `Loader`. Raises DataError where a bounded cache is too small for what is read at a
+        time."""
         for source in self.sources:
             order = GlobalOrder(source.train.shard_rows, seed, self.config.window)
-            source.train.require_room(order.shards_at_once(global_batch * (self.config.prefetch + 1)))
+            source.train.require_room(order.shards_at_once(batch_schedule(global_batch).largest * (self.config.prefetch + 1)))
         return Loader(
             self.train,
             self.order(seed),

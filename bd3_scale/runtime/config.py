@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -33,8 +34,10 @@ class TrainingConfig:
     """Optimizer steps; this or `tokens`."""
     tokens: int | None = None
     """Data tokens; rounded up to whole steps."""
-    global_batch: int = 512
-    """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank."""
+    global_batch: Any = 512
+    """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank; or a schedule [[0, rows],
+    [from sample, rows], ...]: as many from the first step on before which so many samples (rows) were consumed. What counts steps (warmup,
+    schedule, decay, every, ema) goes on counting steps."""
     learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

@@ -96,7 +96,7 @@ class Trainer:
         self.report.probed(probed)
         if found is not None:
             self.report.continued(self.step, found.amendments, found.remarks)
-        if (remark := recipe.shares(layout.data).remark) is not None:
+        for remark in filter(None, (shares.remark for shares in recipe.every_shares(layout.data))):
             self.report.say(remark)
         self.pulse = Pulse(self.folder if layout.leader else None, self.total_steps, layout.world_size, may_write=may_write)
         compiled = recipe.training.compile != "none"
@@ -156,8 +156,12 @@ class Trainer:
     def _advance(self, step: int) -> None:
         """The run is at `step`, and what was tuned with it: another block size begins its search anew."""
         before, self.step, self.tuning = self.tuning.block_size, step, self._tuning_at(step)
-        if self.tuning.block_size != before:
-            self.engine.adam.rule.forget()  # norms of another loss
+        if self.tuning.block_size != before or self._batch_changes(step):
+            self.engine.adam.rule.forget()  # norms of another loss, or of another noise
+
+    def _batch_changes(self, step: int) -> bool:
+        """Whether update `step` has another global batch than the one before it."""
+        return any(phase.step == step for phase in self.recipe.batches.phases[1:])
 
     def _draw_from(self, interval: tuple[float, float]) -> None:
         if interval != self.tuning.interval:
@@ -171,13 +175,14 @@ class Trainer:
         taken = self.feed.take(self.step, self.samples)
         self.pulse.waits = False
         self.pace.begin_step(time.perf_counter() - start)
-        loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
+        batch = recipe.batches.rows_at(self.step)
+        loss = self.engine.forward_backward(taken.inputs, batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(rate_of(recipe, self.step))
         before = self.tuning
         self._advance(self.step + 1)
-        if self.tuning is not before:
+        if self.tuning is not before or self._batch_changes(self.step):
             self.pulse.forget()
-        self.samples += recipe.training.global_batch
+        self.samples += batch
         if self.ema is not None:
             self.ema.update(self.step)
         self.pace.end_step()
@@ -202,8 +207,8 @@ class Trainer:
 
     def _diverged(self, in_a_row: int, loss: float) -> str:
         """What was left out, and both ways on."""
-        ranges, batch = self.recipe.data.skip, self.recipe.training.global_batch
-        first, last = (place_of(sample, ranges) for sample in (self.samples - in_a_row * batch, self.samples - 1))
+        ranges, before = self.recipe.data.skip, self.recipe.batches.samples_before(self.step - in_a_row)
+        first, last = (place_of(sample, ranges) for sample in (before, self.samples - 1))
         kept = [one for one in ranges if one[1] <= first or one[0] > last]  # others may lie among these samples
         skip, rate = as_yaml(sorted([*kept, [first, last + 1]])), self.recipe.training.learning_rate / 2
         return (

@@ -94,7 +94,7 @@ def test_lines_have_the_fixed_keys_and_keep_the_two_losses_apart(tmp_path: Path)
     assert [line["step"] for line in training] == [5, 10, 15, 20] and [line["step"] for line in validated] == [10, 20]
     assert all(line.keys() >= TRAIN_KEYS and "nelbo" not in line for line in training)
     assert all(line.keys() >= {"step", "nelbo", "perplexity"} and "loss" not in line for line in validated)
-    assert training[-1]["data_tokens"] == 20 * asked.tokens_per_step
+    assert training[-1]["data_tokens"] == asked.tokens_before(20)
     assert training[-1]["mfu"] is None, "a CPU has no peak that anybody knows"
     assert load(tmp_path / "recipe.yaml") == asked, "the resolved recipe stands beside"
 
@@ -224,7 +224,7 @@ def test_summary_says_what_was_reached_and_what_to_do_next(tmp_path: Path) -> No
     asked = a_run(tmp_path / "a run", nelbos=(6.0, 4.0, 5.0))
     checkpoint = tmp_path / "a run" / "checkpoints" / "step_00000030"
     text = summary(asked, step=30, checkpoint=checkpoint, validated=validation(5.0), unigram=90.0, stopped=None)
-    assert "finished: 30 of 30 steps" in text and f"{30 * asked.tokens_per_step:,} data tokens" in text
+    assert "finished: 30 of 30 steps" in text and f"{asked.tokens_before(30):,} data tokens" in text
     assert "validation  perplexity 32.00 (NELBO 5.0000 +- 0.0100 nats per data token) on 32 held-out rows\n" in text
     assert "best        perplexity 16.00 (NELBO 4.0000 +- 0.0100 nats per data token) at step 20" in text
     assert "unigram     perplexity 90.00 of the same rows; the model's is 0.36 of it" in text
