@@ -115,6 +115,23 @@ def test_plain_lines_say_how_far_how_well_how_fast_and_how_long(tmp_path: Path, 
     assert ", MFU " in second and second.endswith("ETA 00:00")
 
 
+def test_a_ramp_has_its_tokens_and_the_time_left_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, clock = recipe(tmp_path), Clock()
+    asked.training.global_batch = [[0, 8], [160, 16]]
+    monkeypatch.setattr("time.perf_counter", clock)
+    reporter = Reporter(asked, LAYOUT, tmp_path, {}, first_step=10, flops_per_token=1e9)
+    clock.advance(10.0)
+    line = train(reporter, 20, 4.5)
+    assert capsys.readouterr().err.endswith("ETA 00:40\n"), "20 steps of twice the rows"
+    context = asked.model.context
+    assert line["data_tokens"] == 160 * context and line["tokens_per_second"] == pytest.approx(8 * context)
+    clock.advance(10.0)
+    line = train(reporter, 25, 4.5)
+    assert line["data_tokens"] == 240 * context and line["tokens_per_second"] == pytest.approx(8 * context)
+
+
 def test_terminal_has_one_line_that_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
