@@ -76,7 +76,7 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
     timed("groups", groups)
     timed("manifest", lambda: Manifest.load(file))
-    timed("order", lambda: GlobalOrder(rows, 0, 16).sample_ids(10**8, recipe.training.global_batch))
+    timed("order", lambda: GlobalOrder(rows, 0, 16).sample_ids(10**8, recipe.batches.largest))
     started = time.perf_counter() - began
 
     with torch.device("meta"):

@@ -4,7 +4,7 @@ A stage costs what its slowest member computes: the first also embeds, the last 
 is cheap because rows that are not scored yield keys and values only. Chunk c of the P x v chunks (v virtual stages a rank) lies on
 pipeline rank c mod P, as megatron-core's interleaved schedule has it.
 
-A run whose block size changes has phases, in which layers cost differently: its stages are cut for the mean over its steps.
+A run whose block size or global batch changes has phases, in which layers cost differently: its stages are cut for the mean over its steps.
 
 Invariants: every layer is in exactly one chunk, every chunk has a layer, and no other division has a cheaper costliest chunk.
 """
@@ -32,22 +32,25 @@ FLOPS_PER_BYTE = 150
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of a run with one attention pattern: a stage of `objective.block_size`."""
+    """Steps of a run with one attention pattern and one global batch: a stage of `objective.block_size`, or a part of it."""
 
     steps: int
+    rows: int
+    """Of the global batch."""
     block_size: int
     pattern: AttentionPattern
 
 
 def phases_of(recipe: Recipe, mask_id: int, device: str) -> tuple[Phase, ...]:
     """The phases of the whole run, in their order; at least one, each with at least one step."""
-    total = recipe.total_steps
-    starts = [start for start, _ in block_sizes(recipe.objective.block_size)] if recipe.objective.kind in IN_BLOCKS else [0]
+    total, batches = recipe.total_steps, recipe.batches
+    changes = [start for start, _ in block_sizes(recipe.objective.block_size)] if recipe.objective.kind in IN_BLOCKS else [0]
+    starts = sorted({*changes, *(phase.step for phase in batches.phases)})
     found = []
     for start, end in zip(starts, [*starts[1:], total], strict=True):
         if start < min(end, total) or start == 0:
             objective = recipe.objective_of(mask_id, start, device, None)
-            found.append(Phase(max(1, min(end, total) - start), objective.block_size, objective.pattern))
+            found.append(Phase(max(1, min(end, total) - start), batches.rows_at(start), objective.block_size, objective.pattern))
     return tuple(found)
 
 
@@ -125,12 +128,12 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
     parallel = recipe.parallel
     if parallel.stage_layers is not None:
         return given(parallel.stage_layers)
-    rows, simplex = recipe.micro_batch(replicas), recipe.objective.kind in ON_SIMPLEX
+    simplex = recipe.objective.kind in ON_SIMPLEX
     mean = [0.0] * (recipe.model.layers + 2)
     for phase in phases:
-        share = selected_share(recipe, phase.pattern)
-        costs, embedding, head = layer_costs(recipe.model, phase.pattern, vocabulary, share, rows, simplex)
-        mean = [sum + phase.steps * cost for sum, cost in zip(mean, [*costs, embedding, head], strict=True)]
+        share, shares = selected_share(recipe, phase.pattern), recipe.shares(replicas, phase.rows)
+        costs, embedding, head = layer_costs(recipe.model, phase.pattern, vocabulary, share, shares.micro_batch, simplex)
+        mean = [sum + phase.steps * shares.micro_batches * cost for sum, cost in zip(mean, [*costs, embedding, head], strict=True)]
     return divide(mean[:-2], parallel.pipeline * parallel.virtual_stages, *mean[-2:])
 
 

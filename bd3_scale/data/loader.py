@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.batches import at_least, batch_schedule
 from bd3_scale.recipe.environment import launched
 from bd3_scale.recipe.shares import Shares
 
@@ -61,6 +62,25 @@ class MicroBatch:
     """The first so many rows are this replica's; what follows is filler, a row of the replica once more, and counts nowhere."""
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What of a global batch is a replica's."""
+
+    slots: np.ndarray
+    """int64 [share]."""
+    places: np.ndarray
+    """int64 [micro-batches, m]: which of them each micro-batch has."""
+    real: list[int]
+
+    @classmethod
+    def of(cls, shares: Shares, replica: int) -> _Parts:
+        parts = shares.slots(replica)
+        slots = np.concatenate([np.asarray(part, np.int64) for part in parts])
+        # Beyond its rows a replica computes its last one again: nothing more is read.
+        places = np.arange(len(parts) * shares.micro_batch).reshape(len(parts), -1)
+        return cls(slots, np.minimum(places, len(slots) - 1), [len(part) for part in parts])
+
+
 class Loader:
     """This replica's share of global batches, `prefetch` of them read ahead (0: read when asked for)."""
 
@@ -69,7 +89,7 @@ class Loader:
         reader: TrainingRows,
         order: Order,
         *,
-        global_batch: int,
+        global_batch: Any,
         micro_batch: int | None,
         replica: int,
         replicas: int,
@@ -77,26 +97,22 @@ class Loader:
         download_ahead: int = 0,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> None:
-        """`micro_batch`: the most rows at a time. `download_ahead`: shards fetched and opened after those of the batches read ahead.
-        `prepare`: (samples consumed, its micro-batches) -> what `take` gives with them, made where they are read.
+        """`global_batch`: rows, or a schedule as `training.global_batch` has it. `micro_batch`: the most rows at a time. `download_ahead`:
+        shards fetched and opened after those of the batches read ahead. `prepare`: (samples consumed, its micro-batches) -> what `take`
+        gives with them, made where they are read.
 
         Raises RecipeError where there are fewer rows than replicas.
         """
-        if replicas > global_batch:
+        self._batches = batch_schedule(global_batch)
+        if replicas > (fewest := self._batches.smallest):
             raise RecipeError(
-                f"training.global_batch {global_batch} must be at least the {replicas} data-parallel replicas because each needs a row; "
-                f"set training.global_batch={replicas}"
+                f"training.global_batch {fewest} must be at least the {replicas} data-parallel replicas because each needs a row; "
+                f"set training.global_batch={at_least(global_batch, replicas)}"
             )
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas}")
-        shares = Shares(global_batch, replicas, micro_batch)
-        parts = shares.slots(replica)
-        self._slots = np.concatenate([np.asarray(part, np.int64) for part in parts])
-        self._real = [len(part) for part in parts]
-        # Beyond its rows a replica computes its last one again: nothing more is read.
-        places = np.arange(len(parts) * shares.micro_batch).reshape(len(parts), -1)
-        self._places = np.minimum(places, len(self._slots) - 1)
-        self._reader, self._order, self._global_batch, self._prefetch = reader, order, global_batch, prefetch
+        self._parts = {phase.rows: _Parts.of(Shares(phase.rows, replicas, micro_batch), replica) for phase in self._batches.phases}
+        self._reader, self._order, self._prefetch = reader, order, prefetch
         self._prepare = prepare
         self._ahead: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data-loader") if prefetch else None
@@ -119,7 +135,7 @@ class Loader:
             self._downloading = self._downloader.submit(self._download, samples_consumed)
         if self._thread is None:
             return self._make(samples_consumed)
-        wanted = [samples_consumed + step * self._global_batch for step in range(self._prefetch + 1)]
+        wanted = self._positions(samples_consumed)[:-1]
         for position in [position for position in self._ahead if position not in wanted]:
             self._ahead.pop(position).cancel()  # a jump: what was read ahead is of no use
         for position in wanted:
@@ -145,14 +161,22 @@ class Loader:
         batches = self._read(position)
         return batches, None if self._prepare is None else self._prepare(position, batches)
 
+    def _positions(self, position: int) -> list[int]:
+        """Where this global batch begins, those that are read ahead, and the one after them."""
+        found = [position]
+        for _ in range(self._prefetch + 1):
+            found.append(found[-1] + self._batches.rows_after(found[-1]))
+        return found
+
     def _read(self, position: int) -> list[MicroBatch]:
-        samples = self._order.sample_ids(position, self._global_batch)
-        rows = self._reader.rows(samples[self._slots])
-        return [MicroBatch(self._slots[places], rows[places], real) for places, real in zip(self._places, self._real, strict=True)]
+        batch = self._batches.rows_after(position)
+        parts = self._parts[batch]
+        rows = self._reader.rows(self._order.sample_ids(position, batch)[parts.slots])
+        return [MicroBatch(parts.slots[places], rows[places], real) for places, real in zip(parts.places, parts.real, strict=True)]
 
     def _download(self, position: int) -> None:
         """Let go of the shards that were read, fetch those that come, nearest first, as far as there is room, and open them."""
-        needed, following = self._order.shards(position, self._global_batch * (self._prefetch + 1), self._download_ahead)
+        needed, following = self._order.shards(position, self._positions(position)[-1] - position, self._download_ahead)
         coming = needed + following
         self._reader.keep_open(coming)
         for shard in coming if self._reader.fetches else []:

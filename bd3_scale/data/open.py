@@ -25,6 +25,7 @@ from bd3_scale.data.preparation.documentation import documentation
 from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import DataError
+from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
 
@@ -87,16 +88,17 @@ class Data:
         self,
         seed: int,
         *,
-        global_batch: int,
+        global_batch: Any,
         micro_batch: int | None,
         replica: int,
         replicas: int,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> Loader:
-        """What reads the global batches of a run. Raises DataError where a bounded cache is too small for what is read at a time."""
+        """What reads the global batches of a run; see `Loader`. Raises DataError where a bounded cache is too small for what is read at a
+        time."""
         for source in self.sources:
             order = GlobalOrder(source.train.shard_rows, seed, self.config.window)
-            source.train.require_room(order.shards_at_once(global_batch * (self.config.prefetch + 1)))
+            source.train.require_room(order.shards_at_once(batch_schedule(global_batch).largest * (self.config.prefetch + 1)))
         return Loader(
             self.train,
             self.order(seed),

@@ -57,9 +57,7 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     else:
         from bd3_scale.engines.zero_engine import ZeroEngine
 
-        shares = recipe.shares(layout.data)
-        micro_batch, steps = shares.micro_batch, shares.micro_batches
-        engine = ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, micro_batch=micro_batch, accumulation=steps, bf16=bf16)
+        engine = ZeroEngine(chunks[0], layout, settings, zero=parallel.zero, bf16=bf16)
     engine.initialise(recipe.model, recipe.run.seed)
     return engine
 

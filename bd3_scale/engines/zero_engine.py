@@ -48,16 +48,14 @@ class ZeroEngine(Engine):
     """A model under DeepSpeed ZeRO, which `initialise` gives its weights. Make it last: tensor parallelism, recomputation and compile
     come before."""
 
-    def __init__(
-        self, model: nn.Module, layout: Layout, settings: OptimizerSettings, *, zero: int, micro_batch: int, accumulation: int, bf16: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, settings: OptimizerSettings, *, zero: int, bf16: bool) -> None:
         deepspeed = _import_deepspeed(layout.device.type)
         self.layout, self.zero, self.settings = layout, zero, settings
         _sum_partial_gradients(model)
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         plain = [p for p in model.parameters() if p.dim() < 2]
         self.adam = settings.adam(decayed, plain, layout.device)
-        config = _deepspeed_config(model, zero, micro_batch, accumulation, 0.0 if zero == 0 else settings.clip, bf16, layout.device.type)
+        config = _deepspeed_config(model, zero, 0.0 if zero == 0 else settings.clip, bf16, layout.device.type)
         groups = MegatronGroups()
         if zero == 3:
             divide(model, config, torch.bfloat16 if bf16 else torch.float32, groups)
@@ -75,9 +73,11 @@ class ZeroEngine(Engine):
             weighted, _ = self.engine(inputs.to(self.layout.device, non_blocking=True))
             # DeepSpeed averages over the data-parallel ranks: undo it, the sum is already divided by all tokens.
             loss = weighted * (self.layout.data / tokens)
+            last = inputs is micro_batches[-1]
+            self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(loss, scale_wrt_gas=False)
             total += weighted.detach() / tokens
-            if inputs is not micro_batches[-1]:
+            if not last:
                 self.engine.step()
         return total
 
@@ -195,15 +195,14 @@ def _import_deepspeed(device: str) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(
-    model: nn.Module, zero: int, micro_batch: int, accumulation: int, clip: float, bf16: bool, device: str
-) -> dict[str, Any]:
+def _deepspeed_config(model: nn.Module, zero: int, clip: float, bf16: bool, device: str) -> dict[str, Any]:
     # Buckets are allocated at their full size: never larger than what there is to send. DeepSpeed wants them even.
     numel = sum(parameter.numel() for parameter in model.parameters())
     bucket = min(numel + numel % 2, LARGEST_BUCKET)
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        # Neither counts: steps differ in their micro-batches, and `forward_backward` says which one is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
         "steps_per_print": 2**62,
         # Its timer waits for the device at every forward and every step.

@@ -81,8 +81,13 @@ class StepTime:
 
 
 def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
-    """Of the ranks of a stage, in the widest phase of the run: tensor and data-parallel peers hold as much."""
-    recipe, parallel, batch = case.recipe, case.recipe.parallel, case.batch()
+    """Of the ranks of a stage, in the phase of the run that needs the most: tensor and data-parallel peers hold as much."""
+    distinct = {(phase.pattern, phase.rows): phase for phase in case.phases}
+    return max((_phase_memory(case, phase, pipeline_rank) for phase in distinct.values()), key=lambda memory: memory.total)
+
+
+def _phase_memory(case: Situation, phase: Phase, pipeline_rank: int) -> RankMemory:
+    recipe, parallel, batch = case.recipe, case.recipe.parallel, case.batch(phase)
     held = case.stages_of(pipeline_rank)
     bf16 = case.precision == "bf16"
     state = state_bytes(recipe, held, case.vocabulary, case.replicas, case.device.type, bf16)
@@ -95,7 +100,7 @@ def rank_memory(case: Situation, pipeline_rank: int) -> RankMemory:
         gradients=state.gradients,
         optimizer=state.masters + state.moments,
         ema=state.ema,
-        activations=most_bytes(kept, parallel, pipeline_rank, case.micro_batches).total,
+        activations=most_bytes(kept, parallel, pipeline_rank, case.shares(phase).micro_batches).total,
         logits=logits_bytes(batch, case.vocabulary) if last else 0,
         buffers=buffers + _reduction_bytes(case, pipeline_rank),
     )
@@ -160,12 +165,13 @@ def stage_flops(case: Situation, phase: Phase, pipeline_rank: int) -> float:
     parallel = case.recipe.parallel
     share = pipeline_stages.selected_share(case.recipe, phase.pattern)
     simplex = case.recipe.objective.kind in ON_SIMPLEX
-    layers, _, head = pipeline_stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, case.micro_batch, simplex)
+    rows = case.shares(phase).micro_batch
+    layers, _, head = pipeline_stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, rows, simplex)
     passes = layer_passes(case, phase)
     held = case.stages_of(pipeline_rank)
     own = passes * sum(layers[index] for chunk in held for index in chunk)
     own += 3 * head if held[-1].stop == case.recipe.model.layers else 0
-    own += 2 * row_flops(case, phase).embedding * case.micro_batch if held[0].start == 0 else 0
+    own += 2 * row_flops(case, phase).embedding * rows if held[0].start == 0 else 0
     return own / parallel.tensor
 
 
@@ -210,16 +216,14 @@ def pace(case: Situation, phase: Phase, mfu: float | None = None) -> Pace:
 
 
 def bubble_fraction(case: Situation) -> float:
-    """Of a step's time, where all stages cost the same: (P - 1) / (v M + P - 1)."""
+    """Of a step's time in the longest phase, where all stages cost the same: (P - 1) / (v M + P - 1)."""
     pipeline, virtual = case.recipe.parallel.pipeline, case.recipe.parallel.virtual_stages
-    return (pipeline - 1) / (virtual * case.micro_batches + pipeline - 1)
+    return (pipeline - 1) / (virtual * case.shares().micro_batches + pipeline - 1)
 
 
 def traffic_of(case: Situation, phase: Phase, pipeline_rank: int) -> list[Transfer]:
-    batch = case.batch(phase)
-    return step_traffic(
-        case.recipe, case.stages_of(pipeline_rank), case.vocabulary, batch, case.replicas, case.micro_batches, pipeline_rank
-    )
+    batch, micro_batches = case.batch(phase), case.shares(phase).micro_batches
+    return step_traffic(case.recipe, case.stages_of(pipeline_rank), case.vocabulary, batch, case.replicas, micro_batches, pipeline_rank)
 
 
 def bandwidth(case: Situation, group: str) -> float:
@@ -241,21 +245,21 @@ def step_time(case: Situation, phase: Phase, mfu: float | None = None) -> StepTi
 def step_at(case: Situation, phase: Phase, slowest: Pace) -> StepTime:
     """The time of a step at this pace of the slowest stage."""
     parallel, rank, once = case.recipe.parallel, slowest.rank, slowest.once
-    moved = traffic_of(case, phase, rank)
+    moved, micro_batches = traffic_of(case, phase, rank), case.shares(phase).micro_batches
 
     def seconds(group: str, *operations: str) -> float:
         chosen = [one for one in moved if one.group == group and (not operations or one.operation in operations)]
         return sum(one.sent for one in chosen) / bandwidth(case, group)
 
     gradients = seconds("data", "all_reduce", "reduce_scatter") + seconds("copies")
-    waited = _waited_for(case, rank, gradients, seconds("data", "all_gather"), once, slowest.backward)
+    waited = _waited_for(case, micro_batches, rank, gradients, seconds("data", "all_gather"), once, slowest.backward)
     exchanged = seconds("pipeline") if parallel.virtual_stages == 1 else 0.0
     return StepTime(
-        compute=once * case.micro_batches,
-        host=slowest.waited * case.micro_batches,
+        compute=once * micro_batches,
+        host=slowest.waited * micro_batches,
         update=slowest.update,
         bubble=(once + slowest.waited) * (parallel.pipeline - 1) / parallel.virtual_stages,
-        tensor=seconds("tensor") - case.micro_batches * hidden_exchange(case, phase, rank, slowest.product),
+        tensor=seconds("tensor") - micro_batches * hidden_exchange(case, phase, rank, slowest.product),
         data=waited + seconds("embedding"),
         pipeline=exchanged,
     )
@@ -286,10 +290,10 @@ def hidden_exchange(case: Situation, phase: Phase, pipeline_rank: int, product: 
     return hidden
 
 
-def _waited_for(case: Situation, rank: int, gradients: float, weights: float, once: float, backward: float) -> float:
-    """Seconds of the data-parallel communication that nothing hides. `once`, `backward`: what a micro-batch computes, and behind its
-    forward."""
-    parallel, count = case.recipe.parallel, case.micro_batches
+def _waited_for(case: Situation, count: int, rank: int, gradients: float, weights: float, once: float, backward: float) -> float:
+    """Seconds of the data-parallel communication that nothing hides. `count`: micro-batches; `once`, `backward`: what each computes, and
+    behind its forward."""
+    parallel = case.recipe.parallel
     if case.device.type == "cuda" and parallel.resolved_engine == "fsdp":
         # Gradients hide behind all backwards; weights behind what computes with the ones before, and beside the gradients.
         behind = count * once if parallel.zero == 3 else count * backward + (once - backward)

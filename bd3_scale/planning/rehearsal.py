@@ -178,12 +178,13 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
         if here.rank > 0 and start < case.recipe.total_steps:
             continue
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            inputs = _inputs(objective, case.micro_batch, case.vocabulary, recipe.run.seed)
+            rows = case.shares(phase).micro_batch
+            inputs = _inputs(objective, rows, case.vocabulary, recipe.run.seed)
             tensors: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
             fake = replace(inputs, **tensors)
             # As megatron-core's schedules have it: rows of the stream on this rank, micro-batch, hidden.
             batch = case.batch(phase)
-            shape = [batch.held(batch.computed(False)) // case.micro_batch, case.micro_batch, recipe.model.hidden]
+            shape = [batch.held(batch.computed(False)) // rows, rows, recipe.model.hidden]
             handed: Tensor | None = None
             for chunk in built if here.rank == 0 else _own(here, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()
@@ -233,8 +234,8 @@ def narrow(case: Situation) -> Situation:
     model = replace(
         recipe.model, context=8 * tensor, hidden=2 * recipe.model.heads, head_width=2, mlp_hidden=2 * tensor, conditioning_size=4
     )
-    micro_batches = min(case.micro_batches, 2 * pipeline)
-    rows = min(case.micro_batch, 2)
+    shares = case.shares()
+    micro_batches, rows = min(shares.micro_batches, 2 * pipeline), min(shares.micro_batch, 2)
     return replace(
         case,
         recipe=replace(
@@ -257,7 +258,7 @@ def run_engine(case: Situation, rank: int) -> str:
         objective = _objective(small, 0)
         engine = build_engine(recipe, here, small.vocabulary, small.vocabulary - 1)
         average = ExponentialAverage(engine.masters, recipe.training.ema, engine.publish, engine.settle) if recipe.training.ema else None
-        batch, rows = recipe.training.global_batch, small.micro_batch
+        batch, rows = recipe.training.global_batch, small.shares().micro_batch
         share = batch // here.data
         first = here.data_rank * share
         for step in range(2):

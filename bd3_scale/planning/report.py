@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bd3_scale.costs.flops import ParameterCount, count_parameters
+from bd3_scale.costs.pipeline_stages import Phase
 from bd3_scale.data.preparation.packing import texts_end_at
 from bd3_scale.planning.estimate import (
     Pace,
@@ -42,9 +43,10 @@ class Moved:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Steps with one block size."""
+    """Steps with one block size and one global batch."""
 
     steps: int
+    global_batch: int
     block_size: int
     flops_per_token: float
     """Model FLOPs of a training step."""
@@ -73,6 +75,7 @@ class Plan:
     steps: int
     tokens: int
     tokens_per_step: int
+    """Of the longest phase, as the layout's micro-batches, shares, bubble and traffic."""
     shares: str
     """How the replicas share a step's rows, and what of the computed rows is filler."""
     filler: float
@@ -122,13 +125,14 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
         per_token = row_flops(case, phase).model / recipe.model.context
         slowest = pace(case, phase, mfu)
         step = step_at(case, phase, slowest)
-        reached = per_token * recipe.tokens_per_step / (step.total * peak)
-        phases.append(PhasePlan(phase.steps, phase.block_size, per_token, step, step.total, reached, _parts(case, slowest)))
-        flops += phase.steps * recipe.tokens_per_step * per_token
-    rows = recipe.total_steps * recipe.training.global_batch
+        per_step = phase.rows * recipe.model.context * per_token
+        reached, parts = per_step / (step.total * peak), _parts(case, phase, slowest)
+        phases.append(PhasePlan(phase.steps, phase.rows, phase.block_size, per_token, step, step.total, reached, parts))
+        flops += phase.steps * per_step
+    total = recipe.batches.samples_before(recipe.total_steps)
     seconds = sum(phase.steps * phase.step_seconds for phase in phases)
     hours = seconds / 3600 * case.world_size
-    steps, tokens = recipe.total_steps, recipe.total_steps * recipe.tokens_per_step
+    steps, tokens, shares = recipe.total_steps, total * recipe.model.context, case.shares()
     counted = count_parameters(recipe.model, case.vocabulary)
     state = STATE_BYTES - (0 if recipe.training.ema else 4)
     on_node = min(case.device.per_node, case.world_size)
@@ -150,18 +154,18 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
             "zero": parallel.zero,
             "engine": parallel.resolved_engine,
             "shard": case.sharers if parallel.zero else 1,
-            "micro_batch": case.micro_batch,
-            "micro_batches": case.micro_batches,
+            "micro_batch": shares.micro_batch,
+            "micro_batches": shares.micro_batches,
             "recompute": recipe.training.recompute,
         },
         stage_layers=[[len(layers) for layers in case.stages_of(rank)] for rank in range(parallel.pipeline)],
         steps=steps,
         tokens=tokens,
-        tokens_per_step=recipe.tokens_per_step,
-        shares=str(case.shares),
-        filler=case.shares.filler,
+        tokens_per_step=case.longest.rows * recipe.model.context,
+        shares=str(shares),
+        filler=shares.filler,
         flops=flops,
-        flops_ratio=flops / (rows * autoregressive_flops(case)),
+        flops_ratio=flops / (total * autoregressive_flops(case)),
         memory=memory,
         fullest=fullest,
         usable=case.device.usable,
@@ -184,11 +188,11 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
     )
 
 
-def _parts(case: Situation, slowest: Pace) -> list[Part]:
+def _parts(case: Situation, phase: Phase, slowest: Pace) -> list[Part]:
     """Of a step: those of its micro-batches, and the optimizer's."""
     if slowest.limits is None:
         return []
-    return [*(part.times(case.micro_batches) for part in slowest.limits.parts), slowest.limits.update]
+    return [*(part.times(case.shares(phase).micro_batches) for part in slowest.limits.parts), slowest.limits.update]
 
 
 def _assumptions(case: Situation) -> str:
@@ -248,7 +252,7 @@ def as_text(plan: Plan) -> str:
             )
             if value
         )
-        of = f"{phase.steps:,} steps at L' = {phase.block_size}: " if len(plan.phases) > 1 else ""
+        of = f"{phase.steps:,} steps at {_name(phase, plan)}: " if len(plan.phases) > 1 else ""
         lines.append(f"time        {of}{phase.flops_per_token:.4g} FLOPs per data token; {seconds(phase.step_seconds)} a step ({spent})")
         assumed = "" if plan.assumed_mfu is None else f", {plan.assumed_mfu:.0%} assumed while a device computes"
         lines.append(f"            MFU {phase.mfu:.1%} of the whole{assumed}")
@@ -309,13 +313,18 @@ def _limits(plan: Plan) -> list[str]:
         for phase in plan.phases
     ]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    heads = [f"L' = {phase.block_size}" for phase in plan.phases]
+    heads = [_name(phase, plan) for phase in plan.phases]
     lines = [f"{'limits of a step, ms':31s}" + "".join(f"{head:>22s}" for head in heads)]
     for name in names:
         found = [column.get(name) for column in columns]
         lines.append(f"{name:31s}" + "".join(_limit(part, phase) for part, phase in zip(found, plan.phases, strict=True)))
     lines.append(f"{'MFU':31s}" + "".join(f"{phase.mfu:22.1%}" for phase in plan.phases))
     return [*lines, f"at          {plan.assumptions}", ""]
+
+
+def _name(phase: PhasePlan, plan: Plan) -> str:
+    batches = len({phase.global_batch for phase in plan.phases}) > 1
+    return f"L' = {phase.block_size}" + (f", {phase.global_batch} rows" if batches else "")
 
 
 def _limit(part: Part | None, phase: PhasePlan) -> str:

@@ -65,7 +65,7 @@ def _recipes(case: Situation) -> Iterator[Recipe]:
 
 
 def _layouts(case: Situation, tensor: int, pipeline: int) -> Iterator[ParallelConfig]:
-    whole = Shares(case.recipe.training.global_batch, case.world_size // (tensor * pipeline))
+    whole = Shares(case.recipe.batches.largest, case.world_size // (tensor * pipeline))
     # Doubling: half the forwards each time, with the rows that they then have, which may be fewer.
     largest = [2**power for power in range(whole.share.bit_length())]
     micro_batches = sorted({replace(whole, largest=rows).micro_batch for rows in largest})

@@ -38,19 +38,9 @@ class Situation:
         """Data-parallel ranks that share one copy of what ZeRO divides."""
         return self.recipe.parallel.shard or self.replicas
 
-    @property
-    def shares(self) -> Shares:
-        """Of the replicas in a global batch; filler is computed, and takes its time."""
-        return self.recipe.shares(self.replicas)
-
-    @property
-    def micro_batch(self) -> int:
-        return self.shares.micro_batch
-
-    @property
-    def micro_batches(self) -> int:
-        """Of a step, on one replica."""
-        return self.shares.micro_batches
+    def shares(self, phase: Phase | None = None) -> Shares:
+        """Of the replicas in a global batch of a phase (None: the longest); filler is computed, and takes its time."""
+        return self.recipe.shares(self.replicas, (phase or self.longest).rows)
 
     @property
     def precision(self) -> str:
@@ -61,13 +51,9 @@ class Situation:
         return pipeline_stages.phases_of(self.recipe, self.vocabulary - 1, self.device.type)
 
     @property
-    def widest(self) -> Phase:
-        """The phase with the most rows in the network: its micro-batches need the most memory."""
-        return max(self.phases, key=lambda phase: phase.pattern.rows)
-
-    @property
     def longest(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.steps)
+        """The phase with the most samples."""
+        return max(self.phases, key=lambda phase: phase.steps * phase.rows)
 
     @cached_property
     def chunks(self) -> list[range]:
@@ -83,10 +69,11 @@ class Situation:
         return [units_of(model, self.vocabulary, layers, tensor, multiple) for layers in self.stages_of(pipeline_rank)]
 
     def batch(self, phase: Phase | None = None) -> Batch:
-        """The expected micro-batch on one tensor rank in a phase of the run (None: the widest)."""
+        """The expected micro-batch on one tensor rank in a phase of the run (None: the longest)."""
         parallel, model = self.recipe.parallel, self.recipe.model
-        pattern = (phase or self.widest).pattern
-        selected = max(1, round(self.micro_batch * (model.context - 1) * pipeline_stages.selected_share(self.recipe, pattern)))
+        phase = phase or self.longest
+        pattern, rows = phase.pattern, self.shares(phase).micro_batch
+        selected = max(1, round(rows * (model.context - 1) * pipeline_stages.selected_share(self.recipe, pattern)))
         multiple = self.recipe.selected_multiple(self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
@@ -94,7 +81,7 @@ class Situation:
         return Batch(
             model,
             pattern,
-            self.micro_batch,
+            rows,
             padded,
             parallel.tensor,
             parallel.sequence,
@@ -118,7 +105,7 @@ class _Key:
             recipe.objective.schedule,
             repr(recipe.model),
             parallel.pipeline * parallel.virtual_stages,
-            recipe.micro_batch(replicas),
+            tuple((shares.micro_batch, shares.micro_batches) for shares in recipe.every_shares(replicas)),
             given,
         )
 

@@ -53,6 +53,8 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
         where = f"{full_key}: " if full_key else ""
         raise RecipeError(f"{where}{_one_line(error)}; see python -m bd3_scale.recipe for all keys") from None
     assert isinstance(recipe, Recipe)
+    if isinstance(recipe.training.global_batch, str) and recipe.training.global_batch.isdecimal():  # of an environment variable
+        recipe.training.global_batch = int(recipe.training.global_batch)
     if rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe

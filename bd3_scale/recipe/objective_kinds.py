@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
-from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.stages import stages
 
 ONE_BLOCK = ("mdlm", "sedd")
 """Kinds whose rows are one block: L' = L."""
@@ -25,31 +24,11 @@ DEFAULT_BLOCK_SIZE = 4
 
 def block_sizes(value: Any) -> tuple[tuple[int, int], ...]:
     """`objective.block_size` as ((0, size), (from step, size), ...), steps ascending. Raises RecipeError for anything else."""
-    if value is None:
-        return ((0, DEFAULT_BLOCK_SIZE),)
-    if _whole(value):
-        return ((0, _positive(value)),)
-    shape = "a whole number or a list of [from step, block size], such as [[0, 1024], [850000, 16]]"
-    if not isinstance(value, (list, tuple)) or not value:
-        raise RecipeError(f"objective.block_size is {value!r}; set {shape}")
-    stages: list[tuple[int, int]] = []
-    for stage in value:
-        if not isinstance(stage, (list, tuple)) or len(stage) != 2 or not all(_whole(number) for number in stage):
-            raise RecipeError(f"objective.block_size has the entry {stage!r}; set {shape}")
-        stages.append((int(stage[0]), _positive(stage[1])))
-    if stages[0][0] != 0:
-        raise RecipeError(f"objective.block_size starts at step {stages[0][0]}, which leaves the steps before without one; start at step 0")
-    for (earlier, _), (later, _) in pairwise(stages):
-        if later <= earlier:
-            raise RecipeError(f"objective.block_size has step {later} after step {earlier}; put the steps in ascending order")
-    return tuple(stages)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _positive(size: int) -> int:
-    if size < 1:
-        raise RecipeError(f"objective.block_size is {size}, but a block has at least one token; set 1 or more")
-    return size
+    return stages(
+        "objective.block_size",
+        DEFAULT_BLOCK_SIZE if value is None else value,
+        counted="step",
+        number="block size",
+        least="a block has at least one token",
+        example="[[0, 1024], [850000, 16]]",
+    )

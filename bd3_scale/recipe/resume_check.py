@@ -13,13 +13,15 @@ from bd3_scale.recipe.text import flatten
 
 def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | None = None) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue a run at `step` under a recipe that would make it another run. Raises RecipeError naming the first
-    such key. Block sizes of later steps may change: the past must be as it was. Returns what `run.amend` lets change: {key: (saved,
-    asked)}. `since`: the steps at which keys were amended before."""
+    such key. Block sizes and batches of later steps may change: the past must be as it was. Returns what `run.amend` lets change:
+    {key: (saved, asked)}. `since`: the steps at which keys were amended before."""
     amended = {}
     before, now = flatten(saved), flatten(asked)
     for flat in (before, now):
         flat["data.mixture"] = [source.weight for source in flat["data.mixture"]]  # where they lie may change, as data.path
         flat["objective.block_size"] = [list(stage) for stage in block_sizes(flat["objective.block_size"]) if stage[0] < max(step, 1)]
+    if _past_batches(saved, step) == _past_batches(asked, step):
+        now["training.global_batch"] = before["training.global_batch"]
     for key, value in now.items():
         if KEYS[key].change == "free" or before.get(key) == value:
             continue
@@ -32,3 +34,7 @@ def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | 
             )
         amended[key] = before.get(key), value
     return amended
+
+
+def _past_batches(recipe: Recipe, step: int) -> list[tuple[int, int]]:
+    return [(phase.step, phase.rows) for phase in recipe.batches.phases if phase.step < max(step, 1)]

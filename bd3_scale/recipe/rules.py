@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.batches import at_least
 from bd3_scale.recipe.mixture_weights import weights_problem
 from bd3_scale.recipe.objective_kinds import IN_BLOCKS, ONE_BLOCK, block_sizes
 from bd3_scale.recipe.rules_device import DEVICE_RULES
 from bd3_scale.recipe.rules_run import RUN_RULES
 from bd3_scale.recipe.schema import KEYS, DataConfig
-from bd3_scale.recipe.suggestions import Case, Problem, as_text, divisors, fitting_micro_batches, nearest, nearest_layout
+from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml, divisors, fitting_micro_batches, nearest, nearest_layout
 
 if TYPE_CHECKING:
     from bd3_scale.recipe.schema import Recipe
@@ -321,17 +322,18 @@ def world_is_whole_replicas(case: Case) -> Problem | None:
 
 
 def every_replica_has_a_row(case: Case) -> Problem | None:
-    batch, replicas = case.recipe.training.global_batch, case.replicas
+    asked, batch, replicas = case.recipe.training.global_batch, case.recipe.batches.smallest, case.replicas
     if replicas <= batch:
         return None
-    rows = (replicas * count for count in range(1, case.parallel.pipeline + 1))  # an interleaved schedule needs more than one
+    # An interleaved schedule needs more than one.
+    rows = (at_least(asked, replicas * count) for count in range(1, case.parallel.pipeline + 1))
 
     def fewer_replicas() -> str | None:
         """The same rows: more ranks for each replica."""
         return nearest_layout(case, works, accepted=lambda found: case.world_size // (found.tensor * found.pipeline) <= batch)
 
     return Problem(
-        f"training.global_batch = {batch} must be at least the data-parallel ranks = {replicas} because each needs a row",
+        f"training.global_batch = {as_yaml(asked)} must be at least the data-parallel ranks = {replicas} because each needs a row",
         lambda: [_first(case, every_replica_has_a_row, "training.global_batch", rows), fewer_replicas()],
     )
 
@@ -342,7 +344,7 @@ def stages_are_interleaved_by_enough(case: Case) -> Problem | None:
         return None
     return Problem(
         f"parallel.virtual_stages = {parallel.virtual_stages} needs as many micro-batches as parallel.pipeline = {parallel.pipeline}, but "
-        f"training.global_batch = {case.recipe.training.global_batch} makes {shares.micro_batches} of "
+        f"training.global_batch = {as_yaml(case.recipe.training.global_batch)} makes {shares.micro_batches} of "
         f"{shares.micro_batch} rows on every replica",
         lambda: [
             _first(case, stages_are_interleaved_by_enough, "parallel.micro_batch", fitting_micro_batches(case)),

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bd3_scale.recipe.batches import BatchSchedule, batch_schedule
 from bd3_scale.recipe.keys import facts_of, key, section
 from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
 from bd3_scale.recipe.shares import Shares
@@ -206,7 +207,7 @@ class DataConfig:
     """Documents that are packed into one row do not see each other; in a block where one ends, from the next block on."""
     skip: list[Any] = key([], change="amend")
     """Ranges of samples, [[from, to], ...], that are left out: sample n is row n % training.global_batch of step n // training.global_batch
-    of the run without a skip, `to` is not left out."""
+    of the run without a skip (with a schedule of batches, the n-th row of its steps), `to` is not left out."""
     prefetch: int = key(2, least=0, change="free")
     """Global batches read, noised and laid out ahead of need; 0: when they are needed, by the main thread."""
 
@@ -219,8 +220,10 @@ class TrainingConfig:
     """Optimizer steps; this or `tokens`."""
     tokens: int | None = key(None, above=0, change="free", example=1000)
     """Data tokens; rounded up to whole steps."""
-    global_batch: int = key(512, above=0)
-    """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank."""
+    global_batch: Any = 512
+    """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank; or a schedule [[0, rows],
+    [from sample, rows], ...]: as many from the first step on before which so many samples (rows) were consumed. What counts steps (warmup,
+    schedule, decay, every, ema) goes on counting steps."""
     learning_rate: float = key(3e-4, above=0, change="amend")
     """Peak learning rate, reached after `warmup`."""
     betas: tuple[float, float] = key((0.9, 0.999), change="amend")
@@ -387,20 +390,28 @@ class Recipe:
         if self.training.steps is not None:
             return self.training.steps
         assert self.training.tokens is not None, "validate() asks for one of the two"
-        return -(-self.training.tokens // self.tokens_per_step)
-
-    def shares(self, replicas: int) -> Shares:
-        """How `replicas` data-parallel ranks share the global batch."""
-        return Shares(self.training.global_batch, replicas, self.parallel.micro_batch)
-
-    def micro_batch(self, replicas: int) -> int:
-        """Rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
-        return self.shares(replicas).micro_batch
+        return self.batches.steps_for(-(-self.training.tokens // self.model.context))
 
     @property
-    def tokens_per_step(self) -> int:
-        """Data tokens of a global batch."""
-        return self.training.global_batch * self.model.context
+    def batches(self) -> BatchSchedule:
+        """The global batch of every update."""
+        return batch_schedule(self.training.global_batch)
+
+    def shares(self, replicas: int, rows: int) -> Shares:
+        """How `replicas` data-parallel ranks share a global batch of so many rows."""
+        return Shares(rows, replicas, self.parallel.micro_batch)
+
+    def every_shares(self, replicas: int) -> list[Shares]:
+        """The same of every global batch of the run."""
+        return [self.shares(replicas, phase.rows) for phase in self.batches.phases]
+
+    def micro_batch(self, replicas: int) -> int:
+        """The most rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
+        return max(shares.micro_batch for shares in self.every_shares(replicas))
+
+    def tokens_before(self, step: int) -> int:
+        """Data tokens of the first `step` updates."""
+        return self.batches.samples_before(step) * self.model.context
 
     def objective_at(self, tokenizer: Tokenizer, step: int, interval: tuple[float, float] | None = None, device: str = "cpu") -> Objective:
         """The objective of update `step` on `interval` (None: the recipe's), for rows of this tokenizer's ids, in shapes for `device`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from bd3_scale.recipe.batches import at_least
 from bd3_scale.recipe.schema import ParallelConfig
 from bd3_scale.recipe.shares import Shares
 
@@ -45,8 +46,8 @@ class Case:
 
     @property
     def shares(self) -> Shares:
-        """How the replicas share a global batch; only where there is a replica."""
-        return self.recipe.shares(self.replicas)
+        """How the replicas share the smallest global batch, which is the hardest to share; only where there is a replica."""
+        return self.recipe.shares(self.replicas, self.recipe.batches.smallest)
 
     def changed(self, changes: Changes) -> Case:
         sections: dict[str, Changes] = {}
@@ -128,8 +129,8 @@ def _batches(case: Case) -> Iterator[Changes]:
     yield {}
     for micro_batch in fitting_micro_batches(case) if case.parallel.virtual_stages > 1 else ():
         yield {"parallel.micro_batch": micro_batch}
-    if case.recipe.training.global_batch < case.replicas:
-        yield {"training.global_batch": case.replicas}
+    if case.shares.global_batch < case.replicas:
+        yield {"training.global_batch": at_least(case.recipe.training.global_batch, case.replicas)}
 
 
 def fitting_micro_batches(case: Case) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe import rules
+from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.environment import resolve_precision
 from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.suggestions import as_text, as_yaml
@@ -21,6 +22,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     defaults = flatten(Recipe())
     for key, value in flatten(recipe).items():
         _check_key(key, value, defaults[key])
+    batch_schedule(recipe.training.global_batch)
     rules.check(recipe, world_size, device, resolve_precision(recipe, device) if device is not None else None)
     from bd3_scale.objectives.interval_tuner import check_tuner
     from bd3_scale.objectives.table import build_objective

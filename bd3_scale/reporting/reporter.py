@@ -67,7 +67,7 @@ class Reporter:
                 self.say(ends)
         # Last, so that neither the start of wandb nor a long metrics.jsonl is counted as training.
         self.began = time.perf_counter()
-        self.meter = Meter(layout.device, first_step * recipe.tokens_per_step, _peak(recipe, layout))
+        self.meter = Meter(layout.device, recipe.tokens_before(first_step), _peak(recipe, layout))
 
     def probed(self, found: Sequence[Probed]) -> None:
         """Say and write down which kernels were tried and work; see engines/kernel_probe.py."""
@@ -102,7 +102,7 @@ class Reporter:
     ) -> dict[str, Any]:
         """Write a training line of the steps since the last one; collective over the replicas. `flops_per_token`: see `Meter.read`;
         `skipped`: counts of `StepRule`; `pace`: see `Pace.read`."""
-        tokens = step * self.recipe.tokens_per_step
+        tokens = self.recipe.tokens_before(step)
         values = self.meter.read(tokens, reduce, flops_per_token)
         _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()
         line = {"kind": "train", "step": step, "data_tokens": tokens, "learning_rate": learning_rate, "interval": interval, **values}
@@ -121,7 +121,7 @@ class Reporter:
         line: dict[str, Any] = {
             "kind": "validation",
             "step": step,
-            "data_tokens": step * self.recipe.tokens_per_step,
+            "data_tokens": self.recipe.tokens_before(step),
             **asdict(result),
         }
         if unigram_perplexity is not None and isinstance(result, Validation):
@@ -205,7 +205,8 @@ class Reporter:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif self.recipe.tracking.progress:
-            left = (time.perf_counter() - self.began) / max(1, step - self.first_step) * (total - step)
+            first, now, end = (self.recipe.tokens_before(step) for step in (self.first_step, step, total))
+            left = (time.perf_counter() - self.began) / max(1, now - first) * (end - now)
             print(f"step {step}/{total}: {text}, ETA {tqdm.format_interval(left)}", file=sys.stderr, flush=True)
 
 

@@ -16,7 +16,7 @@ from bd3_scale.reporting.metrics import read_metrics
 def summary(recipe: Recipe, *, step: int, checkpoint: Path, validated: Validated | None, unigram: float | None, stopped: str | None) -> str:
     """Text for people. `validated` and `unigram` of this start; where it made none, those in metrics.jsonl count."""
     folder = checkpoint.parent.parent
-    tokens = step * recipe.tokens_per_step
+    tokens = recipe.tokens_before(step)
     lines = [
         "",
         f"{'stopped by ' + stopped + ' after' if stopped else 'finished:'} {step} of {recipe.total_steps} steps, {tokens:,} data tokens",

@@ -86,7 +86,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     report.probed(probed)
     if found is not None:
         report.continued(step, found.amendments, found.remarks)
-    if (remark := recipe.shares(layout.data).remark) is not None:
+    for remark in filter(None, (shares.remark for shares in recipe.every_shares(layout.data))):
         report.say(remark)
     pulse = Pulse(folder if layout.leader else None, recipe.total_steps, layout.world_size, may_write=owner.check)
     whole = recipe.training.compile != "none"
@@ -124,7 +124,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
 
 def _amend(objectives: TunedObjective, step: int, found: resume.Found | None, forget: Callable[[], None]) -> None:
     """Train from `step` on what the recipe says of it now. `forget` the norms of another loss."""
-    changes = objectives.advance(step)
+    changes = objectives.advance(step) or objectives.recipe.batches.begins(step)
     if found is not None and found.amended("objective.interval"):
         changes |= objectives.draw_from(objectives.recipe.objective.interval)
     if changes or (found is not None and found.amended("objective.resample")):

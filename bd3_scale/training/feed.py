@@ -41,11 +41,10 @@ class Feed:
     ) -> None:
         """`objective_at`: the objective of a step as far as is known now; also called by the thread. `step` and `samples`: where the run
         is, so many updates and rows."""
-        self._seed, self._global_batch, self._objective_at = recipe.run.seed, recipe.training.global_batch, objective_at
-        self._first_step, self._first_samples, self._device = step, samples, layout.device
+        self._seed, self._batches, self._objective_at, self._device = recipe.run.seed, recipe.batches, objective_at, layout.device
         self._loader = data.loader(
             self._seed,
-            global_batch=self._global_batch,
+            global_batch=recipe.training.global_batch,
             micro_batch=recipe.parallel.micro_batch,
             replica=layout.data_rank,
             replicas=layout.data,
@@ -65,14 +64,14 @@ class Feed:
         self._loader.close()
 
     def _prepare(self, samples: int, micro_batches: list[MicroBatch]) -> StepInputs:
-        step = self._first_step + (samples - self._first_samples) // self._global_batch
+        step = self._batches.steps_for(samples)
         objective = self._objective_at(step)
         return StepInputs(objective, micro_batches, self._make(objective, step, micro_batches))
 
     def _make(self, objective: Objective, step: int, micro_batches: list[MicroBatch]) -> list[NetworkInputs]:
         made = []
         for batch in micro_batches:
-            inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._global_batch)
+            inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._batches.rows_at(step))
             made.append(scored_rows(inputs, batch.real))
         if self._device.type != "cuda":
             return made

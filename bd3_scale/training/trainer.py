@@ -77,8 +77,8 @@ class Trainer:
     def _advance(self, step: int) -> None:
         """The run is at `step`, and what was tuned with it: another block size begins its search anew."""
         self.step = step
-        if self.objectives.advance(step):
-            self.engine.adam.rule.forget()  # norms of another loss
+        if self.objectives.advance(step) or self.recipe.batches.begins(step):
+            self.engine.adam.rule.forget()  # norms of another loss, or of another noise
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
@@ -87,13 +87,14 @@ class Trainer:
         taken = self.feed.take(self.step, self.samples)
         self.pulse.waits = False
         self.pace.begin_step(time.perf_counter() - start)
-        loss = self.engine.forward_backward(taken.inputs, recipe.training.global_batch * taken.objective.scored_tokens_per_row)
+        batch = recipe.batches.rows_at(self.step)
+        loss = self.engine.forward_backward(taken.inputs, batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(rate_of(recipe, self.step))
         before = self.tuning
         self._advance(self.step + 1)
-        if self.tuning is not before:
+        if self.tuning is not before or recipe.batches.begins(self.step):
             self.pulse.forget()
-        self.samples += recipe.training.global_batch
+        self.samples += batch
         if self.ema is not None:
             self.ema.update(self.step)
         self.pace.end_step()
@@ -118,8 +119,8 @@ class Trainer:
 
     def _diverged(self, in_a_row: int, loss: float) -> str:
         """What was left out, and both ways on."""
-        ranges, batch = self.recipe.data.skip, self.recipe.training.global_batch
-        first, last = (place_of(sample, ranges) for sample in (self.samples - in_a_row * batch, self.samples - 1))
+        ranges, before = self.recipe.data.skip, self.recipe.batches.samples_before(self.step - in_a_row)
+        first, last = (place_of(sample, ranges) for sample in (before, self.samples - 1))
         kept = [one for one in ranges if one[1] <= first or one[0] > last]  # others may lie among these samples
         skip, rate = as_yaml(sorted([*kept, [first, last + 1]])), self.recipe.training.learning_rate / 2
         return (

@@ -99,7 +99,7 @@ def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict
     with rehearsal.fake_world(case, rank) as here, contextlib.redirect_stdout(io.StringIO()):
         objective = rehearsal._objective(case, 0)
         engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
-        batch, rows = recipe.training.global_batch, case.micro_batch
+        batch, rows = recipe.training.global_batch, case.shares().micro_batch
         share = batch // here.data
         inputs = [rehearsal._inputs(objective, rows, VOCABULARY, 0, start, batch) for start in range(0, share, rows)]
         for _ in range(2):  # in the first, ZeRO 3 only learns what is needed when

@@ -49,6 +49,8 @@ MODELS = {
     "documents": ["objective.block_size=4", "data.document_mask=true"],
     "bf16": ["objective.block_size=4", "training.precision=bf16"],
     "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED],
+    # 8 rows from step 5, 12 from step 14 on
+    "ramp": ["objective.block_size=4", "training.global_batch=[[0,4],[20,8],[90,12]]", *TUNED],
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
 VIRTUAL, ZERO, WHOLE = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.micro_batch=null"
@@ -132,6 +134,13 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "7 rows: pipeline 2, data 2": (4, "7 rows", layout(1, 2)),
     "7 rows: pipeline 2 x 2 interleaved, data 2": (4, "7 rows", layout(1, 2, 1, VIRTUAL)),
     "7 rows: tensor 2, data 2, sequence": (4, "7 rows", [*layout(2, 1, 1, SEQUENCE), "parallel.micro_batch=3"]),
+    # Micro-batches of a step: 2, 4, 6; 2, 3, 3 of 1, 2, 3 rows; 1, 1, 2 of 1, 2, 2 rows
+    "ramp: pipeline 2 x 2 interleaved, data 2": (4, "ramp", layout(1, 2, 1, VIRTUAL, "parallel.micro_batch=1")),
+    "ramp: data 2, zero 2": (2, "ramp", layout(1, 1, 2)),
+    "ramp: data 4, zero 3": (4, "ramp", layout(1, 1, 3)),
+    "ramp: data 3, deepspeed, zero 1": (3, "ramp", layout(1, 1, 1, DEEPSPEED)),
+    "ramp: data 2, deepspeed, zero 0": (2, "ramp", layout(1, 1, 0, DEEPSPEED)),
+    "ramp: pipeline 2, data 2, zero 3": (4, "ramp", layout(1, 2, 3)),
     "bf16: tensor 2, pipeline 2, sequence": (4, "bf16", layout(2, 2, 1, SEQUENCE)),
     "bf16: data 4, zero 3": (4, "bf16", layout(1, 1, 3)),
     "bf16: data 2, fsdp, zero 2": (2, "bf16", layout(1, 1, 2, FSDP)),
@@ -152,7 +161,8 @@ SAID_BY_OTHERS = {
     "tied: data 4", "tied: tensor 2, data 2, zero 0", "data 4, deepspeed, zero 0", "pipeline 2 x 2 interleaved, data 2, zero 0",
     "bf16: data 2, fsdp, zero 2", "bf16: pipeline 2, data 2", "compiled: tensor 2, data 2", "tied: pipeline 2, data 2",
     "7 rows: pipeline 2, data 2", "adaln: pipeline 2 x 2 interleaved, data 2", "ssdlm: pipeline 2, data 2, zero 2",
-    "block sizes that change: data 2, zero 3",
+    "block sizes that change: data 2, zero 3", "ramp: data 4, zero 3", "ramp: data 3, deepspeed, zero 1",
+    "ramp: data 2, deepspeed, zero 0", "ramp: pipeline 2, data 2, zero 3",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]

@@ -111,6 +111,23 @@ def test_phases_are_the_stages_of_the_block_size_within_the_budget() -> None:
     assert [(phase.steps, phase.block_size) for phase in short.phases] == [(1000, 1024)]
 
 
+def test_phases_are_those_of_the_batch_too_and_memory_is_that_of_the_fullest() -> None:
+    ramp, alone = "training.global_batch=[[0,256],[2560,512],[8000,1024]]", ["parallel.micro_batch=null", "training.tokens=null"]
+    case = large("owt_1b", 32, "h100", ramp, *alone, "training.steps=100", "objective.block_size=[[0,1024],[15,16]]")
+    plan = make_plan(case, 0.4)
+    assert [(one.steps, one.block_size, one.global_batch) for one in plan.phases] == [
+        (10, 1024, 256), (5, 1024, 512), (6, 16, 512), (79, 16, 1024)
+    ]  # fmt: skip
+    assert plan.tokens == 1024 * (10 * 256 + 11 * 512 + 79 * 1024) and plan.tokens_per_step == 1024 * 1024
+    assert plan.seconds == pytest.approx(sum(phase.steps * phase.step_seconds for phase in plan.phases))
+    constant = make_plan(
+        large("owt_1b", 32, "h100", "training.global_batch=1024", *alone, "training.steps=79", "objective.block_size=16"), 0.4
+    )
+    assert plan.memory == constant.memory and plan.layout == constant.layout and plan.bubble == constant.bubble
+    assert plan.phases[3].step_seconds == pytest.approx(constant.phases[0].step_seconds)
+    assert "79 steps at L' = 16, 1024 rows: " in as_text(plan)
+
+
 def test_time_is_the_flops_over_the_assumed_speed_on_one_device_and_more_on_many() -> None:
     one = large("owt_110m", 1, "h100", "parallel.shard=null")
     plan = make_plan(one, mfu=0.5, rate=2.0)

@@ -41,11 +41,11 @@ def test_products_are_those_of_the_network(name: str, phase: int, recompute: str
     found, row = limits(one, phase), row_flops(one, one.phases[phase])
     flops = {each.name: each.flops for each in found.parts}
     once_more = {"attention": row.projections, "mlp": row.mlp, "layer": row.projections + row.mlp}.get(recompute, 0)
-    expected = one.micro_batch * (3 * (row.projections + row.mlp) + once_more)
+    expected = one.shares().micro_batch * (3 * (row.projections + row.mlp) + once_more)
     assert flops["linears"] == pytest.approx(expected, rel=2e-3), "selected positions are whole, and padded"
-    assert flops["head's products"] == pytest.approx(one.micro_batch * 3 * row.head, rel=4e-3)
+    assert flops["head's products"] == pytest.approx(one.shares().micro_batch * 3 * row.head, rel=4e-3)
     times = 3.5 + (recompute in ("attention", "layer"))
-    assert one.micro_batch * times * row.attention <= flops["attention"] <= 1.3 * one.micro_batch * times * row.attention
+    assert one.shares().micro_batch * times * row.attention <= flops["attention"] <= 1.3 * one.shares().micro_batch * times * row.attention
 
 
 def test_tiles_are_visited_whole() -> None:
@@ -96,7 +96,7 @@ def test_a_step_is_the_sum_of_its_parts_and_a_given_share_of_the_peak_replaces_t
         step = step_time(one, phase)
         assert sum(each.seconds for each in planned.limits) == pytest.approx(step.compute + step.update)
         assert planned.step_seconds == step.total == pytest.approx(step.compute + step.update + step.host)
-        flops = one.recipe.tokens_per_step * planned.flops_per_token
+        flops = one.recipe.tokens_before(1) * planned.flops_per_token
         assert planned.mfu == pytest.approx(flops / step.total / one.device.peak("bf16"))
     text = as_text(plan)
     for name in ("linears", "attention", "elementwise of the layers", "head's loss", "optimizer, clip, EMA", "MFU", "3.35 TB/s"):

@@ -92,7 +92,7 @@ def test_resolved_recipe_reads_back_as_the_same(base: Path, tmp_path: Path) -> N
 
 def test_steps_from_tokens_are_rounded_up(base: Path) -> None:
     recipe = recipes.load(base, ["training.steps=null", "training.tokens=1025"])
-    assert recipe.tokens_per_step == 512 and recipe.total_steps == 3
+    assert recipe.tokens_before(1) == 512 and recipe.total_steps == 3
 
 
 @pytest.mark.parametrize("text", ["model: [", "- 1\n- 2", "model: 3"])
@@ -140,6 +140,33 @@ def test_block_sizes_of_the_future_may_change_those_of_the_past_not(base: Path) 
     recipes.compare(saved, later, 10)
     with pytest.raises(RecipeError, match="block_size"):
         recipes.compare(saved, later, 11)
+
+
+def test_batches_of_the_future_may_change_those_of_the_past_not(base: Path) -> None:
+    """Also by a ramp that is another one on paper and came to the same updates; what is refused says what the run has."""
+    saved, early = recipes.load(base), recipes.load(base, ["training.global_batch=[[0,4],[16,8]]"])
+    later = recipes.load(base, ["training.global_batch=[[0,8],[77,16],[200,32]]"])
+    recipes.compare(saved, later, 10)
+    recipes.compare(later, recipes.load(base, ["training.global_batch=[[0,8],[80,16],[300,64]]"]), 17)
+    with pytest.raises(
+        RecipeError, match=r"^training.global_batch is \[\[0, 8\].* but the run being continued has 8, and it defines the run"
+    ):
+        recipes.compare(saved, later, 11)
+    for step in (1, 10):
+        with pytest.raises(RecipeError, match=r"set training.global_batch=\[\[0, 4\], \[16, 8\]\]"):
+            recipes.compare(early, saved, step)
+
+
+def test_a_budget_of_tokens_ends_with_the_update_that_reaches_it(base: Path) -> None:
+    recipe = recipes.load(base, ["training.steps=null", "training.tokens=2048", "training.global_batch=[[0,4],[8,8]]"])
+    assert (recipe.tokens_before(2), recipe.tokens_before(5), recipe.total_steps) == (512, 2048, 5)
+    recipe.training.tokens = 2049
+    assert recipe.total_steps == 6
+
+
+def test_a_batch_may_come_from_the_environment(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH", "16")
+    assert recipes.load(base, ["training.global_batch=${oc.env:BATCH}"]).training.global_batch == 16
 
 
 def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

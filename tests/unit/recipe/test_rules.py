@@ -102,6 +102,7 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("parallel.micro_batch=2", 16, "cpu", "set training.global_batch=16, or set parallel.pipeline=2"),
         ("parallel.micro_batch=null", 16, "cpu", "set training.global_batch=16, or set parallel.pipeline=2"),
         ("model.heads=1", 17, "cpu", "set training.global_batch=17"),
+        ("training.global_batch=[[0,4],[64,8],[256,32]]", 9, "cpu", "set training.global_batch=[[0,9],[256,32]]"),
         # Interleaving.
         (
             "model.layers=4 parallel.pipeline=2 parallel.virtual_stages=2 parallel.micro_batch=8",
@@ -116,6 +117,12 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
             "set parallel.virtual_stages=1",
         ),
         ("model.layers=8 parallel.pipeline=4 parallel.virtual_stages=2 parallel.micro_batch=1", 24, "cpu", "set parallel.virtual_stages=1"),
+        (
+            "model.layers=4 parallel.pipeline=2 parallel.virtual_stages=2 parallel.micro_batch=4 training.global_batch=[[0,4],[64,16]]",
+            2,
+            "cpu",
+            "set parallel.micro_batch=2, or set parallel.virtual_stages=1",
+        ),
         (
             "model.layers=8 parallel.pipeline=4 parallel.virtual_stages=2 parallel.micro_batch=1",
             64,

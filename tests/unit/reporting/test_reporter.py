@@ -100,7 +100,7 @@ def test_lines_have_the_fixed_keys_and_keep_the_two_losses_apart(tmp_path: Path)
     assert [line["step"] for line in training] == [5, 10, 15, 20] and [line["step"] for line in validated] == [10, 20]
     assert all(line.keys() >= TRAIN_KEYS and "nelbo" not in line for line in training)
     assert all(line.keys() >= {"step", "nelbo", "perplexity"} and "loss" not in line for line in validated)
-    assert training[-1]["data_tokens"] == 20 * asked.tokens_per_step
+    assert training[-1]["data_tokens"] == asked.tokens_before(20)
     assert training[-1]["mfu"] is None, "a CPU has no peak that anybody knows"
     assert load(tmp_path / "recipe.yaml") == asked, "the resolved recipe stands beside"
 
@@ -119,6 +119,23 @@ def test_plain_lines_say_how_far_how_well_how_fast_and_how_long(tmp_path: Path, 
     assert first.startswith("step 30/40: loss 4.5000, ") and "lr 1.00e-03, ETA " in first and "MFU" not in first
     assert f"{line['tokens_per_second']:,.0f} data tokens/s" in first
     assert ", MFU " in second and second.endswith("ETA 00:00")
+
+
+def test_a_ramp_has_its_tokens_and_the_time_left_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, clock = recipe(tmp_path), Clock()
+    asked.training.global_batch = [[0, 8], [160, 16]]
+    monkeypatch.setattr("time.perf_counter", clock)
+    reporter = Reporter(asked, LAYOUT, tmp_path, {}, first_step=10, flops_per_token=1e9)
+    clock.advance(10.0)
+    line = train(reporter, 20, 4.5)
+    assert capsys.readouterr().err.endswith("ETA 00:40\n"), "20 steps of twice the rows"
+    context = asked.model.context
+    assert line["data_tokens"] == 160 * context and line["tokens_per_second"] == pytest.approx(8 * context)
+    clock.advance(10.0)
+    line = train(reporter, 25, 4.5)
+    assert line["data_tokens"] == 240 * context and line["tokens_per_second"] == pytest.approx(8 * context)
 
 
 def test_terminal_has_one_line_that_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +247,7 @@ def test_summary_says_what_was_reached_and_what_to_do_next(tmp_path: Path) -> No
     asked = a_run(tmp_path / "a run", nelbos=(6.0, 4.0, 5.0))
     checkpoint = tmp_path / "a run" / "checkpoints" / "step_00000030"
     text = summary(asked, step=30, checkpoint=checkpoint, validated=validation(5.0), unigram=90.0, stopped=None)
-    assert "finished: 30 of 30 steps" in text and f"{30 * asked.tokens_per_step:,} data tokens" in text
+    assert "finished: 30 of 30 steps" in text and f"{asked.tokens_before(30):,} data tokens" in text
     assert "validation  perplexity 32.00 (NELBO 5.0000 +- 0.0100 nats per data token) on 32 held-out rows\n" in text
     assert "best        perplexity 16.00 (NELBO 4.0000 +- 0.0100 nats per data token) at step 20" in text
     assert "unigram     perplexity 90.00 of the same rows; the model's is 0.36 of it" in text

@@ -17,6 +17,7 @@ from bd3_scale.errors import DataError
 from bd3_scale.objectives.network_inputs import NetworkInputs, scored_rows
 from bd3_scale.objectives.table import BlockDiffusion, Objective, SimplexDiffusion
 from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.schema import ModelConfig, TrainingConfig
 from bd3_scale.training.feed import Feed
 
@@ -46,12 +47,18 @@ class _Data:
 
 
 def _feed(
-    data: _Data, objective_at: Callable[[int], Objective], replica: int = 0, replicas: int = 2, step: int = 0, device: str = "cpu"
+    data: _Data,
+    objective_at: Callable[[int], Objective],
+    replica: int = 0,
+    replicas: int = 2,
+    step: int = 0,
+    device: str = "cpu",
+    batch: Any = BATCH,
 ) -> Feed:
-    recipe = Recipe(model=ModelConfig(context=LENGTH), training=TrainingConfig(global_batch=BATCH))
+    recipe = Recipe(model=ModelConfig(context=LENGTH), training=TrainingConfig(global_batch=batch))
     recipe = replace(recipe, run=replace(recipe.run, seed=SEED), parallel=replace(recipe.parallel, micro_batch=2))
     layout = SimpleNamespace(data_rank=replica, data=replicas, device=torch.device(device))
-    return Feed(recipe, layout, data, objective_at, step=step, samples=BATCH * step)  # type: ignore[arg-type]
+    return Feed(recipe, layout, data, objective_at, step=step, samples=batch_schedule(batch).samples_before(step))  # type: ignore[arg-type]
 
 
 def _same(found: list[NetworkInputs], expected: list[NetworkInputs]) -> bool:
@@ -64,11 +71,13 @@ def _same(found: list[NetworkInputs], expected: list[NetworkInputs]) -> bool:
     return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
 
 
-def _directly(objective: Objective, step: int, data: _Data, replica: int, replicas: int) -> list[NetworkInputs]:
-    with Loader(data, data, global_batch=BATCH, micro_batch=2, replica=replica, replicas=replicas, prefetch=0) as loader:  # type: ignore[arg-type]
+def _directly(
+    objective: Objective, step: int, data: _Data, replica: int, replicas: int, samples: int | None = None, batch: int = BATCH
+) -> list[NetworkInputs]:
+    with Loader(data, data, global_batch=batch, micro_batch=2, replica=replica, replicas=replicas, prefetch=0) as loader:  # type: ignore[arg-type]
         return [
-            scored_rows(objective.training_inputs(batch.rows, batch.slots, step, SEED, BATCH), batch.real)
-            for batch in loader.micro_batches(step * BATCH)
+            scored_rows(objective.training_inputs(part.rows, part.slots, step, SEED, batch), part.real)
+            for part in loader.micro_batches(step * BATCH if samples is None else samples)
         ]
 
 
@@ -88,6 +97,21 @@ def test_inputs_are_those_of_the_step_whoever_makes_them(prefetch: int, kind: st
             taken = feed.take(step, step * BATCH)
             assert taken.objective == objective_at(step)
             assert _same(taken.inputs, _directly(objective_at(step), step, data, replica, 3))
+        feed.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_ramp_gives_every_step_the_batch_that_it_would_have_alone(prefetch: int) -> None:
+    """Rows, slots and noise (strata over the whole batch) of a step are those of a run that always had its batch, from its samples on."""
+    ramp, data = [[0, 3], [7, BATCH], [20, 4], [21, 11]], _Data(prefetch)
+    batches = batch_schedule(ramp)
+    assert [(phase.step, phase.samples, phase.rows) for phase in batches.phases] == [(0, 0, 3), (3, 9, 7), (5, 23, 11)]
+    for replica in range(3):
+        feed = _feed(data, lambda step: LATE, replica, 3, step=2, batch=ramp)
+        for step in (2, 3, 4, 5, 6, 2, 3, 9):
+            taken = feed.take(step, batches.samples_before(step))
+            place = batches.samples_before(step), batches.rows_at(step)
+            assert _same(taken.inputs, _directly(LATE, step, data, replica, 3, *place))
         feed.close()
 
 
