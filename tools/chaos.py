@@ -87,6 +87,8 @@ class Chaos:
         self.random, self.signal = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
         self.recipe = recipe = recipes.load(options.recipe, self.overrides)
         recipes.validate(recipe, 1, "cpu")
+        if not isinstance(recipe.training.global_batch, int):
+            raise SystemExit("chaos: training.global_batch must be one number here; set training.global_batch=16, for example")
         self.steps, self.batch = recipe.total_steps, recipe.training.global_batch
         self.phases: list[tuple[int, list[str]]] = [(self.steps, [])]
         """Steps at the end of each part of a run, and its overrides."""
