@@ -4,7 +4,7 @@ Two ways to the same tokens (objective.md section 5): with a cache of the finish
 sees itself and the clean blocks that fit into the `context` tokens that end with it, at any length.
 
 Invariants: MASK is never drawn and never left; a row's tokens depend on (seed, row index) and on its own prompt, not on
-the batch; every call of the network is counted. A network of the next-token loss (`shifted`) goes the same way with
+the batch; every call of the network is counted. A network of the next-token loss (`ar`) goes the same way with
 L' = 1, its forward of token i being both the commitment of i and the prediction of i + 1. A network that denoises rows as one
 block (L' = L) has no clean rows to go on from: longer texts come from windows of L tokens, each half a window further on,
 whose first half is known from the one before (as in MDLM's published code). Nothing is cached there. Blocks of SSD-LM are denoised by
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.generation.cached_forward import Network, Reader, Trained, one_block
+from bd3_scale.generation.cached_forward import Network, Reader, one_block
 from bd3_scale.generation.simplex_sampler import SimplexWalk
 from bd3_scale.generation.token_sampling import SCORE_SAMPLERS, SIMPLEX, SamplingOptions, histogram_entropy
 from bd3_scale.generation.unmasking import Chooser
+from bd3_scale.objectives.base import Objective
 from bd3_scale.objectives.noise_schedules import schedule_named
 
 ENTROPY_WINDOW = 256
@@ -54,7 +55,7 @@ class Result:
 @torch.inference_mode()
 def generate(
     network: Network,
-    objective: Trained,
+    objective: Objective,
     tokens: np.ndarray,
     known: np.ndarray,
     options: SamplingOptions,
@@ -84,12 +85,12 @@ def generate(
     text = _Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text)
     reader = Reader(network, objective, text.width, len(tokens), use_cache and not windows, torch.device(device))
     mine = range(first_row, first_row + len(tokens))
-    chooser = Chooser(options, size, schedule_named(getattr(objective, "schedule", "linear")), seed, mine)
-    if objective.shifted:
+    chooser = Chooser(options, size, schedule_named(objective.schedule), seed, mine)
+    if objective.facts.predicts_next_token:
         _next_token(text, reader, chooser)
     else:
         run = _window_by_window if windows else _block_by_block
-        run(text, reader, SimplexWalk(options, size, seed, mine) if objective.simplex else chooser)
+        run(text, reader, SimplexWalk(options, size, seed, mine) if objective.facts.on_simplex else chooser)
     prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
     return Result(
         tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
@@ -100,31 +101,32 @@ def generate(
     )
 
 
-def own_sampler(objective: Trained) -> str:
+def own_sampler(objective: Objective) -> str:
     """The sampler of texts for which none is named."""
-    return SIMPLEX if objective.simplex else "first_hitting"
+    return SIMPLEX if objective.facts.on_simplex else "first_hitting"
 
 
-def resolved(objective: Trained, options: SamplingOptions) -> SamplingOptions:
+def resolved(objective: Objective, options: SamplingOptions) -> SamplingOptions:
     """The options with a sampler. Raises RecipeError where others mean nothing to it."""
     return options if options.sampler is not None else replace(options, sampler=own_sampler(objective))
 
 
-def check(objective: Trained, options: SamplingOptions, length: int) -> None:
+def check(objective: Objective, options: SamplingOptions, length: int) -> None:
     """Raise RecipeError where a network of this objective cannot make texts of `length` tokens with these options."""
     if length < 1:
         raise RecipeError(f"length is {length} but a text has at least the token that begins it; set 1 or more")
-    if objective.shifted and options.sampler != "first_hitting":
+    if objective.facts.predicts_next_token and options.sampler != "first_hitting":
         raise RecipeError(f"sampler {options.sampler} needs a diffusion model, and this one predicts the next token; set first_hitting")
-    if objective.normalised and options.sampler in SCORE_SAMPLERS:
+    if objective.facts.uses_cross_entropy and options.sampler in SCORE_SAMPLERS:
         raise RecipeError(
             f"sampler {options.sampler} needs scores that are not normalised (objective.kind=sedd); for this model they are one "
             "with ancestral: set that"
         )
-    if objective.simplex != (options.sampler == SIMPLEX):
+    on_simplex = objective.facts.on_simplex
+    if on_simplex != (options.sampler == SIMPLEX):
         raise RecipeError(
             f"sampler {options.sampler} does not denoise what this model was trained on, "
-            f"{'noised logits of words (objective.kind=ssdlm)' if objective.simplex else 'masked words'}; set {own_sampler(objective)}"
+            f"{'noised logits of words (objective.kind=ssdlm)' if on_simplex else 'masked words'}; set {own_sampler(objective)}"
         )
 
 
