@@ -47,7 +47,7 @@ class NetworkInputs:
     """float32: how noisy the input is, for networks conditioned on it; None: for the others. [m]: each row (sedd's sigma). [m, B]: each
     noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""
     uses_cross_entropy: bool = True
-    """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `score_entropy`)."""
+    """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `sedd`)."""
     sparse: bool = False
     """Whether many of the scored rows are not selected: the network's last layer then computes the selected ones alone, and of the
     others keys and values. The answer is the same."""
