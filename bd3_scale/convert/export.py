@@ -37,6 +37,8 @@ from bd3_scale.recipe import Recipe
 
 HUB = Path(__file__).parent / "hub"
 CODE = ("configuration_bd3.py", "modeling_bd3.py")
+MODELED = ("bd3", "mdlm", "ar")
+"""Kinds of objectives that this code knows."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def directory(path: str | Path, out: Path, *, weights: str = "auto") -> Exported
         raise RecipeError(
             f"objective.kind={opened.objective.kind} tells its network the noise, which the modeling code of a directory does "
             "not; export one safetensors file instead"
+        )
+    if opened.objective.kind not in MODELED:
+        raise RecipeError(
+            f"objective.kind={opened.objective.kind} is none that the modeling code of a directory knows ({', '.join(MODELED)}); export "
+            "one safetensors file instead"
         )
 
     def write(folder: Path) -> None:

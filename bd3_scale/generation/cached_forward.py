@@ -1,4 +1,4 @@
-"""What sampling asks of a network, and the network with what it has read: from its cache, or all over again.
+"""Forward passes for sampling, with or without a key/value cache.
 
 With the cache a block's forwards run on its L' rows only and one more forward on the finished block stores its K and V; without,
 every forward recomputes the whole prefix under the same mask. A block sees itself and the clean blocks that fit into the `context`
@@ -58,7 +58,7 @@ def one_block(objective: Objective) -> bool:
     return objective.block_size == objective.pattern.length
 
 
-class Reader:
+class CachedForward:
     """The network with what it has read: runs rows after the clean ones before them, from the cache or all over again."""
 
     def __init__(self, network: Network, objective: Objective, width: int, rows: int, use_cache: bool, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from bd3_scale.objectives.noise_schedules import Schedule
 from bd3_scale.objectives.sedd import reveal_factor, total_scores
 
 
-class Chooser:
+class UnmaskingPolicy:
     """The choices of one call for rows `rows` of `seed`; `begin_block`, then (`noise`, `reveal`, `draw`) for each forward."""
 
     def __init__(self, options: SamplingOptions, block_size: int, schedule: Schedule, seed: int, rows: range) -> None:

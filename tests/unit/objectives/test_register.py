@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from bd3_scale import recipe as recipes
+from bd3_scale.convert import export
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.load_model import load_network
+from bd3_scale.generation.sampler import check
+from bd3_scale.generation.token_sampling import SamplingOptions
 from bd3_scale.objectives.table import OBJECTIVES, BlockDiffusion, register_objective
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.situation import situation
@@ -50,7 +53,7 @@ def test_an_objective_of_sixty_lines_is_trained_planned_and_loaded(example: Modu
     assert len(EXAMPLE.read_text().splitlines()) <= 60
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.replace("DATA", str(prepare_invented(tmp_path / "data", 32))))
-    recipe = recipes.load(path, [CAPPED, f"run.dir={tmp_path / 'run'}", "training.ema=0"])
+    recipe = recipes.load(path, [CAPPED, f"run.dir={tmp_path / 'run'}", "training.ema=0", "tracking.sample_tokens=16"])
     recipes.validate(recipe)
     assert situation(recipe, 4, device_named("h100", 4)).phases[0].block_size == 8
     train(recipe, world_of_one)
@@ -60,6 +63,8 @@ def test_an_objective_of_sixty_lines_is_trained_planned_and_loaded(example: Modu
     loaded = load_network(tmp_path / "run", device="cpu")
     mask = loaded.tokenizer.mask_id
     assert loaded.objective == example.CappedBlockDiffusion(mask, 32, 8)
+    with pytest.raises(RecipeError, match=r"capped_bd3 is none that the modeling code of a directory knows"):
+        export.directory(tmp_path / "run", tmp_path / "exported")
     # It is what it says: capped weights of the same masks, and the validation of bd3.
     rows, slots, plain = np.zeros((8, 32), np.int64), np.arange(8), BlockDiffusion(mask, 32, 8)
     ours, theirs = (one.training_inputs(rows, slots, 3, 0, 8) for one in (loaded.objective, plain))
@@ -75,6 +80,8 @@ def test_its_row_is_what_the_rules_ask(example: ModuleType, base: Path) -> None:
     register_objective(Kind("told", noise_conditioned=True))(example.CappedBlockDiffusion)
     with pytest.raises(RecipeError, match=r"objective\.kind = told .* model\.conditioning = none; set model\.conditioning=adaln$"):
         recipes.validate(recipes.load(base, ["objective.kind=told"]))
+    with pytest.raises(RecipeError, match=r"objective\.kind=told has no sampler that conditions its blocks on noise"):
+        check(example.CappedBlockDiffusion(5, 16, 4), SamplingOptions(), 16)
     with pytest.raises(ValueError, match="'bd3' exists already; register CappedBlockDiffusion under another name"):
         register_objective(Kind("bd3"))(example.CappedBlockDiffusion)
 
