@@ -83,7 +83,7 @@ def single_file(path: str | Path, out: Path, *, weights: str = "auto") -> Export
 def directory(path: str | Path, out: Path, *, weights: str = "auto") -> Exported:
     """Write a Hugging Face directory that AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True) loads. Raises UserError."""
     opened = _open(path, weights)
-    if opened.objective.facts.noise_conditioned:
+    if opened.objective.traits.noise_conditioned:
         raise RecipeError(
             f"objective.kind={opened.objective.kind} tells its network the noise, which the modeling code of a directory does "
             "not; export one safetensors file instead"

@@ -80,7 +80,7 @@ def step_traffic(
     parallel, model = recipe.parallel, recipe.model
     multiple = 128 if batch.device == "cuda" else 1
     chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
-    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.facts.on_simplex
+    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.traits.on_simplex
     sharers = (parallel.shard or data) if fsdp else 1
     """Among whom what is summed at the end of a step has been divided."""
     found: Counter[tuple[str, str]] = Counter()

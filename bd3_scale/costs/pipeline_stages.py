@@ -126,7 +126,7 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
     parallel = recipe.parallel
     if parallel.stage_layers is not None:
         return given(parallel.stage_layers)
-    rows, simplex = recipe.micro_batch(replicas), recipe.objective.facts.on_simplex
+    rows, simplex = recipe.micro_batch(replicas), recipe.objective.traits.on_simplex
     mean = [0.0] * (recipe.model.layers + 2)
     for phase in phases:
         share = selected_share(recipe, phase.pattern)
@@ -137,6 +137,6 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
 
 def selected_share(recipe: Recipe, pattern: AttentionPattern, interval: Sequence[float] | None = None) -> float:
     """Expected share of the data tokens that reach the head in training; `interval`: a tuned one."""
-    if recipe.objective.facts.scores_every_token:
+    if recipe.objective.traits.scores_every_token:
         return 1.0
     return expected_masked(recipe.objective.schedule, interval or recipe.objective.interval)

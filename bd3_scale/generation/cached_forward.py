@@ -63,7 +63,7 @@ class CachedForward:
 
     def __init__(self, network: Network, objective: Objective, width: int, rows: int, use_cache: bool, device: torch.device) -> None:
         self.network, self.device, self.nfe = network, device, 0
-        self.one_block, self.noise_conditioned, pattern = one_block(objective), objective.facts.noise_conditioned, objective.pattern
+        self.one_block, self.noise_conditioned, pattern = one_block(objective), objective.traits.noise_conditioned, objective.pattern
         self.block_size, self.context = pattern.block_size, pattern.length
         self.causal, self.document_end = pattern.clean_half == "causal", pattern.document_end
         self.window = (self.context - 1) // self.block_size * self.block_size

@@ -86,11 +86,11 @@ def generate(
     forward = CachedForward(network, objective, text.width, len(tokens), use_cache and not windows, torch.device(device))
     mine = range(first_row, first_row + len(tokens))
     policy = UnmaskingPolicy(options, size, schedule_named(objective.schedule), seed, mine)
-    if objective.facts.predicts_next_token:
+    if objective.traits.predicts_next_token:
         _next_token(text, forward, policy)
     else:
         run = _window_by_window if windows else _block_by_block
-        run(text, forward, SimplexSampler(options, size, seed, mine) if objective.facts.on_simplex else policy)
+        run(text, forward, SimplexSampler(options, size, seed, mine) if objective.traits.on_simplex else policy)
     prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
     return Result(
         tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
@@ -103,7 +103,7 @@ def generate(
 
 def own_sampler(objective: Objective) -> str:
     """The sampler of texts for which none is named."""
-    return SIMPLEX if objective.facts.on_simplex else "first_hitting"
+    return SIMPLEX if objective.traits.on_simplex else "first_hitting"
 
 
 def resolved(objective: Objective, options: SamplingOptions) -> SamplingOptions:
@@ -113,22 +113,22 @@ def resolved(objective: Objective, options: SamplingOptions) -> SamplingOptions:
 
 def check(objective: Objective, options: SamplingOptions, length: int) -> None:
     """Raise RecipeError where a network of this objective cannot make texts of `length` tokens with these options."""
-    facts = objective.facts
+    traits = objective.traits
     if length < 1:
         raise RecipeError(f"length is {length} but a text has at least the token that begins it; set 1 or more")
-    if facts.predicts_next_token and options.sampler != "first_hitting":
+    if traits.predicts_next_token and options.sampler != "first_hitting":
         raise RecipeError(f"sampler {options.sampler} needs a diffusion model, and this one predicts the next token; set first_hitting")
-    if facts.uses_cross_entropy and options.sampler in SCORE_SAMPLERS:
+    if traits.uses_cross_entropy and options.sampler in SCORE_SAMPLERS:
         raise RecipeError(
             f"sampler {options.sampler} needs scores that are not normalised (objective.kind=sedd); for this model they are one "
             "with ancestral: set that"
         )
-    if facts.noise_conditioned and not (facts.denoises_whole_rows or facts.on_simplex):
-        raise RecipeError(f"objective.kind={facts.name} has no sampler that conditions its blocks on noise; sample another model")
-    if facts.on_simplex != (options.sampler == SIMPLEX):
+    if traits.noise_conditioned and not (traits.denoises_whole_rows or traits.on_simplex):
+        raise RecipeError(f"objective.kind={traits.name} has no sampler that conditions its blocks on noise; sample another model")
+    if traits.on_simplex != (options.sampler == SIMPLEX):
         raise RecipeError(
             f"sampler {options.sampler} does not denoise what this model was trained on, "
-            f"{'noised logits of words (objective.kind=ssdlm)' if facts.on_simplex else 'masked words'}; set {own_sampler(objective)}"
+            f"{'noised logits of words (objective.kind=ssdlm)' if traits.on_simplex else 'masked words'}; set {own_sampler(objective)}"
         )
 
 

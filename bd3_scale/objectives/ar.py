@@ -31,7 +31,7 @@ from bd3_scale.recipe.rules_objective import check_shape
 class Autoregressive(ObjectiveBase):
     """The next-token loss: x_0 under a causal mask, row i predicts token i + 1, weight 1. Its NELBO is the exact likelihood."""
 
-    facts: ClassVar[Kind] = KINDS["ar"]
+    traits: ClassVar[Kind] = KINDS["ar"]
     block_size: ClassVar[int] = 1
 
     mask_id: int

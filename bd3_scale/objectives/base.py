@@ -20,7 +20,7 @@ class Objective(Protocol):
     """What the training loop, the evaluation, the sampler and the network need to know of an objective."""
 
     @property
-    def facts(self) -> Kind:
+    def traits(self) -> Kind:
         """What sets its kind apart: its row of `KINDS`."""
 
     @property
@@ -56,9 +56,9 @@ class Objective(Protocol):
 
 
 class ObjectiveBase:
-    """Answers shared by all objectives; a class names its kind's `facts`."""
+    """Answers shared by all objectives; a class names its kind's `traits`."""
 
-    facts: ClassVar[Kind] = KINDS["bd3"]
+    traits: ClassVar[Kind] = KINDS["bd3"]
     schedule: str = "linear"
 
     context: int
@@ -67,7 +67,7 @@ class ObjectiveBase:
     @property
     def kind(self) -> str:
         """As `Objective.kind`."""
-        return self.facts.name
+        return self.traits.name
 
     @property
     def blocks(self) -> int:

@@ -113,7 +113,7 @@ class BlockDiffusion(AbsorbingDiffusion):
     Raises RecipeError when block size, interval, schedule or clean half cannot work.
     """
 
-    facts: ClassVar[Kind] = KINDS["bd3"]
+    traits: ClassVar[Kind] = KINDS["bd3"]
 
     mask_id: int
     context: int

@@ -17,7 +17,7 @@ class MaskedDiffusion(AbsorbingDiffusion):
     It is block diffusion with L' = L: the same noise, weights, losses and rows of the network.
     """
 
-    facts: ClassVar[Kind] = KINDS["mdlm"]
+    traits: ClassVar[Kind] = KINDS["mdlm"]
 
     mask_id: int
     context: int

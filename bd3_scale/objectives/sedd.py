@@ -44,7 +44,7 @@ def noise_levels(mask_probabilities: np.ndarray) -> Tensor:
 class ScoreEntropy(MaskedDiffusion):
     """SEDD: the rows of masked diffusion, scored by score entropy. The network is conditioned on sigma of each row's t."""
 
-    facts: ClassVar[Kind] = KINDS["sedd"]
+    traits: ClassVar[Kind] = KINDS["sedd"]
 
     def _inputs(
         self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray

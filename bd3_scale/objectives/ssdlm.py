@@ -36,7 +36,7 @@ class SimplexDiffusion(ObjectiveBase):
     Raises RecipeError when block size, interval or clean half cannot work.
     """
 
-    facts: ClassVar[Kind] = KINDS["ssdlm"]
+    traits: ClassVar[Kind] = KINDS["ssdlm"]
 
     mask_id: int
     context: int

@@ -50,23 +50,23 @@ __all__ = [
 Class = TypeVar("Class", bound=type[ObjectiveBase])
 
 OBJECTIVES: dict[str, type[ObjectiveBase]] = {
-    objective.facts.name: objective for objective in (BlockDiffusion, MaskedDiffusion, ScoreEntropy, SimplexDiffusion, Autoregressive)
+    objective.traits.name: objective for objective in (BlockDiffusion, MaskedDiffusion, ScoreEntropy, SimplexDiffusion, Autoregressive)
 }
 """objective.kind -> its class."""
 
 
-def register_objective(facts: Kind) -> Callable[[Class], Class]:
-    """Class decorator: recipes may name this class, a frozen dataclass that is an `Objective`, as `objective.kind=<facts.name>`.
+def register_objective(traits: Kind) -> Callable[[Class], Class]:
+    """Class decorator: recipes may name this class, a frozen dataclass that is an `Objective`, as `objective.kind=<traits.name>`.
 
     The class is built from those of its fields that are named as a key of `objective` (`block_size` is the one of its step), `mask_id`,
     `context`, `pad_to`, `document_end` or `row_multiple`. Raises ValueError for a name that is taken.
     """
 
     def register(objective: Class) -> Class:
-        if facts.name in KINDS:
-            raise ValueError(f"the objective kind {facts.name!r} exists already; register {objective.__name__} under another name")
-        objective.facts = facts
-        KINDS[facts.name], OBJECTIVES[facts.name] = facts, objective
+        if traits.name in KINDS:
+            raise ValueError(f"the objective kind {traits.name!r} exists already; register {objective.__name__} under another name")
+        objective.traits = traits
+        KINDS[traits.name], OBJECTIVES[traits.name] = traits, objective
         return objective
 
     return register
@@ -107,7 +107,7 @@ class ObjectiveSchedule:
         """The objective of update `step` (updates done before it), on `interval` (None: the recipe's). Asking at every step costs
         nothing: equal arguments give the same object."""
         objective: Any = [objective for start, objective in self._stages if start <= step][-1]
-        return objective if interval is None or not objective.facts.has_interval else _on(objective, (interval[0], interval[1]))
+        return objective if interval is None or not objective.traits.has_interval else _on(objective, (interval[0], interval[1]))
 
 
 @lru_cache(maxsize=64)

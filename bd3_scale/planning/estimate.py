@@ -141,7 +141,7 @@ def _gathered_bytes(case: Situation, held: Sequence[range]) -> int:
 
 def row_flops(case: Situation, phase: Phase) -> RowFlops:
     """FLOPs of one row of the whole network."""
-    share, simplex = pipeline_stages.selected_share(case.recipe, phase.pattern), case.recipe.objective.facts.on_simplex
+    share, simplex = pipeline_stages.selected_share(case.recipe, phase.pattern), case.recipe.objective.traits.on_simplex
     return count_flops(case.recipe.model, phase.pattern, case.vocabulary, share, simplex)
 
 
@@ -161,7 +161,7 @@ def stage_flops(case: Situation, phase: Phase, pipeline_rank: int) -> float:
     """FLOPs that one tensor rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
     parallel = case.recipe.parallel
     share = pipeline_stages.selected_share(case.recipe, phase.pattern)
-    simplex = case.recipe.objective.facts.on_simplex
+    simplex = case.recipe.objective.traits.on_simplex
     layers, _, head = pipeline_stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, case.micro_batch, simplex)
     passes = layer_passes(case, phase)
     held = case.stages_of(pipeline_rank)

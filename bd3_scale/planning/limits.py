@@ -193,7 +193,7 @@ def attention_shares(case: Situation, batch: Batch) -> tuple[float, float]:
 
 def simplex_flops(case: Situation, batch: Batch) -> float:
     """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
-    if not case.recipe.objective.facts.on_simplex:
+    if not case.recipe.objective.traits.on_simplex:
         return 0.0
     return 2.0 * batch.config.hidden * (case.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
 

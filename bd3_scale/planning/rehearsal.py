@@ -240,7 +240,7 @@ def narrow(case: Situation) -> Situation:
         recipe=replace(
             recipe,
             model=model,
-            objective=replace(recipe.objective, block_size=8 if recipe.objective.facts.in_blocks else None),
+            objective=replace(recipe.objective, block_size=8 if recipe.objective.traits.in_blocks else None),
             training=replace(recipe.training, global_batch=rows * micro_batches * case.replicas, precision=case.precision),
             parallel=replace(recipe.parallel, micro_batch=rows, stage_layers=[len(chunk) for chunk in case.chunks]),
         ),

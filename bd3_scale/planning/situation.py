@@ -91,7 +91,7 @@ class Situation:
             parallel.sequence,
             weight,
             self.device.type,
-            self.recipe.objective.facts,
+            self.recipe.objective.traits,
         )
 
 

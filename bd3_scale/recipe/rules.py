@@ -147,7 +147,7 @@ def sample_fits_the_context(case: Case) -> Problem | None:
 
 
 def time_has_its_conditioning(case: Case) -> Problem | None:
-    kind = case.recipe.objective.facts
+    kind = case.recipe.objective.traits
     if not kind.noise_conditioned or case.recipe.model.conditioning == "adaln":
         return None
     text = f"objective.kind = {kind.name} tells its network how noisy its input is, but model.conditioning = none"
@@ -158,7 +158,7 @@ def time_has_its_conditioning(case: Case) -> Problem | None:
 def documents_have_borders(case: Case) -> Problem | None:
     recipe = case.recipe
     sizes = {size for _, size in recipe.objective.stages(recipe.model.context)}
-    if not recipe.data.document_mask or not recipe.objective.facts.in_blocks or sizes != {recipe.model.context}:
+    if not recipe.data.document_mask or not recipe.objective.traits.in_blocks or sizes != {recipe.model.context}:
         return None
     return Problem(
         f"data.document_mask is true, but objective.block_size = {recipe.model.context} makes a row one block, inside of which documents "

@@ -32,7 +32,7 @@ def backend_is_used(case: Case) -> Problem | None:
     recipe, kernel = case.recipe, case.recipe.model.attention
     if kernel not in FLEX[1:]:
         return None
-    if not recipe.objective.facts.in_blocks and not recipe.data.document_mask:
+    if not recipe.objective.traits.in_blocks and not recipe.data.document_mask:
         text = (
             f"model.attention = {kernel} is a backend of FlexAttention, which objective.kind = {recipe.objective.kind} does not need: its "
         )

@@ -10,17 +10,17 @@ from dataclasses import fields
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL, block_sizes
-from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
+from bd3_scale.recipe.schema import KEYS, ObjectiveConfig, TunerConfig
 
 Interval = tuple[float, float]
 
 NOISE_SCHEDULES = ("linear", "cosine", "square", "sqrt", "log")
-CLEAN_HALVES = ("block_causal", "causal")
+CLEAN_HALVES = KEYS["objective.clean_half"].choices
 
 
 def check_objective(config: ObjectiveConfig, context: int, document_mask: bool = False) -> None:
     """Refuse an `objective` section that cannot work at some step for rows of `context` tokens. Raises RecipeError."""
-    kind = config.facts
+    kind = config.traits
     for item in fields(ObjectiveConfig):
         value, default = getattr(config, item.name), item.default
         same = tuple(value) == default if isinstance(default, tuple) else value == default
@@ -105,7 +105,7 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
         raise RecipeError(f"tuner.margin is {tuner.margin}, but it is a fraction of the variance; set 0 <= margin < 1, such as 0.02")
     if not tuner.enabled:
         return
-    kind = objective.facts
+    kind = objective.traits
     if not kind.has_interval:
         raise RecipeError(f"tuner.enabled is on, but objective.kind={kind.name} has no interval to tune; set tuner.enabled=false")
     if not kind.has_likelihood_bound:

@@ -139,15 +139,15 @@ class ObjectiveConfig:
     loss is no longer the bound over the interval. Not for ar and ssdlm, not for L' = 1."""
 
     @property
-    def facts(self) -> Kind:
+    def traits(self) -> Kind:
         """What sets its kind apart. Raises RecipeError for an unknown kind."""
         return kind_named(self.kind)
 
     def stages(self, context: int) -> tuple[tuple[int, int], ...]:
         """((0, L'), (from step, L'), ...), steps ascending, for rows of `context` tokens. Raises RecipeError as `block_sizes`."""
-        if self.facts.in_blocks:
+        if self.traits.in_blocks:
             return block_sizes(self.block_size)
-        return ((0, context if self.facts.denoises_whole_rows else 1),)
+        return ((0, context if self.traits.denoises_whole_rows else 1),)
 
 
 @dataclass

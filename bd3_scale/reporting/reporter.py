@@ -227,5 +227,5 @@ def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, 
 
     Recomputed forwards are not counted: MFU says what came out, and activation checkpointing must not raise it.
     """
-    share, simplex = selected_share(recipe, pattern, interval), recipe.objective.facts.on_simplex
+    share, simplex = selected_share(recipe, pattern, interval), recipe.objective.traits.on_simplex
     return training_flops_per_token(recipe.model, pattern, vocabulary, share, simplex=simplex)

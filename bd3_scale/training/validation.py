@@ -87,7 +87,7 @@ class Validator:
                     collect(one, nll, indices)
         # Tensor peers score the same rows: one of them speaks for the replica.
         mean, error = mean_and_standard_error(self.layout.all_gather(moments if self.layout.speaks else Moments()))
-        if not objective.facts.has_likelihood_bound:
+        if not objective.traits.has_likelihood_bound:
             return CrossEntropy(mean, error, self.total)
         return Validation(mean, error, perplexity(mean), self.total)
 

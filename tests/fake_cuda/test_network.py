@@ -153,7 +153,7 @@ class HeldOut:
 def test_a_validation(case: str, world_of_one: Layout) -> None:
     """Two forwards of bf16 weights: the host reads the answer of each, for the mean and again for the tuner, and nothing else."""
     network, objective = of(case)
-    tuned = not (objective.facts.predicts_next_token or objective.facts.on_simplex)  # which have no interval
+    tuned = not (objective.traits.predicts_next_token or objective.traits.on_simplex)  # which have no interval
     with fake_cuda(answer=2) as device:
         network.to(DEVICE, torch.bfloat16).eval()
 

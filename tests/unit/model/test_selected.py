@@ -97,11 +97,11 @@ def test_only_selected_rows_are_computed_in_the_last_layer(kind: str) -> None:
     "objective", [Autoregressive(MASK, LENGTH), SimplexDiffusion(MASK, LENGTH, 4, INTERVAL)], ids=lambda objective: objective.kind
 )
 def test_objectives_that_score_every_row_are_not_selected_from(objective: Any) -> None:
-    model, inputs = network("adaln" if objective.facts.noise_conditioned else "gpt"), inputs_of(objective)
+    model, inputs = network("adaln" if objective.traits.noise_conditioned else "gpt"), inputs_of(objective)
     assert not inputs.sparse
     seen = linear_rows(model, inputs)
     assert seen["blocks.2.mlp.up"] == LENGTH * SAMPLES and seen["final_norm"] == len(inputs.selected)
-    if objective.facts.noise_conditioned:
+    if objective.traits.noise_conditioned:
         with pytest.raises(ValueError, match="each block"):
             model(replace(inputs, sparse=True))
 

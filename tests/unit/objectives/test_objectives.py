@@ -234,7 +234,7 @@ def test_masked_diffusion_is_one_block_without_the_clean_stream() -> None:
             nll = torch.rand(len(inputs.selected))
             np.testing.assert_array_equal(block_losses(inputs, nll), block_losses(reference, nll))
             np.testing.assert_array_equal(row_nelbo(inputs, nll), row_nelbo(reference, nll))
-    assert (alone.kind, alone.block_size, alone.facts.predicts_next_token, alone.scored_tokens_per_row) == ("mdlm", 8, False, 7)
+    assert (alone.kind, alone.block_size, alone.traits.predicts_next_token, alone.scored_tokens_per_row) == ("mdlm", 8, False, 7)
 
 
 def test_masked_diffusion_meets_the_exact_bound() -> None:
@@ -272,7 +272,7 @@ def test_the_next_token_loss_as_laid_out() -> None:
     np.testing.assert_allclose(row_nelbo(inputs, nll), nll[:20].reshape(4, 5).mean(1), rtol=1e-15)
     fixed = objective.validation_inputs(rows, np.array([8, 1, 5, 7]), 0)
     assert all(torch.equal(getattr(fixed, name), getattr(inputs, name)) for name in ("tokens", "selected", "targets", "weights"))
-    next_token = objective.facts.predicts_next_token
+    next_token = objective.traits.predicts_next_token
     assert (objective.kind, objective.block_size, next_token, objective.scored_tokens_per_row) == ("ar", 1, True, 5)
     with pytest.raises(DataError, match="is MASK"):
         objective.training_inputs(np.full((1, 6), MASK), np.array([0]), 0, 0, 1)

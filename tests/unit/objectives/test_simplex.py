@@ -159,7 +159,7 @@ def test_losses_are_means_over_all_data_tokens() -> None:
     np.testing.assert_array_equal(samples.losses, block_losses(inputs, nll))
     assert (samples.masked == samples.maskable).all() and samples.maskable.tolist() == [2, 3, 3, 3]
     np.testing.assert_array_equal(samples.times, noise.validation_times(0, np.arange(4), 4))
-    assert not objective.facts.has_likelihood_bound and objective.scored_tokens_per_row == LENGTH - 1
+    assert not objective.traits.has_likelihood_bound and objective.scored_tokens_per_row == LENGTH - 1
 
 
 def test_ids_that_are_no_words_are_refused() -> None:
