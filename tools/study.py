@@ -43,10 +43,11 @@ from bd3_scale.data.open import open_data
 from bd3_scale.distributed import layout
 from bd3_scale.errors import UserError
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.objectives.interval_tuner import candidates
 from bd3_scale.objectives.network_inputs import block_losses, counted_tokens, masked_counts
-from bd3_scale.objectives.noise import VALIDATION_INTERVAL, validation_times
+from bd3_scale.objectives.noise import validation_times
 from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
+from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
+from bd3_scale.recipe.rules_objective import interval_candidates
 from bd3_scale.reporting.figure import empty_figure
 from bd3_scale.reporting.metrics import read_metrics
 
@@ -324,7 +325,7 @@ def schedules(options: argparse.Namespace) -> dict[str, Any]:
         common = results[0].measured
         of_size = [row_of(result, common) for result in results]
         lines += of_size
-        grid[block_size] = [(interval, *common.variance(Noise(LINEAR, interval))) for interval in candidates(block_size)]
+        grid[block_size] = [(interval, *common.variance(Noise(LINEAR, interval))) for interval in interval_candidates(block_size)]
         for key, network in (("variance", "own networks"), ("variance_common", "one network")):
             ours = {line["training"]: line[key] for line in of_size}
             for clip in ("[0.45, 0.95]", "[0.3, 0.8]"):

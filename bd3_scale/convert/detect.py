@@ -10,9 +10,8 @@ from bd3_scale.convert import bd3_export, causal, deepspeed, published
 from bd3_scale.convert.source import Source, open_source, read_json
 from bd3_scale.convert.write import Import
 from bd3_scale.errors import CheckpointError, RecipeError
-from bd3_scale.objectives.table import OBJECTIVES
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import IN_BLOCKS, block_sizes
+from bd3_scale.recipe.objective_kinds import KINDS, block_sizes
 from bd3_scale.recipe.schema import ObjectiveConfig
 
 GPT2_IDS = 50257
@@ -28,7 +27,7 @@ def detect(
     document = bd3_export.document_of(source, config)
     if document is not None:
         recipe = bd3_export.recipe_of(document, path)
-        if recipe.objective.kind in IN_BLOCKS:
+        if recipe.objective.traits.in_blocks:
             # Of a schedule of block sizes the one that was reached: the checkpoint that is made stands at step 0.
             reached = [size for step, size in block_sizes(recipe.objective.block_size) if step < max(1, document["step"])]
             recipe = replace(recipe, objective=replace(recipe.objective, block_size=reached[-1]))
@@ -64,9 +63,9 @@ def _continued(found: Import, objective: str | None, block_size: int | None) -> 
     """The same with another objective, where one is asked for."""
     before = found.recipe.objective
     kind = objective or before.kind
-    if kind not in OBJECTIVES:
-        raise RecipeError(f"--objective is {kind!r}; set one of {', '.join(OBJECTIVES)}")
-    if block_size is not None and kind not in IN_BLOCKS:
+    if kind not in KINDS:
+        raise RecipeError(f"--objective is {kind!r}; set one of {', '.join(KINDS)}")
+    if block_size is not None and not KINDS[kind].in_blocks:
         raise RecipeError(f"--block-size means nothing to {kind}; leave it out or set --objective bd3")
     if kind == before.kind and block_size is None:
         return found

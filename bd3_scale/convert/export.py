@@ -32,11 +32,13 @@ from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.load_model import WEIGHTS, read_recipe
 from bd3_scale.objectives.interval_tuner import TunerState
-from bd3_scale.objectives.table import Objective
+from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
 
 HUB = Path(__file__).parent / "hub"
 CODE = ("configuration_bd3.py", "modeling_bd3.py")
+MODELED = ("bd3", "mdlm", "ar")
+"""Kinds of objectives that this code knows."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,15 @@ def single_file(path: str | Path, out: Path, *, weights: str = "auto") -> Export
 def directory(path: str | Path, out: Path, *, weights: str = "auto") -> Exported:
     """Write a Hugging Face directory that AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True) loads. Raises UserError."""
     opened = _open(path, weights)
-    if opened.objective.timed:
+    if opened.objective.traits.noise_conditioned:
         raise RecipeError(
             f"objective.kind={opened.objective.kind} tells its network the noise, which the modeling code of a directory does "
             "not; export one safetensors file instead"
+        )
+    if opened.objective.kind not in MODELED:
+        raise RecipeError(
+            f"objective.kind={opened.objective.kind} is none that the modeling code of a directory knows ({', '.join(MODELED)}); export "
+            "one safetensors file instead"
         )
 
     def write(folder: Path) -> None:
@@ -117,7 +124,7 @@ def _open(path: str | Path, weights: str) -> _Opened:
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     saved = checkpoint.run.get("tuner")
     interval = TunerState.from_dict(saved).interval if saved is not None else None
-    objective = recipe.objective_at(tokenizer, max(0, checkpoint.step - 1), interval)
+    objective = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text).at(max(0, checkpoint.step - 1), interval)
     return _Opened(checkpoint, kind, recipe, tokenizer, objective)
 
 

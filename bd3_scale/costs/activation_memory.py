@@ -16,7 +16,7 @@ heads on this rank; m: MLP units on this rank). Kept by one layer:
 
 In the last layer everything behind keys and values is of the scored rows alone: of the selected ones, which are normed once more, and
 for which attention keeps its queries and outputs of the whole scored half and gathers theirs; or, where every token is scored, of that
-half. Told the noise of each sample (sedd), its vectors are repeated for the selected rows. The head keeps the gradient of its weight
+half. Vectors of each sample's noise (sedd) are repeated for the selected rows. The head keeps the gradient of its weight
 in fp32, formed in the forward (model/loss_head.py). Of what `training.recompute` names (a layer, or the half of it with the attention or
 the MLP) the input alone is kept, w r h, and one at a time is whole. A half frees about as many bytes as the other for a FLOP of computing
 it again.
@@ -34,6 +34,7 @@ from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE, padded_vocabulary, positions_per_chunk
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe.environment import resolve_attention
+from bd3_scale.recipe.objective_kinds import KINDS, Kind
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 
 
@@ -52,10 +53,12 @@ class Batch:
     weight: int = 4
     """Bytes of a number in the weights that compute: 2 in bf16."""
     device: str = "cpu"
-    sparse: bool = True
-    """Whether the last layer computes the selected rows alone: not where every token is scored."""
-    timed: bool = False
-    """Whether each sample is told its noise (sedd)."""
+    kind: Kind = KINDS["bd3"]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the last layer computes the selected rows alone."""
+        return not self.kind.scores_every_token
 
     @property
     def kernel(self) -> str:
@@ -67,8 +70,8 @@ class Batch:
 
     @property
     def fused_loss(self) -> bool:
-        """Whether the head's loss is compiled; sedd's is no cross-entropy."""
-        return self.config.head_loss == "fused" and not self.timed
+        """Whether the head's loss is compiled."""
+        return self.config.head_loss == "fused" and self.kind.uses_cross_entropy
 
     def computed(self, last: bool) -> int:
         """Rows that the MLP of a layer computes, of the whole micro-batch; `last`: of the network's last."""
@@ -150,7 +153,7 @@ def _output_side_bytes(batch: Batch, rows: int, last: bool) -> int:
 
 def _repeated(batch: Batch, last: bool) -> int:
     """Vectors that each row has of its own: the scale on the way into a half, the gate on the way out."""
-    return 1 if last and batch.sparse and batch.timed else 0
+    return 1 if last and batch.sparse and batch.kind.noise_conditioned else 0
 
 
 def norm_bytes(batch: Batch, rows: int, width: int | None = None) -> int:

@@ -47,7 +47,6 @@ from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.parameter_shapes import Shape, Units, parameter_shapes, shard, units_of, whole
 from bd3_scale.costs.sizes import PERSISTENT, VOCABULARY_MULTIPLE, padded_vocabulary
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 
 REUSE = 1_000_000_000
 """Elements: DeepSpeed 3 keeps a gathered parameter that it needs again within as many (stage3_max_reuse_distance)."""
@@ -79,7 +78,7 @@ def step_traffic(
     parallel, model = recipe.parallel, recipe.model
     multiple = VOCABULARY_MULTIPLE[batch.device]
     chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
-    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.kind in ON_SIMPLEX
+    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.traits.on_simplex
     sharers = (parallel.shard or data) if fsdp else 1
     """Among whom what is summed at the end of a step has been divided."""
     found: Counter[tuple[str, str]] = Counter()
@@ -92,7 +91,7 @@ def step_traffic(
         sizes = [size for chunk in chunks for size in chunk.sizes]
         _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
     for layers in stages:
-        one = tensor_bytes(batch, layers, recipe.training.recompute, recipe.objective.kind)
+        one = tensor_bytes(batch, layers, recipe.training.recompute)
         _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
         if simplex and layers.start == 0:  # the mass of each rank's words
             _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
@@ -153,15 +152,15 @@ def _gathered_again(divided: Sequence[int]) -> int:
     return again
 
 
-def conditions_of(kind: str, batch: Batch) -> int:
-    """Vectors that adaLN conditions a micro-batch with: one for all; told the noise, one for each row (sedd), or for each of a row's
-    blocks and its clean half (ssdlm)."""
-    if kind in ON_SIMPLEX:
-        return (batch.pattern.length // batch.pattern.block_size + 1) * batch.rows
-    return batch.rows if kind == "sedd" else 1
+def conditions_of(batch: Batch) -> int:
+    """Vectors that adaLN conditions a micro-batch with: one for all; of noise, one for each row of one block (sedd), or for each of a
+    row's blocks and its clean half (ssdlm)."""
+    if not batch.kind.noise_conditioned:
+        return 1
+    return batch.rows * (1 if batch.kind.denoises_whole_rows else batch.pattern.length // batch.pattern.block_size + 1)
 
 
-def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict[str, int]:
+def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
     """Payload over the tensor ranks of one forward and backward of a chunk, without the gradients of parameters."""
     config, w = batch.config, batch.weight
     whole = w * batch.computed(False) * config.hidden
@@ -186,10 +185,10 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str, kind: str) -> dict
     sums += whole if first else 0
     gathers += (whole if first else 0) + (scored if last else 0)
     # The head is the same with sequence parallelism and without: its input is gathered before.
-    head = batch.selected * (w * config.hidden + 4 * (1 if kind == "sedd" else 3)) if last else 0
+    head = batch.selected * (w * config.hidden + 4 * (3 if batch.kind.uses_cross_entropy else 1)) if last else 0
     if not batch.sequence:
         return {"all_reduce": sums + head}
-    condition = w * config.conditioning_size * conditions_of(kind, batch) if config.conditioning == "adaln" else 0
+    condition = w * config.conditioning_size * conditions_of(batch) if config.conditioning == "adaln" else 0
     return {"reduce_scatter": sums, "all_gather": gathers, "all_reduce": head + condition}
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from bd3_scale.costs.flops import count_flops
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.noise_schedules import expected_masked
-from bd3_scale.recipe.objective_kinds import EVERY_TOKEN, IN_BLOCKS, ON_SIMPLEX, block_sizes
+from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -44,12 +44,13 @@ class Phase:
 def phases_of(recipe: Recipe, mask_id: int, device: str) -> tuple[Phase, ...]:
     """The phases of the whole run, in their order; at least one, each with at least one step."""
     total, batches = recipe.total_steps, recipe.batches
-    changes = [start for start, _ in block_sizes(recipe.objective.block_size)] if recipe.objective.kind in IN_BLOCKS else [0]
+    schedule = ObjectiveSchedule.of(recipe, mask_id, device=device)
+    changes = [start for start, _ in recipe.objective.stages(recipe.model.context)]
     starts = sorted({*changes, *(phase.step for phase in batches.phases)})
     found = []
     for start, end in zip(starts, [*starts[1:], total], strict=True):
         if start < min(end, total) or start == 0:
-            objective = recipe.objective_of(mask_id, start, device, None)
+            objective = schedule.at(start)
             found.append(Phase(max(1, min(end, total) - start), batches.rows_at(start), objective.block_size, objective.pattern))
     return tuple(found)
 
@@ -128,7 +129,7 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
     parallel = recipe.parallel
     if parallel.stage_layers is not None:
         return given(parallel.stage_layers)
-    simplex = recipe.objective.kind in ON_SIMPLEX
+    simplex = recipe.objective.traits.on_simplex
     mean = [0.0] * (recipe.model.layers + 2)
     for phase in phases:
         share, shares = selected_share(recipe, phase.pattern), recipe.shares(replicas, phase.rows)
@@ -139,6 +140,6 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
 
 def selected_share(recipe: Recipe, pattern: AttentionPattern, interval: Sequence[float] | None = None) -> float:
     """Expected share of the data tokens that reach the head in training; `interval`: a tuned one."""
-    if pattern.kind == "causal" or recipe.objective.kind in EVERY_TOKEN:
+    if recipe.objective.traits.scores_every_token:
         return 1.0
     return expected_masked(recipe.objective.schedule, interval or recipe.objective.interval)

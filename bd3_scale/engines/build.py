@@ -23,7 +23,6 @@ from bd3_scale.model.compiling import compiled_whole
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe import Recipe, resolve_precision
-from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 
 COMPILE_MODES = {"blocks": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """torch's name of what `training.compile` says. No CUDA graphs: they hold addresses, which micro-batches under way, recomputation and
@@ -48,7 +47,7 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     if parallel.resolved_engine == "fsdp":
         from bd3_scale.engines.fsdp_engine import FsdpEngine
 
-        shard, looked_up = parallel.shard or layout.data, recipe.objective.kind not in ON_SIMPLEX
+        shard, looked_up = parallel.shard or layout.data, not recipe.objective.traits.on_simplex
         engine = FsdpEngine(chunks, layout, settings, zero=parallel.zero, shard=shard, bf16=bf16, looked_up=looked_up)
     elif parallel.resolved_engine == "megatron":
         from bd3_scale.engines.megatron_engine import MegatronEngine

@@ -56,12 +56,12 @@ def _sums(loaded: LoadedNetwork, row: np.ndarray, start: int, stop: int, draws: 
     """Weighted loss of tokens [start, stop) of `row` under each draw of noise, float64 [draws], nats."""
     objective, length = loaded.objective, len(row)
     inputs = objective.validation_inputs(np.tile(row, (len(draws), 1)), draws, seed)
-    if not objective.shifted:
+    if not objective.traits.predicts_next_token:
         tokens = inputs.tokens.clone()  # the first L columns are the noisy ones
         tokens[:, :start] = torch.from_numpy(row[:start])
         tokens[:, stop:length] = loaded.tokenizer.mask_id
         inputs = replace(inputs, tokens=tokens)
-    predicted = inputs.selected + int(objective.shifted)
+    predicted = inputs.selected + int(objective.traits.predicts_next_token)
     position = predicted % length
     inside = (position >= start) & (position < stop)
     inputs = replace(inputs, weights=torch.where(inside, inputs.weights, 0.0))

@@ -80,7 +80,7 @@ def load_judge(path: Path, device: torch.device) -> Judge:
     if (path / "config.json").is_file():
         return _of_transformers(path, device)
     loaded = load_network(path, device=device.type)
-    if not loaded.objective.shifted:
+    if not loaded.objective.traits.predicts_next_token:
         raise RecipeError(f"judge {path} is a diffusion model ({loaded.objective.kind}); name a checkpoint of objective.kind=ar")
     return own_judge(loaded)
 

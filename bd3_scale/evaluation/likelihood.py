@@ -86,7 +86,7 @@ def open_rows(folder: Path, split: str, loaded: LoadedNetwork) -> ShardReader:
 
 def require_likelihood(loaded: LoadedNetwork) -> None:
     """Raise RecipeError for an objective whose loss bounds no likelihood."""
-    if not loaded.objective.bounded:
+    if not loaded.objective.traits.has_likelihood_bound:
         raise RecipeError(
             f"the checkpoint was trained with objective.kind={loaded.objective.kind}, which has no likelihood, nor a bound of it, and no "
             "perplexity; compare its texts: python -m bd3_scale.evaluate generation"

@@ -1,4 +1,4 @@
-"""What sampling asks of a network, and the network with what it has read: from its cache, or all over again.
+"""Forward passes for sampling, with or without a key/value cache.
 
 With the cache a block's forwards run on its L' rows only and one more forward on the finished block stores its K and V; without,
 every forward recomputes the whole prefix under the same mask. A block sees itself and the clean blocks that fit into the `context`
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives.attention_mask import AttentionPattern, decoding_mask
+from bd3_scale.objectives.attention_mask import decoding_mask
+from bd3_scale.objectives.base import Objective
 from bd3_scale.objectives.sedd import noise_levels
-from bd3_scale.objectives.simplex import SimplexNoise, told
+from bd3_scale.objectives.simplex import SimplexNoise, conditioning_times
 
 
 class Cache(Protocol):
@@ -46,40 +47,23 @@ class Network(Protocol):
     ) -> Tensor:
         """tokens int64 [b, n], positions int64 [n], mask bool [n, cached + n] or None -> logits [b, last, V], -inf at MASK.
 
-        `noise_levels` float32 [b], or [b, n]: for networks that are told the noise, and for no other. `simplex` [b, k]: noise on the
+        `noise_levels` float32 [b], or [b, n]: for networks conditioned on the noise, and for no other. `simplex` [b, k]: noise on the
         words of the last k rows."""
 
     def new_cache(self, batch: int, capacity: int) -> Cache: ...
 
 
-class Trained(Protocol):
-    """What sampling needs of the objective the network was trained with: any of diffusion.objectives."""
-
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def shifted(self) -> bool: ...
-    @property
-    def timed(self) -> bool: ...
-    @property
-    def normalised(self) -> bool: ...
-    @property
-    def simplex(self) -> bool: ...
-    @property
-    def pattern(self) -> AttentionPattern: ...
-
-
-def one_block(objective: Trained) -> bool:
+def one_block(objective: Objective) -> bool:
     """Whether its network denoises rows as a whole."""
     return objective.block_size == objective.pattern.length
 
 
-class Reader:
+class CachedForward:
     """The network with what it has read: runs rows after the clean ones before them, from the cache or all over again."""
 
-    def __init__(self, network: Network, objective: Trained, width: int, rows: int, use_cache: bool, device: torch.device) -> None:
+    def __init__(self, network: Network, objective: Objective, width: int, rows: int, use_cache: bool, device: torch.device) -> None:
         self.network, self.device, self.nfe = network, device, 0
-        self.one_block, self.timed, pattern = one_block(objective), objective.timed, objective.pattern
+        self.one_block, self.noise_conditioned, pattern = one_block(objective), objective.traits.noise_conditioned, objective.pattern
         self.block_size, self.context = pattern.block_size, pattern.length
         self.causal, self.document_end = pattern.clean_half == "causal", pattern.document_end
         self.window = (self.context - 1) // self.block_size * self.block_size
@@ -112,7 +96,7 @@ class Reader:
         """Logits [B, L', V] of one noisy block of int64 [B, width]; `noise`: mask probability of every row, float64 [B]."""
         if not self.one_block:
             return self.run(tokens, block.start, block.stop, clean=False, last=self.block_size)
-        levels = noise_levels(noise).to(self.device) if self.timed else None
+        levels = noise_levels(noise).to(self.device) if self.noise_conditioned else None
         return self._window(tokens, block, noise_levels=levels)
 
     def project(self, tokens: np.ndarray, block: slice, noise: SimplexNoise, time: float) -> Tensor:
@@ -121,7 +105,7 @@ class Reader:
         before = 0 if self.one_block or self.cache is not None else block.start  # clean rows of the same call, at time 0
         times = np.zeros((len(tokens), before + self.block_size))
         times[:, before:] = time
-        levels = told(times).to(self.device)
+        levels = conditioning_times(times).to(self.device)
         if self.one_block:
             return self._window(tokens, block, noise_levels=levels, simplex=simplex)
         return self.run(tokens, block.start, block.stop, clean=False, last=self.block_size, noise_levels=levels, simplex=simplex)

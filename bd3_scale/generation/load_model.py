@@ -30,7 +30,7 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.model.layers import Linears, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.interval_tuner import TunerState
-from bd3_scale.objectives.table import Objective
+from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ParallelConfig
 
@@ -97,7 +97,8 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
         raise CheckpointError(f"checkpoint {checkpoint.path} has no {kind}, only {', '.join(checkpoint.kinds)}; set weights to auto")
     tokenizer = _tokenizer(checkpoint, recipe)
     # `step` counts updates done: the last of them was update step - 1.
-    objective = recipe.objective_at(tokenizer, max(0, checkpoint.step - 1), _interval(checkpoint))
+    schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text)
+    objective = schedule.at(max(0, checkpoint.step - 1), _interval(checkpoint))
     model = replace(recipe.model, attention="auto")  # a matter of the device, which may be another than that of the training
     network = Transformer(model, tokenizer.model_vocabulary_size, tokenizer.mask_id, Linears(tensor))
     parameters = network.named_parameters()

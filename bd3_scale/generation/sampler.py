@@ -1,10 +1,10 @@
 """Text from a network, block by block: denoise a block given the clean blocks before it, commit it, go on.
 
-Two ways to the same tokens (objective.md section 5): with a cache of the finished blocks, or recomputing all (see `reader`). A block
-sees itself and the clean blocks that fit into the `context` tokens that end with it, at any length.
+Two ways to the same tokens (objective.md section 5): with a cache of the finished blocks, or recomputing all (see `cached_forward`). A
+block sees itself and the clean blocks that fit into the `context` tokens that end with it, at any length.
 
 Invariants: MASK is never drawn and never left; a row's tokens depend on (seed, row index) and on its own prompt, not on
-the batch; every call of the network is counted. A network of the next-token loss (`shifted`) goes the same way with
+the batch; every call of the network is counted. A network of the next-token loss (`ar`) goes the same way with
 L' = 1, its forward of token i being both the commitment of i and the prediction of i + 1. A network that denoises rows as one
 block (L' = L) has no clean rows to go on from: longer texts come from windows of L tokens, each half a window further on,
 whose first half is known from the one before (as in MDLM's published code). Nothing is cached there. Blocks of SSD-LM are denoised by
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.generation.cached_forward import Network, Reader, Trained, one_block
-from bd3_scale.generation.simplex_sampler import SimplexWalk
+from bd3_scale.generation.cached_forward import CachedForward, Network, one_block
+from bd3_scale.generation.simplex_sampler import SimplexSampler
 from bd3_scale.generation.token_sampling import SCORE_SAMPLERS, SIMPLEX, SamplingOptions, histogram_entropy
-from bd3_scale.generation.unmasking import Chooser
+from bd3_scale.generation.unmasking import UnmaskingPolicy
+from bd3_scale.objectives.base import Objective
 from bd3_scale.objectives.noise_schedules import schedule_named
 
 ENTROPY_WINDOW = 256
@@ -54,7 +55,7 @@ class Result:
 @torch.inference_mode()
 def generate(
     network: Network,
-    objective: Trained,
+    objective: Objective,
     tokens: np.ndarray,
     known: np.ndarray,
     options: SamplingOptions,
@@ -82,104 +83,107 @@ def generate(
         raise ValueError(f"known tokens must be ids of text, 0 to {mask_id - 1}")
     size, windows = objective.block_size, one_block(objective)
     text = _Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text)
-    reader = Reader(network, objective, text.width, len(tokens), use_cache and not windows, torch.device(device))
+    forward = CachedForward(network, objective, text.width, len(tokens), use_cache and not windows, torch.device(device))
     mine = range(first_row, first_row + len(tokens))
-    chooser = Chooser(options, size, schedule_named(getattr(objective, "schedule", "linear")), seed, mine)
-    if objective.shifted:
-        _next_token(text, reader, chooser)
+    policy = UnmaskingPolicy(options, size, schedule_named(objective.schedule), seed, mine)
+    if objective.traits.predicts_next_token:
+        _next_token(text, forward, policy)
     else:
         run = _window_by_window if windows else _block_by_block
-        run(text, reader, SimplexWalk(options, size, seed, mine) if objective.simplex else chooser)
+        run(text, forward, SimplexSampler(options, size, seed, mine) if objective.traits.on_simplex else policy)
     prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
     return Result(
         tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
         prompt_lengths=prompts,
         stops=text.stops,
-        nfe=reader.nfe,
+        nfe=forward.nfe,
         seconds=time.perf_counter() - started,
     )
 
 
-def own_sampler(objective: Trained) -> str:
+def own_sampler(objective: Objective) -> str:
     """The sampler of texts for which none is named."""
-    return SIMPLEX if objective.simplex else "first_hitting"
+    return SIMPLEX if objective.traits.on_simplex else "first_hitting"
 
 
-def resolved(objective: Trained, options: SamplingOptions) -> SamplingOptions:
+def resolved(objective: Objective, options: SamplingOptions) -> SamplingOptions:
     """The options with a sampler. Raises RecipeError where others mean nothing to it."""
     return options if options.sampler is not None else replace(options, sampler=own_sampler(objective))
 
 
-def check(objective: Trained, options: SamplingOptions, length: int) -> None:
+def check(objective: Objective, options: SamplingOptions, length: int) -> None:
     """Raise RecipeError where a network of this objective cannot make texts of `length` tokens with these options."""
+    traits = objective.traits
     if length < 1:
         raise RecipeError(f"length is {length} but a text has at least the token that begins it; set 1 or more")
-    if objective.shifted and options.sampler != "first_hitting":
+    if traits.predicts_next_token and options.sampler != "first_hitting":
         raise RecipeError(f"sampler {options.sampler} needs a diffusion model, and this one predicts the next token; set first_hitting")
-    if objective.normalised and options.sampler in SCORE_SAMPLERS:
+    if traits.uses_cross_entropy and options.sampler in SCORE_SAMPLERS:
         raise RecipeError(
             f"sampler {options.sampler} needs scores that are not normalised (objective.kind=sedd); for this model they are one "
             "with ancestral: set that"
         )
-    if objective.simplex != (options.sampler == SIMPLEX):
+    if traits.noise_conditioned and not (traits.denoises_whole_rows or traits.on_simplex):
+        raise RecipeError(f"objective.kind={traits.name} has no sampler that conditions its blocks on noise; sample another model")
+    if traits.on_simplex != (options.sampler == SIMPLEX):
         raise RecipeError(
             f"sampler {options.sampler} does not denoise what this model was trained on, "
-            f"{'noised logits of words (objective.kind=ssdlm)' if objective.simplex else 'masked words'}; set {own_sampler(objective)}"
+            f"{'noised logits of words (objective.kind=ssdlm)' if traits.on_simplex else 'masked words'}; set {own_sampler(objective)}"
         )
 
 
-def _window_by_window(text: _Texts, reader: Reader, chooser: Chooser | SimplexWalk) -> None:
+def _window_by_window(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy | SimplexSampler) -> None:
     """For rows of one block. A window that is known already takes no call."""
     for number, start in enumerate(range(0, text.width, text.stride)):
         if not text.open():
             break
         stop = start + text.block_size
-        _denoise(text, reader, chooser, number, slice(start, stop))
+        _denoise(text, forward, policy, number, slice(start, stop))
         text.finish(stop)
 
 
-def _block_by_block(text: _Texts, reader: Reader, chooser: Chooser | SimplexWalk) -> None:
+def _block_by_block(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy | SimplexSampler) -> None:
     size, start = text.block_size, 0
     while text.open():
         stop = start + text.known_blocks(start) * size
         if stop > start:
-            reader.run(text.tokens, start, stop, clean=True)
+            forward.run(text.tokens, start, stop, clean=True)
             start = stop
             continue
         stop = start + size
-        _denoise(text, reader, chooser, start // size, slice(start, stop))
+        _denoise(text, forward, policy, start // size, slice(start, stop))
         text.finish(stop)
         if text.open():
-            reader.run(text.tokens, start, stop, clean=True)
+            forward.run(text.tokens, start, stop, clean=True)
         start = stop
 
 
-def _denoise(text: _Texts, reader: Reader, chooser: Chooser | SimplexWalk, number: int, block: slice) -> None:
+def _denoise(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy | SimplexSampler, number: int, block: slice) -> None:
     """Find the unknown tokens of one block. The last block is a whole one, as in training, even where the text ends inside it."""
     masked, wanted = ~text.known[:, block], text.length - block.start
-    if isinstance(chooser, SimplexWalk):
+    if isinstance(policy, SimplexSampler):
         if masked[:, :wanted].any():
-            begins = block.start == 0 or reader.one_block
-            chooser.denoise(number, text.tokens[:, block], text.known[:, block], begins, partial(reader.project, text.tokens, block))
+            begins = block.start == 0 or forward.one_block
+            policy.denoise(number, text.tokens[:, block], text.known[:, block], begins, partial(forward.project, text.tokens, block))
             text.known[:, block] = True
         return
-    chooser.begin_block(number, masked)
+    policy.begin_block(number, masked)
     while masked[:, :wanted].any():
-        logits = reader.denoise(text.tokens, block, chooser.noise(masked))
-        revealed = chooser.reveal(masked, logits)
-        text.tokens[:, block][revealed] = chooser.draw(logits, revealed)
+        logits = forward.denoise(text.tokens, block, policy.noise(masked))
+        revealed = policy.reveal(masked, logits)
+        text.tokens[:, block][revealed] = policy.draw(logits, revealed)
         masked &= ~revealed
     text.known[:, block] |= ~masked
 
 
-def _next_token(text: _Texts, reader: Reader, chooser: Chooser) -> None:
+def _next_token(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy) -> None:
     read = position = 0
     while text.open():
         position += text.known_blocks(position)
-        logits = reader.run(text.tokens, read, position, clean=True, last=1)
+        logits = forward.run(text.tokens, read, position, clean=True, last=1)
         masked = ~text.known[:, position : position + 1]
-        chooser.begin_block(position, masked)
-        text.tokens[:, position : position + 1][masked] = chooser.draw(logits, masked)
+        policy.begin_block(position, masked)
+        text.tokens[:, position : position + 1][masked] = policy.draw(logits, masked)
         text.known[:, position] = True
         read, position = position, position + 1
         text.finish(position)

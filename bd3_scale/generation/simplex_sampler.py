@@ -21,7 +21,7 @@ from bd3_scale.generation.token_sampling import SamplingOptions, draw, keyed_uni
 from bd3_scale.objectives.simplex import SimplexNoise
 
 
-class SimplexWalk:
+class SimplexSampler:
     """The choices of one call for rows `rows` of `seed`."""
 
     def __init__(self, options: SamplingOptions, block_size: int, seed: int, rows: range) -> None:

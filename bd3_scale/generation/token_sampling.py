@@ -1,8 +1,7 @@
 """From logits to tokens: temperature, nucleus, and a draw that is a function of (seed, row, position).
 
-A token is drawn by inverting the distribution function at one keyed uniform number, in the order of the ids and in
-float64. Why not by rank: two nearly equal probabilities may change places by rounding, and cached and uncached decoding
-would part; in the order of the ids a rounding error moves the token only with a probability of its own size.
+A token is drawn by an exponential race (Gumbel-max): the least E_v / p_v wins, where the exponential numbers E_v are keyed by one uniform
+number of the position. `_gumbel_argmax` says why the distribution function is not inverted instead.
 
 Invariants: a token of probability 0 (MASK above all) is never drawn; a row's random numbers depend on (seed, row index,
 block) alone, never on the batch or on how many tokens were drawn before.
@@ -133,10 +132,10 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """One token per row: logits [n, V], uniforms float64 [n] in [0, 1) -> int64 [n]. Raises CheckpointError as above."""
     rows = max(1, DRAWN_ELEMENTS // logits.shape[-1])
     parts = zip(logits.split(rows), uniforms.split(rows), strict=True)
-    return torch.cat([_race(token_probabilities(part, options), numbers) for part, numbers in parts])
+    return torch.cat([_gumbel_argmax(token_probabilities(part, options), numbers) for part, numbers in parts])
 
 
-def _race(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+def _gumbel_argmax(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The token v with the least E_v / p_v, where E_v are standard exponentials that each row's uniform is the key of.
 
     Why not invert the cumulative distribution: a rounding error of the logits moves each of V borders, and some draw in a

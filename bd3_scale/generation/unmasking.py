@@ -4,7 +4,7 @@ First-hitting and ancestral sampling know the order beforehand: with mask probab
 revealed at a p that is uniform in [0, 1]. First hitting reveals the tokens one by one as they come (Zheng et al. 2025; the
 limit T -> infinity of ancestral sampling); ancestral sampling rounds to T steps, of which those that reveal nothing need no
 forward. The confidence sampler asks the network. The analytic and Euler samplers of score entropy walk the T steps of the
-objective's own schedule and ask the network at each how probable a token is to be revealed (see `score_entropy`); their
+objective's own schedule and ask the network at each how probable a token is to be revealed (see `sedd`); their
 last step reveals what is left, whatever the scores say.
 
 Invariants: a row's choices depend on (seed, row index, block) and on its own logits, never on the batch; after T steps of a
@@ -22,7 +22,7 @@ from bd3_scale.objectives.noise_schedules import Schedule
 from bd3_scale.objectives.sedd import reveal_factor, total_scores
 
 
-class Chooser:
+class UnmaskingPolicy:
     """The choices of one call for rows `rows` of `seed`; `begin_block`, then (`noise`, `reveal`, `draw`) for each forward."""
 
     def __init__(self, options: SamplingOptions, block_size: int, schedule: Schedule, seed: int, rows: range) -> None:

@@ -4,7 +4,7 @@ Logits exist for one chunk of positions at a time; with gradients wanted, the ch
 logits are at hand, so that nothing of shape (tokens, V) is ever kept. The cross-entropy of a chunk is megatron-core's, or
 (`model.head_loss=fused`) one that is compiled to move a sixth of the memory (`cross_entropy.py`).
 
-Score entropy (Lou et al. 2024; what is left of it for a masked position is derived in `diffusion.score_entropy`) is
+Score entropy (Lou et al. 2024; what is left of it for a masked position is derived in `objectives.sedd`) is
     A - 1 - z_target + log N,   A = mean of exp(z) over the N ids of text,
 in which the log-scores z are not normalised: it is the cross-entropy of their softmax + (A - 1 - log A). Without a maximum to
 agree on, the vocabulary's parts need to exchange one sum.

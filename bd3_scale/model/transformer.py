@@ -207,7 +207,7 @@ class Transformer(nn.Module):
         if by_block:
             place = (inputs.selected % pattern.scored_rows // pattern.block_size, *place)
         final = self._final(x, condition, place)
-        return self.head(final, inputs.targets, inputs.weights, inputs.normalised)
+        return self.head(final, inputs.targets, inputs.weights, inputs.uses_cross_entropy)
 
     def _embedded(self, tokens: Tensor, positions: Tensor, simplex: SimplexNoise | None) -> Tensor:
         """int64 [batch, all rows] -> [rows of this rank, batch, hidden]; `positions` int64 of the rows of this rank. The first rows
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         if not (self.last and inputs.sparse):
             return replace(every, count=stream.scored)
         if every.groups is not None:
-            raise ValueError("the noise of each block is told to a network of which only some rows are scored")
+            raise ValueError("a network of which only some rows are scored cannot be conditioned on the noise of each block")
         selected = SelectedRows.of(inputs.selected, stream, len(inputs.tokens))
         return Rows(len(selected.row_ids), None, selected)
 

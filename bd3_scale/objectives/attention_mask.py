@@ -8,7 +8,7 @@ Invariants: a clean row never sees a noisy one; a noisy row of block b and its c
 that L^2 + L L' of the 4 L^2 pairs are visible; only `document_segments` depends on the data, so a mask is made once per pattern.
 
 No noisy row sees the clean rows of the last block. A pattern may leave them out (`last_clean`), which leaves exactly L^2 pairs; with
-L' = L nothing is left of the clean half, and the pattern is `full` (see `traits.block_pattern`).
+L' = L nothing is left of the clean half, and the pattern is `full` (see `base.block_pattern`).
 
 Documents that share a row can be kept apart (`AttentionPattern.document_end`): every row of the network then has a segment, and a pair is
 visible only where the segments, too, are equal. Two things follow from the block-wise factorisation: a noisy block belongs to the

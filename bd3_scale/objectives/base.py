@@ -1,27 +1,73 @@
-"""What the objectives have in common: the usual answers to what they are asked (see `objectives.Objective`), and the shape of their rows.
+"""What training, evaluation and sampling ask of an objective, and the answers that most of them share.
 
 Invariant: token 0 of a row is never counted, whatever the kind.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, Protocol, cast
 
-from bd3_scale.errors import RecipeError
+import numpy as np
+from torch import Tensor
+
 from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.network_inputs import BlockSamples, NetworkInputs
+from bd3_scale.recipe.objective_kinds import KINDS, Kind
+from bd3_scale.recipe.rules_objective import check_clean_half, check_shape
 
 
-class Traits:
-    """Of a kind that predicts masked tokens in their own place with a network that is not told the time; others say what differs."""
+class Objective(Protocol):
+    """What the training loop, the evaluation, the sampler and the network need to know of an objective."""
 
-    shifted: ClassVar[bool] = False
-    timed: ClassVar[bool] = False
-    normalised: ClassVar[bool] = True
-    bounded: ClassVar[bool] = True
-    simplex: ClassVar[bool] = False
+    @property
+    def traits(self) -> Kind:
+        """What sets its kind apart: its row of `KINDS`."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+
+    @property
+    def block_size(self) -> int:
+        """L': tokens that are generated at a time. 1 for ar, L for mdlm and sedd."""
+
+    @property
+    def schedule(self) -> str:
+        """Name of its noise schedule; linear for kinds that take none."""
+
+    @property
+    def pattern(self) -> AttentionPattern: ...
+
+    @property
+    def scored_tokens_per_row(self) -> int:
+        """Data tokens that a row contributes to every denominator: all but token 0."""
+
+    def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
+        """Lay out rows int64 [m, L] that fill `slots` int64 [m] of step `step`'s global batch.
+
+        Raises DataError for a token that equals MASK or lies beyond it, ValueError for shapes that do not fit.
+        """
+
+    def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
+        """Lay out held-out rows int64 [m, L] with the noise that (seed, row index) fixes for ever; raises as `training_inputs`."""
+
+    def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
+        """What a validation pass says about single blocks: `inputs` of `validation_inputs` for these rows, and their nll [n]."""
+
+
+class ObjectiveBase:
+    """Answers shared by all objectives; a class names its kind's `traits`."""
+
+    traits: ClassVar[Kind] = KINDS["bd3"]
+    schedule: str = "linear"
 
     context: int
     pattern: AttentionPattern
+
+    @property
+    def kind(self) -> str:
+        """As `Objective.kind`."""
+        return self.traits.name
 
     @property
     def blocks(self) -> int:
@@ -38,15 +84,8 @@ def block_pattern(context: int, block_size: int, clean_half: str, document_end: 
     """Who sees whom in rows of [x_t ; x_0], without the clean rows that no noisy row sees: all of them where L' = L, else those of the
     last block, unless the others are no multiple of `row_multiple`. Raises RecipeError for a block size or clean half that cannot work.
     """
-    if block_size < 1 or context % block_size:
-        divisors = [size for size in range(1, context + 1) if context % size == 0]
-        nearest = min(divisors, key=lambda size: abs(size - block_size))
-        raise RecipeError(
-            f"objective.block_size is {block_size} but must divide model.context = {context}, because a row is cut "
-            f"into equal blocks; set it to {nearest}"
-        )
-    if clean_half not in ("block_causal", "causal"):
-        raise RecipeError(f"objective.clean_half is {clean_half!r}; set block_causal or causal")
+    check_shape(context, block_size)
+    check_clean_half(clean_half)
     if block_size == context:
         return AttentionPattern("full", context, context)  # documents of a row are not kept apart inside of a block
     order = cast(Literal["block_causal", "causal"], clean_half)
@@ -54,9 +93,7 @@ def block_pattern(context: int, block_size: int, clean_half: str, document_end: 
     return AttentionPattern("block_diffusion", context, block_size, order, document_end, last_clean=whole)
 
 
-def check_shape(context: int, pad_to: int) -> None:
-    """What every objective needs. Raises RecipeError, ValueError for `pad_to`."""
-    if context < 2:
-        raise RecipeError(f"model.context is {context}, but token 0 is never scored; set it to 2 or more")
+def check_padding(pad_to: int) -> None:
+    """Raises ValueError unless the number of selected positions can be padded to a multiple of `pad_to`."""
     if pad_to < 1:
         raise ValueError(f"pad_to must be at least 1, got {pad_to}")

@@ -1,7 +1,7 @@
-"""Masked diffusion, of a row block by block or as one block: the noise of a row, the masked positions and their weights.
+"""Block diffusion, and what it shares with masked diffusion (mdlm, sedd): the noise of a row, the masked positions, their weights.
 
-Both predict the masked tokens with a network that is not told the time, and are scored by cross-entropy with the weight
-of the schedule (Arriola et al. 2025, eq. 8; Sahoo et al. 2024). Invariants: as in `objectives`, whose interface this is.
+The network predicts the masked tokens and is not conditioned on the time; each is scored by cross-entropy with the weight
+of the schedule (Arriola et al. 2025, eq. 8; Sahoo et al. 2024). Invariants: as in `table`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from bd3_scale.errors import RecipeError
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.base import Traits, block_pattern, check_shape
+from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_padding
 from bd3_scale.objectives.mask_resampling import resampled_tokens
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
@@ -26,11 +25,13 @@ from bd3_scale.objectives.network_inputs import (
     masked_counts,
     network_inputs,
 )
-from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, check_interval, schedule_named
+from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
+from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
+from bd3_scale.recipe.rules_objective import check_resampling, check_schedule, check_shape, checked_interval
 
 
-class Diffusion(Traits):
-    """What block and masked diffusion share: everything but the fields and the attention pattern."""
+class AbsorbingDiffusion(ObjectiveBase):
+    """Diffusion whose noise replaces tokens by MASK, the absorbing state: everything but the fields and the attention pattern."""
 
     mask_id: int
     block_size: int
@@ -40,13 +41,12 @@ class Diffusion(Traits):
     resample: bool
 
     def _check(self) -> None:
-        check_shape(self.context, self.pad_to)
-        schedule_named(self.schedule)
-        object.__setattr__(self, "interval", check_interval(self.interval))
-        if self.resample and self.block_size == 1:
-            raise RecipeError(
-                "objective.resample is on, but a block of one token is masked wholly or not at all; set objective.resample=false"
-            )
+        check_shape(self.context, self.block_size)
+        check_padding(self.pad_to)
+        check_schedule(self.schedule)
+        object.__setattr__(self, "interval", checked_interval(self.interval))
+        if self.resample:
+            check_resampling(self.block_size)
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t ~ U[beta, omega], the schedule's mask probability and weight."""
@@ -67,11 +67,11 @@ class Diffusion(Traits):
         With L' = 1 the likelihood is exact: t = 1, every token but token 0 masked, weight 1.
         """
         exact = self.block_size == 1
-        return self.evaluation_inputs(rows, row_indices, seed, (1.0, 1.0) if exact else noise.VALIDATION_INTERVAL)
+        return self.evaluation_inputs(rows, row_indices, seed, (1.0, 1.0) if exact else VALIDATION_INTERVAL)
 
     def evaluation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int, interval: tuple[float, float]) -> NetworkInputs:
         """Held-out rows at t ~ U[beta, omega] of one's own choice, linear schedule, weight 1/t: for studies of an interval."""
-        times = noise.validation_times(seed, row_indices, self.blocks, check_interval(interval))
+        times = noise.validation_times(seed, row_indices, self.blocks, checked_interval(interval))
         masked = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), self.block_size)
         return self._inputs(rows, masked, times, LINEAR, np.zeros(len(row_indices), np.int64))
 
@@ -107,20 +107,20 @@ class Diffusion(Traits):
 
 
 @dataclass(frozen=True)
-class BlockDiffusion(Diffusion):
+class BlockDiffusion(AbsorbingDiffusion):
     """Block diffusion (Arriola et al. 2025): [x_t ; x_0] in one pass, masked noisy positions scored with the schedule's weight.
 
     Raises RecipeError when block size, interval, schedule or clean half cannot work.
     """
 
-    kind: ClassVar[str] = "bd3"
+    traits: ClassVar[Kind] = KINDS["bd3"]
 
     mask_id: int
     context: int
     """L, data tokens per row."""
     block_size: int
     """L', tokens per block."""
-    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
+    interval: tuple[float, float] = VALIDATION_INTERVAL
     """[beta, omega] of training; validation never looks at it."""
     clean_half: str = "block_causal"
     schedule: str = "linear"
@@ -138,27 +138,3 @@ class BlockDiffusion(Diffusion):
         pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
         self._check()
         object.__setattr__(self, "pattern", pattern)
-
-
-@dataclass(frozen=True)
-class MaskedDiffusion(Diffusion):
-    """Masked diffusion (MDLM, Sahoo et al. 2024): one block and one t per row, and x_t alone in the network.
-
-    It is block diffusion with L' = L: the same noise, weights, losses and rows of the network.
-    """
-
-    kind: ClassVar[str] = "mdlm"
-
-    mask_id: int
-    context: int
-    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
-    schedule: str = "linear"
-    pad_to: int = 1
-    resample: bool = False
-    block_size: int = field(init=False)
-    pattern: AttentionPattern = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block_size", self.context)
-        self._check()
-        object.__setattr__(self, "pattern", AttentionPattern("full", self.context, self.context))

@@ -26,63 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from bd3_scale.errors import CheckpointError, RecipeError, TrainingError
+from bd3_scale.errors import CheckpointError, TrainingError
 from bd3_scale.objectives.estimates import Moments, combine
 from bd3_scale.objectives.mask_resampling import importance
 from bd3_scale.objectives.network_inputs import BlockSamples
-from bd3_scale.objectives.noise import VALIDATION_INTERVAL
-from bd3_scale.recipe.objective_kinds import block_sizes
-from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
-
-Interval = tuple[float, float]
+from bd3_scale.recipe.rules_objective import Interval
+from bd3_scale.recipe.schema import TunerConfig
 
 LEAST_BLOCKS = 30
 """A variance of fewer (effective) blocks is no basis for a choice: its relative standard error is above a quarter."""
 TIE = 1e-6
 """Variances this close, relative, are one: layouts round losses differently by 1e-7, distinct candidates lie further apart."""
-
-
-def candidates(block_size: int) -> tuple[Interval, ...]:
-    """The intervals that are searched, always in this order; the first is the whole of [1e-3, 1].
-
-    For L' > 1 these are 36: after it widths .5 .6 .7 .8 .9, each from starts in steps of .05. A start at 0 is one at 1e-3:
-    validation draws no smaller t, and below it the variance only grows, as log(1 / beta). For L' = 1: [1e-3, 1] and [1, 1].
-    """
-    if block_size == 1:
-        return VALIDATION_INTERVAL, (1.0, 1.0)
-    clips = ((start, width) for width in (50, 60, 70, 80, 90) for start in range(0, 101 - width, 5))
-    return VALIDATION_INTERVAL, *((max(start / 100, VALIDATION_INTERVAL[0]), (start + width) / 100) for start, width in clips)
-
-
-def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
-    """Refuse a `tuner` section that cannot work with this objective. Raises RecipeError."""
-    for key, least in (("every", 1), ("start_step", 0), ("rows", 1)):
-        value = getattr(tuner, key)
-        if value is not None and value < least:
-            raise RecipeError(f"tuner.{key} is {value}; set {least} or more")
-    if not 0 <= tuner.margin < 1:
-        raise RecipeError(f"tuner.margin is {tuner.margin}, but it is a fraction of the variance; set 0 <= margin < 1, such as 0.02")
-    if not tuner.enabled:
-        return
-    if objective.kind == "ar":
-        raise RecipeError("tuner.enabled is on, but objective.kind=ar has no interval to tune; set tuner.enabled=false")
-    if objective.kind == "ssdlm":
-        raise RecipeError(
-            "tuner.enabled is on, but objective.kind=ssdlm has no likelihood bound whose variance could be tuned; set tuner.enabled=false"
-        )
-    if objective.schedule != "linear":
-        raise RecipeError(
-            f"tuner.enabled is on, but its statistic is that of the linear schedule, not of objective.schedule={objective.schedule}; "
-            "set objective.schedule=linear or tuner.enabled=false"
-        )
-    sizes = [size for _, size in block_sizes(objective.block_size)] if objective.kind == "bd3" else [2]
-    for size in sizes:
-        if tuple(objective.interval) not in candidates(size):
-            of_size = " of block size 1" if size == 1 else ""
-            raise RecipeError(
-                f"objective.interval is {list(objective.interval)}, but with tuner.enabled it is where the search starts and must be "
-                f"one of the candidates{of_size}; set objective.interval=[0.001, 1.0] or tuner.enabled=false"
-            )
 
 
 def due(tuner: TunerConfig, step: int) -> bool:

@@ -23,8 +23,8 @@ from math import ceil, floor
 import numpy as np
 
 from bd3_scale.objectives import noise
-
-Interval = tuple[float, float]
+from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
+from bd3_scale.recipe.rules_objective import Interval
 
 
 def admissible_counts(size: int, interval: Interval) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class Importance:
 @lru_cache(maxsize=8)
 def importance(size: int, intervals: tuple[Interval, ...]) -> Importance:
     """`Importance` for blocks of `size` maskable tokens; the intervals must be wider than a point."""
-    seen, _, _ = _count_distribution(size, noise.VALIDATION_INTERVAL, (0, size))
+    seen, _, _ = _count_distribution(size, VALIDATION_INTERVAL, (0, size))
     resampled = [_count_distribution(size, interval, admissible_counts(size, interval)) for interval in intervals]
     probability, mean, square = (np.stack(part, axis=1) for part in zip(*resampled, strict=True))
     return Importance(probability / seen[:, None], mean, np.maximum(square - np.square(mean), 0.0))

@@ -44,10 +44,10 @@ class NetworkInputs:
     segments: Tensor | None = None
     """int32 [m, pattern.rows]: which document of its row each row of the network is in; None where rows are one text."""
     noise_levels: Tensor | None = None
-    """float32: how noisy the input is, for networks that are told; None: no network is. [m]: each row (sedd's sigma). [m, B]: each
+    """float32: how noisy the input is, for networks conditioned on it; None: for the others. [m]: each row (sedd's sigma). [m, B]: each
     noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""
-    normalised: bool = True
-    """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `score_entropy`)."""
+    uses_cross_entropy: bool = True
+    """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `sedd`)."""
     sparse: bool = False
     """Whether many of the scored rows are not selected: the network's last layer then computes the selected ones alone, and of the
     others keys and values. The answer is the same."""
@@ -79,7 +79,7 @@ class NetworkInputs:
             pattern=self.pattern,
             segments=None if self.segments is None else move(self.segments),
             noise_levels=None if self.noise_levels is None else move(self.noise_levels),
-            normalised=self.normalised,
+            uses_cross_entropy=self.uses_cross_entropy,
             sparse=self.sparse,
             simplex=None if self.simplex is None else self.simplex.moved(move),
         )

@@ -20,9 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from bd3_scale.keyed_random import WORD, permutation, raw_words, uniform
-
-VALIDATION_INTERVAL = (1e-3, 1.0)
-"""The reported NELBO always draws t from here, whatever training does (objective.md section 1)."""
+from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
 
 
 @lru_cache(maxsize=2)

@@ -21,7 +21,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.rules_objective import check_schedule
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -50,12 +50,12 @@ SCHEDULES: dict[str, Schedule] = {
         Schedule("log", lambda t: np.log1p(t) / np.log1p(1.0), lambda t: 1.0 / ((1.0 + t) * np.log1p(t))),
     )
 }
+"""The formulas of `recipe.rules_objective.NOISE_SCHEDULES`."""
 
 
 def schedule_named(name: str) -> Schedule:
-    """Raises RecipeError for a name that is not in SCHEDULES."""
-    if name not in SCHEDULES:
-        raise RecipeError(f"objective.schedule is {name!r}, which does not exist; set one of {', '.join(SCHEDULES)}")
+    """Raises RecipeError for an unknown name."""
+    check_schedule(name)
     return SCHEDULES[name]
 
 
@@ -69,11 +69,3 @@ def expected_masked(schedule: str, interval: Sequence[float]) -> float:
 def _expected_masked(schedule: str, beta: float, omega: float) -> float:
     times = beta + (omega - beta) * (np.arange(1000) + 0.5) / 1000
     return float(schedule_named(schedule).mask_probability(times).mean())
-
-
-def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
-    """[beta, omega] as floats. Raises RecipeError unless 0 <= beta <= omega <= 1 and omega > 0."""
-    values = [float(value) for value in interval]
-    if len(values) != 2 or not 0.0 <= values[0] <= values[1] <= 1.0 or values[1] == 0.0:
-        raise RecipeError(f"objective.interval is {values}, but training draws t ~ U[beta, omega]; set 0 <= beta <= omega <= 1, omega > 0")
-    return values[0], values[1]

@@ -1,4 +1,4 @@
-"""SEDD (Lou et al. 2024) with the absorbing state: masked diffusion by score entropy, with a network that is told the noise.
+"""SEDD (Lou et al. 2024) with the absorbing state: masked diffusion by score entropy, with a network conditioned on the noise.
 
 The network estimates the ratios p_t(x with y at i) / p_t(x) for every masked position i and every word y. With alpha(t) the
 probability that a token is still clean and N words (ids of text), they are parameterised as in the paper's code,
@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives.bd3 import MaskedDiffusion
+from bd3_scale.objectives.mdlm import MaskedDiffusion
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.noise_schedules import Schedule
+from bd3_scale.recipe.objective_kinds import KINDS, Kind
 
 CLEAN_AT_MOST = 1e-3
-"""The paper's epsilon: it keeps the noise that the network is told finite where everything is masked, and changes no mask."""
+"""The paper's epsilon: it keeps the noise that the network is conditioned on finite where everything is masked, and changes no mask."""
 
 
 def noise_levels(mask_probabilities: np.ndarray) -> Tensor:
@@ -41,17 +42,15 @@ def noise_levels(mask_probabilities: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class ScoreEntropy(MaskedDiffusion):
-    """SEDD: the rows of masked diffusion, scored by score entropy. Each row's network is told sigma of its t."""
+    """SEDD: the rows of masked diffusion, scored by score entropy. The network is conditioned on sigma of each row's t."""
 
-    kind: ClassVar[str] = "sedd"
-    timed: ClassVar[bool] = True
-    normalised: ClassVar[bool] = False
+    traits: ClassVar[Kind] = KINDS["sedd"]
 
     def _inputs(
         self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray
     ) -> NetworkInputs:
         inputs = super()._inputs(rows, masked, times, schedule, dropout_keys)
-        return replace(inputs, noise_levels=noise_levels(schedule.mask_probability(times[:, 0])), normalised=False)
+        return replace(inputs, noise_levels=noise_levels(schedule.mask_probability(times[:, 0])), uses_cross_entropy=False)
 
 
 def total_scores(logits: Tensor) -> Tensor:

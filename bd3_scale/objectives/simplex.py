@@ -28,8 +28,8 @@ K = 5.0
 """Size of the logits (section 3.1 of the paper; their experiments' value)."""
 OFFSET = 1e-4
 """s of the cosine schedule, as in the paper's code."""
-TOLD = 1000.0
-"""The network is told the time in thousandths, as diffusion networks have been since Ho et al. 2020; clean rows are at 0."""
+TIME_UNITS = 1000.0
+"""Networks are conditioned on the time in thousandths, as since Ho et al. 2020; clean rows are at 0."""
 
 
 def remaining_signal(times: np.ndarray) -> np.ndarray:
@@ -39,9 +39,9 @@ def remaining_signal(times: np.ndarray) -> np.ndarray:
     return np.square(np.sin(0.5 * math.pi * (1.0 - np.asarray(times)) / (1.0 + OFFSET)) / start)
 
 
-def told(times: np.ndarray) -> Tensor:
-    """What a network is told of these times: float64 -> float32 of the same shape."""
-    return torch.from_numpy(TOLD * np.asarray(times)).float()
+def conditioning_times(times: np.ndarray) -> Tensor:
+    """What a network is conditioned on at these times: float64 -> float32 of the same shape."""
+    return torch.from_numpy(TIME_UNITS * np.asarray(times)).float()
 
 
 @dataclass(frozen=True)

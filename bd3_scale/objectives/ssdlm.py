@@ -1,6 +1,6 @@
 """The objective of SSD-LM (`simplex` has the method): rows as [x_t ; x_0], every word of every noisy block scored alike.
 
-Invariants: as in `objectives`, whose interface this is, except that the validation loss is a mean cross-entropy at
+Invariants: as in `table`, except that the validation loss is a mean cross-entropy at
 t ~ U[1e-3, 1] and no bound of anything: it is reported under a name of its own, and neither perplexity nor tuner use it.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.base import Traits, block_pattern, check_shape
+from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_padding
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
     NetworkInputs,
@@ -24,26 +24,24 @@ from bd3_scale.objectives.network_inputs import (
     masked_counts,
     network_inputs,
 )
-from bd3_scale.objectives.noise_schedules import check_interval
-from bd3_scale.objectives.simplex import SimplexNoise, told
+from bd3_scale.objectives.simplex import SimplexNoise, conditioning_times
+from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
+from bd3_scale.recipe.rules_objective import checked_interval
 
 
 @dataclass(frozen=True)
-class SimplexDiffusion(Traits):
+class SimplexDiffusion(ObjectiveBase):
     """SSD-LM: one t per block, the expected embedding of noised words in the noisy half, cross-entropy of all of them.
 
     Raises RecipeError when block size, interval or clean half cannot work.
     """
 
-    kind: ClassVar[str] = "ssdlm"
-    timed: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
-    simplex: ClassVar[bool] = True
+    traits: ClassVar[Kind] = KINDS["ssdlm"]
 
     mask_id: int
     context: int
     block_size: int
-    interval: tuple[float, float] = noise.VALIDATION_INTERVAL
+    interval: tuple[float, float] = VALIDATION_INTERVAL
     clean_half: str = "block_causal"
     pad_to: int = 1
     document_end: int | None = None
@@ -51,8 +49,8 @@ class SimplexDiffusion(Traits):
     pattern: AttentionPattern = field(init=False)
 
     def __post_init__(self) -> None:
-        check_shape(self.context, self.pad_to)
-        object.__setattr__(self, "interval", check_interval(self.interval))
+        check_padding(self.pad_to)
+        object.__setattr__(self, "interval", checked_interval(self.interval))
         pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
         object.__setattr__(self, "pattern", pattern)
 
@@ -88,4 +86,4 @@ class SimplexDiffusion(Traits):
         )
         of_positions = np.repeat(times, self.block_size, axis=1)
         of_positions[:, 0] = 0.0
-        return replace(made, noise_levels=told(times), simplex=SimplexNoise.at(keys, of_positions))
+        return replace(made, noise_levels=conditioning_times(times), simplex=SimplexNoise.at(keys, of_positions))

@@ -27,7 +27,6 @@ from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits
 from bd3_scale.planning.situation import Situation
-from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 
 LIVE = 1_000_000_000
 """Elements of gathered weights that DeepSpeed 3 lets live at a time (stage3_max_live_parameters)."""
@@ -144,7 +143,7 @@ def _gathered_bytes(case: Situation, pipeline_rank: int) -> int:
 
 def row_flops(case: Situation, phase: Phase) -> RowFlops:
     """FLOPs of one row of the whole network."""
-    share, simplex = pipeline_stages.selected_share(case.recipe, phase.pattern), case.recipe.objective.kind in ON_SIMPLEX
+    share, simplex = pipeline_stages.selected_share(case.recipe, phase.pattern), case.recipe.objective.traits.on_simplex
     return count_flops(case.recipe.model, phase.pattern, case.vocabulary, share, simplex)
 
 
@@ -164,7 +163,7 @@ def stage_flops(case: Situation, phase: Phase, pipeline_rank: int) -> float:
     """FLOPs that one tensor rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
     parallel = case.recipe.parallel
     share = pipeline_stages.selected_share(case.recipe, phase.pattern)
-    simplex = case.recipe.objective.kind in ON_SIMPLEX
+    simplex = case.recipe.objective.traits.on_simplex
     rows = case.shares(phase).micro_batch
     layers, _, head = pipeline_stages.layer_costs(case.recipe.model, phase.pattern, case.vocabulary, share, rows, simplex)
     passes = layer_passes(case, phase)

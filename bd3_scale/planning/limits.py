@@ -192,9 +192,7 @@ def attention_shares(case: Situation, batch: Batch) -> tuple[float, float]:
 
 def simplex_flops(case: Situation, batch: Batch) -> float:
     """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
-    from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
-
-    if case.recipe.objective.kind not in ON_SIMPLEX:
+    if not case.recipe.objective.traits.on_simplex:
         return 0.0
     return 2.0 * batch.config.hidden * (case.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
 

@@ -40,10 +40,9 @@ from bd3_scale.model import attention_kernels
 from bd3_scale.model.layers import Linears, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
-from bd3_scale.objectives.table import Objective
+from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.planning.situation import Situation
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import IN_BLOCKS
 
 NARROW_VOCABULARY = 257
 
@@ -215,8 +214,7 @@ def _forward_backward(chunk: Transformer, inputs: NetworkInputs, received: Tenso
 
 
 def _objective(case: Situation, step: int, device: str = "cpu") -> Objective:
-    document_end = 0 if case.recipe.data.document_mask else None
-    return case.recipe.objective_of(case.vocabulary - 1, step, device, document_end)
+    return ObjectiveSchedule.of(case.recipe, case.vocabulary - 1, document_end=0, device=device).at(step)
 
 
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:
@@ -241,7 +239,7 @@ def narrow(case: Situation) -> Situation:
         recipe=replace(
             recipe,
             model=model,
-            objective=replace(recipe.objective, block_size=8 if recipe.objective.kind in IN_BLOCKS else None),
+            objective=replace(recipe.objective, block_size=8 if recipe.objective.traits.in_blocks else None),
             training=replace(recipe.training, global_batch=rows * micro_batches * case.replicas, precision=case.precision),
             parallel=replace(recipe.parallel, micro_batch=rows, stage_layers=[len(chunk) for chunk in case.chunks]),
         ),

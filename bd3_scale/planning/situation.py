@@ -16,7 +16,6 @@ from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.planning.devices import Device
 from bd3_scale.recipe import Recipe, resolve_precision, validate
-from bd3_scale.recipe.objective_kinds import EVERY_TOKEN
 from bd3_scale.recipe.shares import Shares
 
 
@@ -77,7 +76,6 @@ class Situation:
         multiple = self.recipe.selected_multiple(self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
-        kind = self.recipe.objective.kind
         return Batch(
             model,
             pattern,
@@ -87,8 +85,7 @@ class Situation:
             parallel.sequence,
             weight,
             self.device.type,
-            sparse=kind not in EVERY_TOKEN,
-            timed=kind == "sedd",
+            self.recipe.objective.traits,
         )
 
 

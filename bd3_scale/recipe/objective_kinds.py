@@ -1,25 +1,100 @@
-"""The kinds of objectives by what sets them apart in a recipe, and what `objective.block_size` may be."""
+"""The kinds of objectives: one table of what sets them apart, which rules, costs and samplers ask; and what a block size may be.
+
+`objectives/` has a class for each kind, which holds its row of the table. Invariant: nothing here needs torch.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.stages import stages
 
-ONE_BLOCK = ("mdlm", "sedd")
-"""Kinds whose rows are one block: L' = L."""
-IN_BLOCKS = ("bd3", "ssdlm")
-"""Kinds whose rows are [x_t ; x_0], cut into blocks of `block_size`."""
-EVERY_TOKEN = ("ar", "ssdlm")
-"""Kinds that score every data token of a row, whatever the noise."""
-ON_SIMPLEX = ("ssdlm",)
-"""Kinds that noise vectors over all words instead of masking some."""
+VALIDATION_INTERVAL = (1e-3, 1.0)
+"""The reported NELBO always draws t from here, whatever training does (objective.md section 1)."""
 SELECTED_MULTIPLE = {"cpu": 1, "cuda": 256}
 """Selected positions are padded to a multiple of this: CUDA wants shapes that repeat."""
 ROW_MULTIPLE = {"cpu": 1, "cuda": 128}
 """The clean half is only cut to a multiple of this: the tile of FlexAttention, and what matrix units like."""
 DEFAULT_BLOCK_SIZE = 4
-"""L' of bd3 and ssdlm where the recipe sets none."""
+"""L' of kinds in blocks where the recipe sets none."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sets an objective apart. The defaults are those of bd3."""
+
+    name: str
+    """`objective.kind` of a recipe."""
+    unused_keys: tuple[str, ...] = ()
+    """Keys of `objective` that mean nothing to it; a recipe must leave them at their defaults."""
+    denoises_whole_rows: bool = False
+    """A row is one block, L' = L, and alone in the network."""
+    scores_every_token: bool = False
+    """Every data token of a row is scored, whatever the noise (else the masked ones)."""
+    predicts_next_token: bool = False
+    """The logits of position i predict token i + 1 (else token i)."""
+    noise_conditioned: bool = False
+    """The network is conditioned on how noisy its input is (`NetworkInputs.noise_levels`), which needs model.conditioning."""
+    unconditioned: str | None = None
+    """The kind that is like this one without the conditioning on noise."""
+    uses_cross_entropy: bool = True
+    """The softmax of the logits are probabilities; else exp of the logits are scores, up to a known factor."""
+    has_likelihood_bound: bool = True
+    """The validation loss is, or bounds, the negative log-likelihood; else it is a cross-entropy, comparable only with itself."""
+    on_simplex: bool = False
+    """Noise is added to vectors over all words (`objectives.simplex`) instead of masking some tokens."""
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether rows are [x_t ; x_0], cut into blocks of `objective.block_size`."""
+        return "block_size" not in self.unused_keys
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether training draws a time t."""
+        return "interval" not in self.unused_keys
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("bd3"),
+        Kind("mdlm", ("block_size", "clean_half"), denoises_whole_rows=True),
+        Kind(
+            "sedd",
+            ("block_size", "clean_half"),
+            denoises_whole_rows=True,
+            noise_conditioned=True,
+            unconditioned="mdlm",
+            uses_cross_entropy=False,
+        ),
+        Kind(
+            "ssdlm",
+            ("schedule", "resample"),
+            scores_every_token=True,
+            noise_conditioned=True,
+            unconditioned="bd3",
+            has_likelihood_bound=False,
+            on_simplex=True,
+        ),
+        Kind(
+            "ar",
+            ("block_size", "interval", "clean_half", "schedule", "resample"),
+            scores_every_token=True,
+            predicts_next_token=True,
+        ),
+    )
+}
+"""objective.kind -> what it is. `objectives.table.register_objective` adds to it."""
+
+
+def kind_named(name: str) -> Kind:
+    """Raises RecipeError for a kind that is not in KINDS."""
+    if name not in KINDS:
+        raise RecipeError(f"objective.kind is {name!r}, which does not exist; set one of {', '.join(KINDS)}")
+    return KINDS[name]
 
 
 def block_sizes(value: Any) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.batches import at_least
 from bd3_scale.recipe.mixture_weights import weights_problem
-from bd3_scale.recipe.objective_kinds import IN_BLOCKS, ONE_BLOCK, block_sizes
 from bd3_scale.recipe.rules_device import DEVICE_RULES
 from bd3_scale.recipe.rules_run import RUN_RULES
 from bd3_scale.recipe.schema import KEYS, DataConfig
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 
 Rule = Callable[[Case], Problem | None]
-
-UNTIMED = {"sedd": "mdlm", "ssdlm": "bd3"}
-"""Kinds whose network is told the noise, and what is like them without."""
 
 
 def check(recipe: Recipe, world_size: int, device: str | None, precision: str | None) -> None:
@@ -143,8 +139,7 @@ def cache_has_a_remote(case: Case) -> Problem | None:
 def sample_fits_the_context(case: Case) -> Problem | None:
     recipe = case.recipe
     wanted, context = recipe.tracking.sample_tokens, recipe.model.context
-    sizes = [context] if recipe.objective.kind in ONE_BLOCK else [size for _, size in block_sizes(recipe.objective.block_size)]
-    if wanted <= context or sizes[-1] == context or recipe.model.positions != "learned":
+    if wanted <= context or recipe.objective.stages(context)[-1][1] == context or recipe.model.positions != "learned":
         return None
     return Problem(
         f"tracking.sample_tokens = {wanted} must not exceed model.context = {context} because this network learned its positions",
@@ -153,17 +148,18 @@ def sample_fits_the_context(case: Case) -> Problem | None:
 
 
 def time_has_its_conditioning(case: Case) -> Problem | None:
-    kind = case.recipe.objective.kind
-    if kind not in UNTIMED or case.recipe.model.conditioning == "adaln":
+    kind = case.recipe.objective.traits
+    if not kind.noise_conditioned or case.recipe.model.conditioning == "adaln":
         return None
-    text = f"objective.kind = {kind} tells its network how noisy its input is, but model.conditioning = none"
-    return Problem(text, lambda: ["set model.conditioning=adaln", f"set objective.kind={UNTIMED[kind]}"])
+    text = f"objective.kind = {kind.name} tells its network how noisy its input is, but model.conditioning = none"
+    other = f"set objective.kind={kind.unconditioned}" if kind.unconditioned else None
+    return Problem(text, lambda: ["set model.conditioning=adaln", other])
 
 
 def documents_have_borders(case: Case) -> Problem | None:
     recipe = case.recipe
-    sizes = {size for _, size in block_sizes(recipe.objective.block_size)}
-    if not recipe.data.document_mask or recipe.objective.kind not in IN_BLOCKS or sizes != {recipe.model.context}:
+    sizes = {size for _, size in recipe.objective.stages(recipe.model.context)}
+    if not recipe.data.document_mask or not recipe.objective.traits.in_blocks or sizes != {recipe.model.context}:
         return None
     return Problem(
         f"data.document_mask is true, but objective.block_size = {recipe.model.context} makes a row one block, inside of which documents "

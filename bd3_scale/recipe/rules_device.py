@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bd3_scale.recipe.objective_kinds import IN_BLOCKS
 from bd3_scale.recipe.suggestions import Case, Problem
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def backend_is_used(case: Case) -> Problem | None:
     recipe, kernel = case.recipe, case.recipe.model.attention
     if kernel not in FLEX[1:]:
         return None
-    if recipe.objective.kind not in IN_BLOCKS and not recipe.data.document_mask:
+    if not recipe.objective.traits.in_blocks and not recipe.data.document_mask:
         text = (
             f"model.attention = {kernel} is a backend of FlexAttention, which objective.kind = {recipe.objective.kind} does not need: its "
         )

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bd3_scale.recipe.batches import BatchSchedule, batch_schedule
 from bd3_scale.recipe.keys import facts_of, key, section
-from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
+from bd3_scale.recipe.objective_kinds import SELECTED_MULTIPLE, Kind, block_sizes, kind_named
 from bd3_scale.recipe.shares import Shares
-
-if TYPE_CHECKING:
-    from bd3_scale.data.tokenizer import Tokenizer
-    from bd3_scale.objectives.table import Objective
 
 
 @dataclass
@@ -142,6 +138,17 @@ class ObjectiveConfig:
     """Keep the *realised* masked fraction of a block, not only its t, inside `interval`. Training only. With omega < 1 the
     fully masked block is then never trained, although every block starts sampling in that state; and the expected train
     loss is no longer the bound over the interval. Not for ar and ssdlm, not for L' = 1."""
+
+    @property
+    def traits(self) -> Kind:
+        """What sets its kind apart. Raises RecipeError for an unknown kind."""
+        return kind_named(self.kind)
+
+    def stages(self, context: int) -> tuple[tuple[int, int], ...]:
+        """((0, L'), (from step, L'), ...), steps ascending, for rows of `context` tokens. Raises RecipeError as `block_sizes`."""
+        if self.traits.in_blocks:
+            return block_sizes(self.block_size)
+        return ((0, context if self.traits.denoises_whole_rows else 1),)
 
 
 @dataclass
@@ -412,22 +419,6 @@ class Recipe:
     def tokens_before(self, step: int) -> int:
         """Data tokens of the first `step` updates."""
         return self.batches.samples_before(step) * self.model.context
-
-    def objective_at(self, tokenizer: Tokenizer, step: int, interval: tuple[float, float] | None = None, device: str = "cpu") -> Objective:
-        """The objective of update `step` on `interval` (None: the recipe's), for rows of this tokenizer's ids, in shapes for `device`."""
-        document_end = tokenizer.end_of_text if self.data.document_mask else None
-        return self.objective_of(tokenizer.mask_id, step, device, document_end, interval)
-
-    def objective_of(
-        self, mask_id: int, step: int, device: str, document_end: int | None, interval: tuple[float, float] | None = None
-    ) -> Objective:
-        """As `objective_at`, where the ids are known and the tokenizer is not."""
-        from bd3_scale.objectives.table import objective_at
-
-        ranks = self.parallel.tensor if self.parallel.sequence else 1
-        rows = math.lcm(ROW_MULTIPLE[device], ranks)
-        selected = self.selected_multiple(device)
-        return objective_at(self.objective, self.model.context, mask_id, step, interval, selected, document_end, rows)
 
     def selected_multiple(self, device: str) -> int:
         """What the number of selected positions of a micro-batch is padded to: sequence parallelism divides them over its ranks."""

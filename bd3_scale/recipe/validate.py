@@ -12,6 +12,7 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.recipe import rules
 from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.environment import resolve_precision
+from bd3_scale.recipe.rules_objective import check_objective, check_tuner
 from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.suggestions import as_text, as_yaml
 from bd3_scale.recipe.text import flatten
@@ -24,10 +25,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
         _check_key(key, value, defaults[key])
     batch_schedule(recipe.training.global_batch)
     rules.check(recipe, world_size, device, resolve_precision(recipe, device) if device is not None else None)
-    from bd3_scale.objectives.interval_tuner import check_tuner
-    from bd3_scale.objectives.table import build_objective
-
-    build_objective(recipe.objective, recipe.model.context, mask_id=1, document_end=0 if recipe.data.document_mask else None)
+    check_objective(recipe.objective, recipe.model.context, recipe.data.document_mask)
     check_tuner(recipe.tuner, recipe.objective)
 
 

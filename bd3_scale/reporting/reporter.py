@@ -27,7 +27,6 @@ from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.estimates import Validated, Validation
 from bd3_scale.objectives.interval_tuner import Choice
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
-from bd3_scale.recipe.objective_kinds import ON_SIMPLEX
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.reporting.plots import draw
@@ -229,5 +228,5 @@ def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, 
 
     Recomputed forwards are not counted: MFU says what came out, and activation checkpointing must not raise it.
     """
-    share, simplex = selected_share(recipe, pattern, interval), recipe.objective.kind in ON_SIMPLEX
+    share, simplex = selected_share(recipe, pattern, interval), recipe.objective.traits.on_simplex
     return training_flops_per_token(recipe.model, pattern, vocabulary, share, simplex=simplex)

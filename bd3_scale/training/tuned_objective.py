@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.objectives.interval_tuner import Choice, Interval, TunerState
-from bd3_scale.objectives.table import Objective
+from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
 
 
@@ -19,11 +19,12 @@ class TunedObjective:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, device: str, tuning: TunerState) -> None:
         """`device`: cpu | cuda."""
-        self.recipe, self.tokenizer, self.device, self.tuning = recipe, tokenizer, device, tuning
+        self.recipe, self.tuning = recipe, tuning
+        self.schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text, device)
 
     def at(self, step: int) -> Objective:
         """The objective of update `step` as far as is known now."""
-        return self.recipe.objective_at(self.tokenizer, step, self._tuning_at(step).interval, self.device)
+        return self.schedule.at(step, self._tuning_at(step).interval)
 
     def advance(self, step: int) -> bool:
         """The run is at `step`. Whether another block size begins there, whose interval is searched anew."""
@@ -41,5 +42,4 @@ class TunedObjective:
         return choice.interval != before
 
     def _tuning_at(self, step: int) -> TunerState:
-        block_size = self.recipe.objective_at(self.tokenizer, step).block_size
-        return self.tuning.at(block_size, self.recipe.objective.interval)
+        return self.tuning.at(self.schedule.at(step).block_size, self.recipe.objective.interval)

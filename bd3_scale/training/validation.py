@@ -18,9 +18,10 @@ from bd3_scale.data.loader import Rows, validation_rows
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
 from bd3_scale.objectives.estimates import CrossEntropy, Moments, Validated, Validation, mean_and_standard_error, perplexity
-from bd3_scale.objectives.interval_tuner import IntervalStatistics, candidates, interval_statistics, no_rows, row_statistics
+from bd3_scale.objectives.interval_tuner import IntervalStatistics, interval_statistics, no_rows, row_statistics
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.table import Objective
+from bd3_scale.recipe.rules_objective import interval_candidates
 
 Evaluate = Callable[[Sequence[NetworkInputs]], list[Tensor | None]]
 Interrupted = Callable[[], bool]
@@ -52,7 +53,7 @@ class Validator:
         self, objective: Objective, evaluate: Evaluate, interrupted: Interrupted = lambda: False, *, resample: bool, rows: int | None
     ) -> tuple[Validated | None, IntervalStatistics | None]:
         """The same pass, and the variance of every candidate interval from the first `rows` held-out rows; collective."""
-        intervals = candidates(objective.block_size)
+        intervals = interval_candidates(objective.block_size)
         parts = [no_rows(intervals)]
 
         def collect(inputs: NetworkInputs, nll: Tensor, indices: np.ndarray) -> None:
@@ -86,7 +87,7 @@ class Validator:
                     collect(one, nll, indices)
         # Tensor peers score the same rows: one of them speaks for the replica.
         mean, error = mean_and_standard_error(self.layout.all_gather(moments if self.layout.speaks else Moments()))
-        if not objective.bounded:
+        if not objective.traits.has_likelihood_bound:
             return CrossEntropy(mean, error, self.total)
         return Validation(mean, error, perplexity(mean), self.total)
 

@@ -18,7 +18,7 @@ from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
-from bd3_scale.objectives.table import objective_at
+from bd3_scale.objectives.table import ObjectiveSchedule
 from tests.distributed.worlds import join, leave, plan, write
 
 sizes.SMALLEST_BUCKET = 1000
@@ -48,7 +48,7 @@ class Case:
         self.recipe = recipes.load(path, overrides)
         recipes.validate(self.recipe, recipes.world_size_of_environment(), "cpu")
         self.here = layout.start(self.recipe.parallel, "cpu")
-        self.objective = objective_at(self.recipe.objective, self.recipe.model.context, VOCABULARY - 1, 0)
+        self.objective = ObjectiveSchedule(self.recipe.objective, self.recipe.model.context, VOCABULARY - 1).at(0)
         self.engine: Any = build_engine(self.recipe, self.here, VOCABULARY, VOCABULARY - 1)
         self.buckets = [bucket for chunk in self.engine.chunks for bucket in chunk.bucket_groups]
 

@@ -25,6 +25,7 @@ from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.engines.engine import Engine
 from bd3_scale.objectives.network_inputs import NetworkInputs
+from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
 from bd3_scale.planning.situation import Situation
@@ -64,7 +65,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     recipes.validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     before = storages()
-    objective = recipe.objective_of(VOCABULARY - 1, 0, "cpu", None)
+    objective = ObjectiveSchedule.of(recipe, VOCABULARY - 1).at(0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)
     most, step, held = 0, 0, []

@@ -35,7 +35,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bd3_scale.model import attention_kernels
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.table import objective_at
+from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE
 from bd3_scale.recipe.schema import ObjectiveConfig
 from tests.fake_cuda.ahead_cases import CASES, Case
@@ -95,11 +95,11 @@ def without_a_driver() -> list[str]:
 
 def pattern_of(case: Case) -> AttentionPattern:
     """As a recipe has it on CUDA."""
-    objective = objective_at(
-        ObjectiveConfig(block_size=case.block_size), case.length, WORDS, 0,
+    schedule = ObjectiveSchedule(
+        ObjectiveConfig(block_size=case.block_size), case.length, WORDS,
         row_multiple=ROW_MULTIPLE["cuda"], document_end=3 if case.documents else None,
     )  # fmt: skip
-    return objective.pattern
+    return schedule.at(0).pattern
 
 
 def graph(case: Case, backward: bool) -> tuple[fx.GraphModule, list[Tensor]]:

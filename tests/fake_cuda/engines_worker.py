@@ -23,6 +23,7 @@ from bd3_scale.distributed import layout, megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.ema import ExponentialAverage
+from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from bd3_scale.reporting.metrics import Meter
@@ -58,7 +59,7 @@ def recipe(engine: str, zero: int, precision: str) -> Recipe:
 def train(engine: str, zero: int, precision: str, here: Layout) -> dict[str, Any]:
     """Steps as the loop makes them, an evaluation with averaged weights, what a save takes, what a logging step reads."""
     settings = recipe(engine, zero, precision)
-    objective = settings.objective_of(WORDS, 0, "cuda", None)
+    objective = ObjectiveSchedule.of(settings, WORDS, device="cuda").at(0)
     rows = np.random.default_rng(0).integers(0, WORDS, (ROWS, L))
     inputs = [
         objective.training_inputs(rows, np.arange(first, first + ROWS), 0, 0, ROWS * MICRO_BATCHES)

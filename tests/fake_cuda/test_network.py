@@ -23,7 +23,7 @@ from bd3_scale.generation.token_sampling import SamplingOptions
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
-from bd3_scale.objectives.table import Objective, objective_at
+from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
 from bd3_scale.training.validation import Validator
@@ -67,10 +67,10 @@ def of(case: str, **more: Any) -> tuple[Transformer, Objective]:
     config = ModelConfig(context=L, layers=2, hidden=64, heads=4, **model, **more)
     linears = Linears(vocabulary_multiple=VOCABULARY_MULTIPLE["cuda"])
     settings = {key: value for key, value in objective.items() if key != "documents"}
-    built = objective_at(
-        ObjectiveConfig(**settings), L, WORDS, 0,
+    built = ObjectiveSchedule(
+        ObjectiveConfig(**settings), L, WORDS,
         pad_to=SELECTED_MULTIPLE["cuda"], row_multiple=ROW_MULTIPLE["cuda"], document_end=3 if "documents" in objective else None,
-    )  # fmt: skip
+    ).at(0)  # fmt: skip
     return Transformer(config, WORDS + 1, WORDS, linears), built
 
 
@@ -154,7 +154,7 @@ class HeldOut:
 def test_a_validation(case: str, world_of_one: Layout) -> None:
     """Two forwards of bf16 weights: the host reads the answer of each, for the mean and again for the tuner, and nothing else."""
     network, objective = of(case)
-    tuned = not (objective.shifted or objective.simplex)  # which have no interval
+    tuned = not (objective.traits.predicts_next_token or objective.traits.on_simplex)  # which have no interval
     with fake_cuda(answer=2) as device:
         network.to(DEVICE, torch.bfloat16).eval()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bd3_scale.engines.build import apply_outside
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
-from bd3_scale.objectives.table import objective_at
+from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE, SELECTED_MULTIPLE
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
 from tests.gpu.device import DEVICE, REHEARSAL, needs_gpu, world
@@ -76,9 +76,8 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(rows: int, record_prop
     from 6,827 rows of this width on."""
     length = 128 if REHEARSAL else 1024
     config = replace(ADALN, context=length, layers=2, hidden=768, heads=6, key_value_heads=6)
-    objective = objective_at(
-        ObjectiveConfig("bd3", 16, interval=(0.3, 0.8)), length, MASK, 0, pad_to=256, row_multiple=ROW_MULTIPLE["cuda"]
-    )
+    clipped = ObjectiveConfig("bd3", 16, interval=(0.3, 0.8))
+    objective = ObjectiveSchedule(clipped, length, MASK, pad_to=256, row_multiple=ROW_MULTIPLE["cuda"]).at(0)
     tokens = np.random.default_rng(1).integers(0, MASK, (rows, length))
     given = objective.training_inputs(tokens, np.arange(rows), 0, 0, rows).to(DEVICE)
     found = []
@@ -121,7 +120,8 @@ def gradients(name: str, device: torch.device | str, dtype: torch.dtype, rounded
 
 
 def inputs(config: ObjectiveConfig) -> NetworkInputs:
-    objective = objective_at(config, LENGTH, MASK, 0, pad_to=SELECTED_MULTIPLE["cuda"], row_multiple=ROW_MULTIPLE["cuda"])
+    schedule = ObjectiveSchedule(config, LENGTH, MASK, pad_to=SELECTED_MULTIPLE["cuda"], row_multiple=ROW_MULTIPLE["cuda"])
+    objective = schedule.at(0)
     rows = np.random.default_rng(1).integers(0, MASK, (ROWS, LENGTH))
     return objective.training_inputs(rows, np.arange(ROWS), 3, 0, ROWS)
 

@@ -13,7 +13,7 @@ import torch
 from bd3_scale import recipe as recipes
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.table import build_objective
+from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.report import make_plan
 from bd3_scale.planning.search import search
@@ -53,7 +53,7 @@ def test_recipe_shrunk_learns_a_batch(path: Path, world_of_one: object) -> None:
     recipes.validate(recipe, WORLD_SIZES.get(path.stem, 1), "cpu")
     model = Transformer(recipe.model, 11, 10)
     initialise(model, recipe.model, recipe.run.seed)
-    objective = build_objective(recipe.objective, recipe.model.context, mask_id=10)
+    objective = ObjectiveSchedule(recipe.objective, recipe.model.context, mask_id=10).at(0)
     rows = np.tile(np.arange(8), (2, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     inputs = objective.training_inputs(rows, np.arange(2), 0, 0, 2)  # one batch under one noise: nothing but learning moves the loss

@@ -22,7 +22,7 @@ from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.objectives.interval_tuner import TunerState
-from bd3_scale.objectives.table import build_objective
+from bd3_scale.objectives.table import ObjectiveSchedule
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -103,7 +103,7 @@ def test_transformers_computes_the_same_logits_and_writes_texts(name: str, trans
     model.eval()
     loaded = load_network(tmp_path, weights="weight", device="cpu")
     data = np.random.default_rng(0).integers(0, MASK, (2, LENGTH))
-    objective = build_objective(loaded.recipe.objective, LENGTH, MASK) if loaded.objective.kind != "bd3" else loaded.objective
+    objective = ObjectiveSchedule(loaded.recipe.objective, LENGTH, MASK).at(0) if loaded.objective.kind != "bd3" else loaded.objective
     given = objective.training_inputs(data, np.arange(2), 0, 0, 2)
     seen: list[Tensor] = []
     hook = loaded.network.head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))

@@ -76,8 +76,7 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
         ROWS,
         len(inputs.selected),
         weight=2 if bf16 else 4,
-        sparse=inputs.sparse,
-        timed=inputs.noise_levels is not None,
+        kind=objective.traits,
     )
     expected = kept_bytes(batch, range(3), V, recompute=recompute, pipeline=False, interleaved=False).total
     record_property("table", f"activations, {name:24s} {measured / 2**20:6.2f} MiB measured, {expected / 2**20:6.2f} by the formula")

@@ -17,7 +17,15 @@ from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, NetworkInputs, ScoreEntropy, SimplexDiffusion
+from bd3_scale.objectives.table import (
+    Autoregressive,
+    BlockDiffusion,
+    MaskedDiffusion,
+    NetworkInputs,
+    ObjectiveSchedule,
+    ScoreEntropy,
+    SimplexDiffusion,
+)
 from tests.unit.model.test_transformer import LENGTH, MASK, VARIANTS, gradients, network
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -89,11 +97,11 @@ def test_only_selected_rows_are_computed_in_the_last_layer(kind: str) -> None:
     "objective", [Autoregressive(MASK, LENGTH), SimplexDiffusion(MASK, LENGTH, 4, INTERVAL)], ids=lambda objective: objective.kind
 )
 def test_objectives_that_score_every_row_are_not_selected_from(objective: Any) -> None:
-    model, inputs = network("adaln" if objective.timed else "gpt"), inputs_of(objective)
+    model, inputs = network("adaln" if objective.traits.noise_conditioned else "gpt"), inputs_of(objective)
     assert not inputs.sparse
     seen = linear_rows(model, inputs)
     assert seen["blocks.2.mlp.up"] == LENGTH * SAMPLES and seen["final_norm"] == len(inputs.selected)
-    if objective.timed:
+    if objective.traits.noise_conditioned:
         with pytest.raises(ValueError, match="each block"):
             model(replace(inputs, sparse=True))
 
@@ -126,7 +134,7 @@ def test_rows_are_found_where_they_were() -> None:
 @pytest.mark.parametrize(("device", "tensor", "multiple"), [("cpu", 1, 1), ("cpu", 4, 4), ("cuda", 4, 256), ("cuda", 3, 768)])
 def test_positions_are_selected_in_numbers_that_ranks_can_divide(device: str, tensor: int, multiple: int, base: Path) -> None:
     recipe = recipes.load(base, [f"parallel.tensor={tensor}", "parallel.sequence=true"])
-    objective: Any = recipe.objective_of(MASK, 0, device, None)
+    objective: Any = ObjectiveSchedule.of(recipe, MASK, device=device).at(0)
     assert objective.pad_to == multiple == recipe.selected_multiple(device)
 
 

@@ -19,7 +19,7 @@ from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.simplex_embedding import expected_embedding
 from bd3_scale.model.transformer import Transformer, _of_groups
 from bd3_scale.objectives.attention_mask import decoding_mask
-from bd3_scale.objectives.simplex import K, SimplexNoise, remaining_signal, told
+from bd3_scale.objectives.simplex import K, SimplexNoise, conditioning_times, remaining_signal
 from bd3_scale.objectives.table import NetworkInputs, SimplexDiffusion
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -200,7 +200,7 @@ def test_decoding_each_block_is_the_training_forward(variant: dict[str, Any], si
             None,
             decoding_mask(positions, positions, size, LENGTH),
             last=size,
-            noise_levels=torch.cat([told(np.zeros((2, start))), level.expand(-1, size)], 1),
+            noise_levels=torch.cat([conditioning_times(np.zeros((2, start))), level.expand(-1, size)], 1),
             simplex=here,
         )
         torch.testing.assert_close(plain, expected[:, block], rtol=0, atol=3e-5)

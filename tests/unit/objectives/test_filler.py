@@ -28,7 +28,7 @@ every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 def _network(objective: Objective) -> Transformer:
-    conditioning = {"conditioning": "adaln", "conditioning_size": 16} if objective.timed else {}
+    conditioning = {"conditioning": "adaln", "conditioning_size": 16} if objective.traits.noise_conditioned else {}
     config = ModelConfig(context=LENGTH, layers=2, hidden=32, heads=4, dropout=0.2, **conditioning)  # type: ignore[arg-type]
     model = Transformer(config, WORDS + 1, WORDS).train()
     generator = torch.Generator().manual_seed(0)

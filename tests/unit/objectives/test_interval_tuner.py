@@ -13,9 +13,11 @@ import torch
 
 from bd3_scale.errors import CheckpointError, RecipeError, TrainingError
 from bd3_scale.objectives import interval_tuner
-from bd3_scale.objectives.interval_tuner import TunerState, candidates, choose, interval_statistics, row_statistics
+from bd3_scale.objectives.interval_tuner import TunerState, choose, interval_statistics, row_statistics
 from bd3_scale.objectives.network_inputs import BlockSamples, NetworkInputs, block_losses
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion
+from bd3_scale.recipe.rules_objective import check_tuner
+from bd3_scale.recipe.rules_objective import interval_candidates as candidates
 from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
 
 VOCABULARY = 5
@@ -247,8 +249,8 @@ def test_when_and_with_what_it_runs() -> None:
     assert [step for step in range(4) if interval_tuner.due(TunerConfig(True, every=1, start_step=0), step)] == [1, 2, 3]
     on = TunerConfig(enabled=True)
     for config in (ObjectiveConfig(), ObjectiveConfig(kind="mdlm", interval=(0.3, 0.8)), ObjectiveConfig(block_size=[[0, 8], [5, 1]])):
-        interval_tuner.check_tuner(on, config)
-    interval_tuner.check_tuner(TunerConfig(), ObjectiveConfig(kind="ar"))
+        check_tuner(on, config)
+    check_tuner(TunerConfig(), ObjectiveConfig(kind="ar"))
     for settings, config, message in (
         (on, ObjectiveConfig(kind="ar"), "objective.kind=ar has no interval"),
         (on, ObjectiveConfig(schedule="cosine"), "objective.schedule=cosine"),
@@ -259,4 +261,4 @@ def test_when_and_with_what_it_runs() -> None:
         (TunerConfig(margin=1.0), ObjectiveConfig(), "tuner.margin is 1.0"),
     ):
         with pytest.raises(RecipeError, match=message):
-            interval_tuner.check_tuner(settings, config)
+            check_tuner(settings, config)

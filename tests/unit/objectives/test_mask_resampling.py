@@ -14,7 +14,7 @@ from bd3_scale.objectives import noise
 from bd3_scale.objectives.mask_resampling import admissible_counts, importance, resampled_tokens, truncated_counts
 from bd3_scale.objectives.network_inputs import counted_tokens
 from bd3_scale.objectives.noise_schedules import SCHEDULES
-from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion, build_objective
+from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion, ObjectiveSchedule
 from bd3_scale.recipe.schema import ObjectiveConfig
 
 
@@ -139,4 +139,4 @@ def test_what_is_refused() -> None:
         (ObjectiveConfig(kind="ar", resample=True), "objective.resample is True, which means nothing to objective.kind=ar"),
     ):
         with pytest.raises(RecipeError, match=message):
-            build_objective(config, 16, 5)
+            ObjectiveSchedule(config, 16, 5)

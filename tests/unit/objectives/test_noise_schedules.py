@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.noise_schedules import SCHEDULES, Schedule, check_interval, schedule_named
+from bd3_scale.objectives.noise_schedules import SCHEDULES, Schedule, schedule_named
+from bd3_scale.recipe.rules_objective import NOISE_SCHEDULES, checked_interval
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
@@ -52,7 +53,8 @@ def test_linear_is_t_and_1_over_t() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"'loglinear'.*linear, cosine"):
         schedule_named("loglinear")
+    assert tuple(SCHEDULES) == NOISE_SCHEDULES, "the names that recipes may have"
     for interval in ((0.5, 0.4), (-0.1, 1.0), (0.2, 1.1), (0.0, 0.0), (math.nan, 1.0), (0.1, 0.2, 0.3)):
         with pytest.raises(RecipeError, match=r"objective\.interval is"):
-            check_interval(interval)  # type: ignore[arg-type]
-    assert check_interval((1, 1)) == (1.0, 1.0)
+            checked_interval(interval)  # type: ignore[arg-type]
+    assert checked_interval((1, 1)) == (1.0, 1.0)

@@ -14,7 +14,7 @@ from bd3_scale.objectives import noise
 from bd3_scale.objectives.estimates import exact_block_nelbo
 from bd3_scale.objectives.network_inputs import NetworkInputs, block_losses, counted_tokens, row_nelbo
 from bd3_scale.objectives.noise_schedules import SCHEDULES
-from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, build_objective, objective_at
+from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import DEFAULT_BLOCK_SIZE
 from bd3_scale.recipe.schema import ObjectiveConfig
 
@@ -202,8 +202,8 @@ def test_losses_divide_by_data_tokens() -> None:
     assert objective.scored_tokens_per_row == 11 == counted_tokens(objective.pattern).sum()
 
 
-def test_build_objective_refuses_what_cannot_work() -> None:
-    built = build_objective(ObjectiveConfig(block_size=4, interval=(0.3, 0.8), schedule="log"), 16, 5, pad_to=8)
+def test_a_schedule_refuses_what_cannot_work() -> None:
+    built = ObjectiveSchedule(ObjectiveConfig(block_size=4, interval=(0.3, 0.8), schedule="log"), 16, 5, pad_to=8).at(0)
     assert built == BlockDiffusion(5, 16, 4, (0.3, 0.8), "block_causal", "log", 8)
     for config, message in (
         (ObjectiveConfig(kind="gpt"), "objective.kind is 'gpt'"),
@@ -214,7 +214,7 @@ def test_build_objective_refuses_what_cannot_work() -> None:
         (ObjectiveConfig(clean_half="full"), "objective.clean_half is 'full'"),
     ):
         with pytest.raises(RecipeError, match=message):
-            build_objective(config, 16, 5)
+            ObjectiveSchedule(config, 16, 5)
 
 
 def test_masked_diffusion_is_one_block_without_the_clean_stream() -> None:
@@ -234,7 +234,7 @@ def test_masked_diffusion_is_one_block_without_the_clean_stream() -> None:
             nll = torch.rand(len(inputs.selected))
             np.testing.assert_array_equal(block_losses(inputs, nll), block_losses(reference, nll))
             np.testing.assert_array_equal(row_nelbo(inputs, nll), row_nelbo(reference, nll))
-    assert (alone.kind, alone.block_size, alone.shifted, alone.scored_tokens_per_row) == ("mdlm", 8, False, 7)
+    assert (alone.kind, alone.block_size, alone.traits.predicts_next_token, alone.scored_tokens_per_row) == ("mdlm", 8, False, 7)
 
 
 def test_masked_diffusion_meets_the_exact_bound() -> None:
@@ -272,7 +272,8 @@ def test_the_next_token_loss_as_laid_out() -> None:
     np.testing.assert_allclose(row_nelbo(inputs, nll), nll[:20].reshape(4, 5).mean(1), rtol=1e-15)
     fixed = objective.validation_inputs(rows, np.array([8, 1, 5, 7]), 0)
     assert all(torch.equal(getattr(fixed, name), getattr(inputs, name)) for name in ("tokens", "selected", "targets", "weights"))
-    assert (objective.kind, objective.block_size, objective.shifted, objective.scored_tokens_per_row) == ("ar", 1, True, 5)
+    next_token = objective.traits.predicts_next_token
+    assert (objective.kind, objective.block_size, next_token, objective.scored_tokens_per_row) == ("ar", 1, True, 5)
     with pytest.raises(DataError, match="is MASK"):
         objective.training_inputs(np.full((1, 6), MASK), np.array([0]), 0, 0, 1)
     with pytest.raises(ValueError, match="shape"):
@@ -281,15 +282,16 @@ def test_the_next_token_loss_as_laid_out() -> None:
 
 def test_block_sizes_over_training() -> None:
     config = ObjectiveConfig(block_size=[[0, 16], [100, 4], [150, 1]], interval=(0.3, 0.8))
-    assert build_objective(config, 16, 5) == BlockDiffusion(5, 16, 16, (0.3, 0.8))
-    sizes = [objective_at(config, 16, 5, step).block_size for step in (0, 99, 100, 149, 150, 10**6)]
+    assert ObjectiveSchedule(config, 16, 5).at(0) == BlockDiffusion(5, 16, 16, (0.3, 0.8))
+    sizes = [ObjectiveSchedule(config, 16, 5).at(step).block_size for step in (0, 99, 100, 149, 150, 10**6)]
     assert sizes == [16, 16, 4, 4, 1, 1]
-    tuned = objective_at(config, 16, 5, 120, interval=(0.45, 0.95), pad_to=8)
+    schedule = ObjectiveSchedule(config, 16, 5, pad_to=8)
+    tuned = schedule.at(120, (0.45, 0.95))
     assert tuned == BlockDiffusion(5, 16, 4, (0.45, 0.95), pad_to=8)
-    assert objective_at(config, 16, 5, 130, interval=(0.45, 0.95), pad_to=8) is tuned
-    assert build_objective(ObjectiveConfig(), 32, 5).block_size == DEFAULT_BLOCK_SIZE
-    assert objective_at(ObjectiveConfig(kind="mdlm"), 32, 5, 7, interval=(0.3, 0.8)) == MaskedDiffusion(5, 32, (0.3, 0.8))
-    assert objective_at(ObjectiveConfig(kind="ar"), 32, 5, 7, interval=(1e-3, 1.0)) == Autoregressive(5, 32)
+    assert schedule.at(130, (0.45, 0.95)) is tuned
+    assert ObjectiveSchedule(ObjectiveConfig(), 32, 5).at(0).block_size == DEFAULT_BLOCK_SIZE
+    assert ObjectiveSchedule(ObjectiveConfig(kind="mdlm"), 32, 5).at(7, (0.3, 0.8)) == MaskedDiffusion(5, 32, (0.3, 0.8))
+    assert ObjectiveSchedule(ObjectiveConfig(kind="ar"), 32, 5).at(7, (1e-3, 1.0)) == Autoregressive(5, 32)
     for value, message in (
         ([[1, 16]], "starts at step 1"),
         ([[0, 16], [100, 5]], "block_size is 5 but must divide model.context = 16"),
@@ -305,7 +307,7 @@ def test_block_sizes_over_training() -> None:
         ([[0, 0]], "block_size is 0"),
     ):
         with pytest.raises(RecipeError, match=message):
-            build_objective(ObjectiveConfig(block_size=value), 16, 5)
+            ObjectiveSchedule(ObjectiveConfig(block_size=value), 16, 5)
 
 
 def test_keys_that_a_kind_does_not_use_are_refused() -> None:
@@ -317,10 +319,10 @@ def test_keys_that_a_kind_does_not_use_are_refused() -> None:
             with pytest.raises(
                 RecipeError, match=rf"objective\.{key} is .* means nothing to objective.kind={kind}; remove objective.{key}"
             ):
-                build_objective(ObjectiveConfig(**{"kind": kind, key: value}), 16, 5)  # type: ignore[arg-type]
+                ObjectiveSchedule(ObjectiveConfig(**{"kind": kind, key: value}), 16, 5)  # type: ignore[arg-type]
         with pytest.raises(RecipeError, match=r"or set objective\.block_size=null$"):
-            build_objective(ObjectiveConfig(kind=kind, block_size=4), 16, 5)
-        build_objective(ObjectiveConfig(kind=kind, interval=[1e-3, 1.0]), 16, 5)  # type: ignore[arg-type]  # as YAML gives it
+            ObjectiveSchedule(ObjectiveConfig(kind=kind, block_size=4), 16, 5)
+        ObjectiveSchedule(ObjectiveConfig(kind=kind, interval=[1e-3, 1.0]), 16, 5)  # type: ignore[arg-type]  # as YAML gives it
 
 
 @pytest.mark.parametrize("text", ["block_size=8", "block_size=[[0,16],[100,4]]", "kind=ar", "block_size=null"])
@@ -331,7 +333,7 @@ def test_block_sizes_through_yaml_and_the_command_line(text: str) -> None:
     assert isinstance(config, ObjectiveConfig)
     again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ObjectiveConfig), OmegaConf.create(OmegaConf.to_yaml(merged))))
     assert again == config
-    sizes = [objective_at(config, 16, 5, step).block_size for step in (0, 100)]
+    sizes = [ObjectiveSchedule(config, 16, 5).at(step).block_size for step in (0, 100)]
     assert sizes == {"block_size=8": [8, 8], "kind=ar": [1, 1], "block_size=null": [DEFAULT_BLOCK_SIZE] * 2}.get(text, [16, 4])
 
 

@@ -96,7 +96,7 @@ def test_rows_are_those_of_masked_diffusion_and_the_noise_is_told(schedule: str)
     ):
         for field in ("tokens", "positions", "selected", "targets", "weights", "dropout_keys"):
             assert torch.equal(getattr(mine, field), getattr(twin, field)), field
-        assert mine.pattern == twin.pattern and twin.noise_levels is None and twin.normalised and not mine.normalised
+        assert mine.pattern == twin.pattern and twin.noise_levels is None and twin.uses_cross_entropy and not mine.uses_cross_entropy
         assert mine.noise_levels is not None and mine.noise_levels.dtype == torch.float32 and mine.noise_levels.shape == (6,)
         # The weight of a row's masked tokens says its t again.
         grid = np.linspace(1e-3, 1, 100001)
@@ -109,7 +109,7 @@ def test_rows_are_those_of_masked_diffusion_and_the_noise_is_told(schedule: str)
                 assert float(mine.noise_levels[row]) == pytest.approx(float(sigma), rel=1e-2)
         drawn.append(mine)
     moved = drawn[0].to("cpu")
-    assert moved.noise_levels is not None and not moved.normalised
+    assert moved.noise_levels is not None and not moved.uses_cross_entropy
     assert noise_levels(np.array([0.0, 1.0])).tolist() == pytest.approx([0.0, -np.log(1e-3)])
 
 

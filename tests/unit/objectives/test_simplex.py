@@ -12,10 +12,10 @@ import torch
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.keyed_random import generator, normals
 from bd3_scale.objectives import noise
-from bd3_scale.objectives.interval_tuner import check_tuner
 from bd3_scale.objectives.network_inputs import block_losses, row_nelbo
-from bd3_scale.objectives.simplex import K, SimplexNoise, masses, remaining_signal, told
-from bd3_scale.objectives.table import BlockDiffusion, SimplexDiffusion, build_objective
+from bd3_scale.objectives.simplex import K, SimplexNoise, conditioning_times, masses, remaining_signal
+from bd3_scale.objectives.table import BlockDiffusion, ObjectiveSchedule, SimplexDiffusion
+from bd3_scale.recipe.rules_objective import check_tuner
 from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
 
 MASK, LENGTH, SIZE = 11, 12, 3
@@ -89,7 +89,7 @@ def test_schedule_is_the_cosine_of_the_paper() -> None:
     levels = SimplexNoise.at(np.zeros((1, 101), np.int64), times[None])
     torch.testing.assert_close(levels.signal.square() + levels.spread.square(), torch.ones(1, 101))
     assert float(levels.spread[0, 0]) == 0.0 and float(levels.signal[0, -1]) == 0.0
-    assert told(np.array([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
+    assert conditioning_times(np.array([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
 
 
 def test_masses_are_those_of_the_noised_logits() -> None:
@@ -129,7 +129,7 @@ def test_rows_say_everything_of_every_position() -> None:
     np.testing.assert_allclose(inputs.simplex.signal, signal, rtol=1e-6)
     assert (inputs.simplex.spread[:, 0] == 0).all(), "token 0 is never noised"
     assert inputs.simplex.keys.unique().numel() == 6 * LENGTH
-    assert inputs.pattern == BlockDiffusion(MASK, LENGTH, SIZE).pattern and inputs.normalised
+    assert inputs.pattern == BlockDiffusion(MASK, LENGTH, SIZE).pattern and inputs.uses_cross_entropy
     moved = inputs.to("meta")
     assert moved.simplex is not None and moved.simplex.keys.is_meta and moved.simplex.spread.is_meta
 
@@ -159,7 +159,7 @@ def test_losses_are_means_over_all_data_tokens() -> None:
     np.testing.assert_array_equal(samples.losses, block_losses(inputs, nll))
     assert (samples.masked == samples.maskable).all() and samples.maskable.tolist() == [2, 3, 3, 3]
     np.testing.assert_array_equal(samples.times, noise.validation_times(0, np.arange(4), 4))
-    assert not objective.bounded and objective.scored_tokens_per_row == LENGTH - 1
+    assert not objective.traits.has_likelihood_bound and objective.scored_tokens_per_row == LENGTH - 1
 
 
 def test_ids_that_are_no_words_are_refused() -> None:
@@ -179,9 +179,9 @@ def test_ids_that_are_no_words_are_refused() -> None:
 )
 def test_what_cannot_work_is_named(changes: dict, says: str) -> None:
     config = ObjectiveConfig(kind="ssdlm", block_size=16)
-    assert isinstance(build_objective(config, 128, MASK), SimplexDiffusion)
+    assert isinstance(ObjectiveSchedule(config, 128, MASK).at(0), SimplexDiffusion)
     with pytest.raises(RecipeError) as refused:
-        build_objective(replace(config, **changes), 128, MASK)
+        ObjectiveSchedule(replace(config, **changes), 128, MASK)
     assert says in str(refused.value)
 
 

@@ -1,0 +1,127 @@
+"""The checks of the sections `objective` and `tuner`, and what may be set there: noise schedules, clean halves, intervals.
+
+The objectives take their own checks from here. Invariant: nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL, block_sizes
+from bd3_scale.recipe.schema import KEYS, ObjectiveConfig, TunerConfig
+
+Interval = tuple[float, float]
+
+NOISE_SCHEDULES = ("linear", "cosine", "square", "sqrt", "log")
+CLEAN_HALVES = KEYS["objective.clean_half"].choices
+
+
+def check_objective(config: ObjectiveConfig, context: int, document_mask: bool = False) -> None:
+    """Refuse an `objective` section that cannot work at some step for rows of `context` tokens. Raises RecipeError."""
+    kind = config.traits
+    for item in fields(ObjectiveConfig):
+        value, default = getattr(config, item.name), item.default
+        same = tuple(value) == default if isinstance(default, tuple) else value == default
+        if item.name in kind.unused_keys and not same:
+            neutral = "null" if default is None else str(list(default)) if isinstance(default, tuple) else str(default).lower()
+            raise RecipeError(
+                f"objective.{item.name} is {value!r}, which means nothing to objective.kind={kind.name}; remove objective.{item.name} "
+                f"or set objective.{item.name}={neutral}"
+            )
+    if document_mask and kind.denoises_whole_rows:
+        raise RecipeError(
+            f"data.document_mask is true, but {kind.name} denoises a row as one block, in which such a mask would tell where documents "
+            "end; set data.document_mask=false"
+        )
+    for _, size in config.stages(context):
+        check_shape(context, size)
+        if config.resample:
+            check_resampling(size)
+    check_clean_half(config.clean_half)
+    check_schedule(config.schedule)
+    checked_interval(config.interval)
+
+
+def check_shape(context: int, block_size: int) -> None:
+    """Raises RecipeError unless rows of `context` tokens can be cut into blocks of `block_size`, and have a token that is scored."""
+    if context < 2:
+        raise RecipeError(f"model.context is {context}, but token 0 is never scored; set it to 2 or more")
+    if block_size < 1 or context % block_size:
+        divisors = [size for size in range(1, context + 1) if context % size == 0]
+        nearest = min(divisors, key=lambda size: abs(size - block_size))
+        raise RecipeError(
+            f"objective.block_size is {block_size} but must divide model.context = {context}, because a row is cut "
+            f"into equal blocks; set it to {nearest}"
+        )
+
+
+def check_resampling(block_size: int) -> None:
+    """Raises RecipeError for blocks that `objective.resample` can do nothing for."""
+    if block_size == 1:
+        raise RecipeError("objective.resample is on, but a block of one token is masked wholly or not at all; set objective.resample=false")
+
+
+def check_clean_half(name: str) -> None:
+    """Raises RecipeError for a name that is not in CLEAN_HALVES."""
+    if name not in CLEAN_HALVES:
+        raise RecipeError(f"objective.clean_half is {name!r}; set {' or '.join(CLEAN_HALVES)}")
+
+
+def check_schedule(name: str) -> None:
+    """Raises RecipeError for a name that is not in NOISE_SCHEDULES."""
+    if name not in NOISE_SCHEDULES:
+        raise RecipeError(f"objective.schedule is {name!r}, which does not exist; set one of {', '.join(NOISE_SCHEDULES)}")
+
+
+def checked_interval(interval: Sequence[float]) -> Interval:
+    """[beta, omega] as floats. Raises RecipeError unless 0 <= beta <= omega <= 1 and omega > 0."""
+    values = [float(value) for value in interval]
+    if len(values) != 2 or not 0.0 <= values[0] <= values[1] <= 1.0 or values[1] == 0.0:
+        raise RecipeError(f"objective.interval is {values}, but training draws t ~ U[beta, omega]; set 0 <= beta <= omega <= 1, omega > 0")
+    return values[0], values[1]
+
+
+def interval_candidates(block_size: int) -> tuple[Interval, ...]:
+    """The intervals that the tuner searches, always in this order; the first is the whole of [1e-3, 1].
+
+    For L' > 1 these are 36: after it widths .5 .6 .7 .8 .9, each from starts in steps of .05. A start at 0 is one at 1e-3:
+    validation draws no smaller t, and below it the variance only grows, as log(1 / beta). For L' = 1: [1e-3, 1] and [1, 1].
+    """
+    if block_size == 1:
+        return VALIDATION_INTERVAL, (1.0, 1.0)
+    clips = ((start, width) for width in (50, 60, 70, 80, 90) for start in range(0, 101 - width, 5))
+    return VALIDATION_INTERVAL, *((max(start / 100, VALIDATION_INTERVAL[0]), (start + width) / 100) for start, width in clips)
+
+
+def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
+    """Refuse a `tuner` section that cannot work with this objective. Raises RecipeError."""
+    for key, least in (("every", 1), ("start_step", 0), ("rows", 1)):
+        value = getattr(tuner, key)
+        if value is not None and value < least:
+            raise RecipeError(f"tuner.{key} is {value}; set {least} or more")
+    if not 0 <= tuner.margin < 1:
+        raise RecipeError(f"tuner.margin is {tuner.margin}, but it is a fraction of the variance; set 0 <= margin < 1, such as 0.02")
+    if not tuner.enabled:
+        return
+    kind = objective.traits
+    if not kind.has_interval:
+        raise RecipeError(f"tuner.enabled is on, but objective.kind={kind.name} has no interval to tune; set tuner.enabled=false")
+    if not kind.has_likelihood_bound:
+        raise RecipeError(
+            f"tuner.enabled is on, but objective.kind={kind.name} has no likelihood bound whose variance could be tuned; set "
+            "tuner.enabled=false"
+        )
+    if objective.schedule != "linear":
+        raise RecipeError(
+            f"tuner.enabled is on, but its statistic is that of the linear schedule, not of objective.schedule={objective.schedule}; "
+            "set objective.schedule=linear or tuner.enabled=false"
+        )
+    for size in [size for _, size in block_sizes(objective.block_size)] if kind.in_blocks else [2]:
+        if tuple(objective.interval) not in interval_candidates(size):
+            of_size = " of block size 1" if size == 1 else ""
+            raise RecipeError(
+                f"objective.interval is {list(objective.interval)}, but with tuner.enabled it is where the search starts and must be "
+                f"one of the candidates{of_size}; set objective.interval=[0.001, 1.0] or tuner.enabled=false"
+            )
