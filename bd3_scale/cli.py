@@ -45,7 +45,7 @@ def end_with(error: UserError) -> int:
     rank, world_size = rank_and_size()
     if rank > 0:
         time.sleep(LEADER_SPEAKS)
-    print(f"bd3_scale: error: {f'[rank {rank}] ' if rank > 0 else ''}{error}", file=sys.stderr, flush=True)
+    error.say(where=f"[rank {rank}] " if rank > 0 else "")
     if world_size > 1 and dist.is_initialized():
         os._exit(error.exit_code)
     return error.exit_code

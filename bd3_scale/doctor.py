@@ -60,8 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.recipe:
             recipe.run.dir, recipe.training.steps = "runs", 1  # which has no default
     except UserError as error:
-        print(f"bd3_scale: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say()
     findings = []
     for check in CHECKS:
         if check is data and not options.recipe:

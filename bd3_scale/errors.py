@@ -8,6 +8,7 @@ No error shows what gives access: credentials inside URLs are blotted out, also 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,11 @@ class UserError(Exception):
 
     def __init__(self, *texts: Any) -> None:
         super().__init__(*map(without_credentials, texts))
+
+    def say(self, program: str = "bd3_scale", where: str = "") -> int:
+        """Print the line that a command leaves with, `where` in front of its text; returns the exit status."""
+        print(f"{program}: error: {where}{self}", file=sys.stderr, flush=True)
+        return self.exit_code
 
 
 def without_credentials(value: Any) -> Any:

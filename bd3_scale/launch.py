@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         said = _slurm(options) if target == "slurm" else _kubernetes(options)
     except UserError as error:
-        print(f"bd3_scale: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say()
     print(said, end="" if said.endswith("\n") else "\n")
     return 0
 

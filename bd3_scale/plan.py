@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         answer, text = plan(options)
     except UserError as error:
-        print(f"bd3_scale: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say()
     print(json.dumps(answer, indent=1) if options.json else text)
     return 0
 

@@ -46,13 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
             run(recipe, device)
     except UserError as error:
         if not started:
-            if rank == 0:  # every rank finds the same
-                print(f"bd3_scale: error: {error}", file=sys.stderr)
-            return error.exit_code
+            return error.say() if rank == 0 else error.exit_code  # every rank finds the same
         where = f"[rank {rank}] " if world_size > 1 and not error.shared else ""
         speaks = not error.shared or told.local_rank == 0
         if speaks:
-            print(f"\nbd3_scale: error: {where}{error}", file=sys.stderr, flush=True)
+            error.say("\nbd3_scale", where)  # below the progress line
         if world_size > 1:
             time.sleep(0.0 if speaks else 2.0)  # the launcher ends all ranks when the first leaves, also one that has still to speak
             # Others may wait for this rank in a collective that will not come: the launcher ends them when it leaves.

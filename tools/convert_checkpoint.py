@@ -92,8 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (_import if options.command == "import" else _export)(options)
     except UserError as error:
-        print(f"convert_checkpoint: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say("convert_checkpoint")
     return 0
 
 

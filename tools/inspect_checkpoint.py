@@ -92,8 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint.verify_files()
         document = describe(checkpoint, options.verify)
     except UserError as error:
-        print(f"inspect_checkpoint: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say("inspect_checkpoint")
     if options.json:
         print(json.dumps(document, ensure_ascii=False, indent=1))
     else:

@@ -50,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return hand_over(name, words[1:]) if name in STUDIES else reproduce(name, words)
     except UserError as error:
-        print(f"reproduce: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say("reproduce")
 
 
 def hand_over(name: str, words: list[str]) -> int:

@@ -504,8 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = study(options)
         recipe = recipes.load(options.recipe, options.overrides)
     except UserError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.say("study")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
     budgets = sorted({*options.steps, *options.pair_steps})
     report = {
