@@ -222,11 +222,10 @@ def disk(recipe: Recipe, probe: int = 1 << 26) -> Finding:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """fp32 weights, two moments and the average, of a network with GPT-2's vocabulary at most."""
-    from bd3_scale.costs.flops import count_parameters
+    """Of a network with GPT-2's vocabulary at most."""
+    from bd3_scale.costs import state_memory
 
-    vocabulary = 258 if recipe.data.tokenizer == "bytes" else 50258
-    return (16 if recipe.training.ema else 12) * count_parameters(recipe.model, vocabulary).total
+    return state_memory.checkpoint_bytes(recipe, 258 if recipe.data.tokenizer == "bytes" else 50258)
 
 
 def shared_memory(recipe: Recipe, folder: Path = Path("/dev/shm")) -> Finding:

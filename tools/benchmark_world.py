@@ -45,7 +45,7 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
     from bd3_scale.checkpoint.index_process import make
     from bd3_scale.checkpoint.parts import pack, state_name
     from bd3_scale.checkpoint.reader import check_tiling
-    from bd3_scale.checkpoint.region import KINDS, Region
+    from bd3_scale.checkpoint.region import Region
     from bd3_scale.checkpoint.slices import Fragment
     from bd3_scale.data.manifest import FileEntry, Manifest, Split
     from bd3_scale.data.order import GlobalOrder
@@ -53,6 +53,7 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
     from bd3_scale.files import files_needed
     from bd3_scale.model.layers import Linears
     from bd3_scale.model.transformer import Transformer
+    from bd3_scale.recipe.optimizers import OPTIMIZERS
     from bd3_scale.recipe.schema import ParallelConfig
 
     recipe, result = recipes.load(path), dict[str, Any]()
@@ -86,7 +87,7 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
     def of(rank: int) -> list[Fragment]:
         found = []
-        for kind in KINDS:
+        for kind in ("weight", *OPTIMIZERS[recipe.training.optimizer].of(""), "ema"):
             for name, shape in shapes.items():
                 whole = Region.whole(shape).numel
                 share = -(-whole // ranks)

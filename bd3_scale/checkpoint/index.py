@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bd3_scale.checkpoint.parts import Parts, encode, sort, state_name, unpack
-from bd3_scale.checkpoint.region import KINDS, Region
+from bd3_scale.checkpoint.region import KIND, Region
 from bd3_scale.errors import CheckpointError
 
 FORMAT = "bd3_scale checkpoint"
@@ -201,7 +201,7 @@ def parse(text: bytes) -> Index:
 
     tensors: dict[str, dict[str, Tensor]] = {}
     for kind, names in _mapping(document["tensors"], "tensors").items():
-        _need(kind in KINDS, f"{INDEX_NAME}: kind {kind!r} is not one of {', '.join(KINDS)}")
+        _need(KIND.fullmatch(kind) is not None, f"{INDEX_NAME}: kind {kind!r} is not a word of small letters")
         tensors[kind] = {name: tensor_of(kind, name, entry) for name, entry in _mapping(names, kind).items()}
     _need(any(tensors.values()), f"{INDEX_NAME}: it lists no tensor")
     held = sum(math.prod(tensor.shape) for names in tensors.values() for tensor in names.values())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, Index, Tensor, check_tiling, parse, part_key
-from bd3_scale.checkpoint.region import KINDS, Region, intersect
+from bd3_scale.checkpoint.region import Region, intersect, kind_order
 from bd3_scale.checkpoint.shard_files import ShardReader, check_content, check_size, read_text
 from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.collective_errors import Communicator, Solo, together
@@ -140,8 +140,8 @@ class Checkpoint:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which of weight, exp_avg, exp_avg_sq, ema are held."""
-        return tuple(kind for kind in KINDS if kind in self._index.tensors)
+        """What is held, in the order in which it was written: weight, the optimizer's states by name, ema."""
+        return tuple(sorted(self._index.tensors, key=kind_order))
 
     @property
     def recipe(self) -> str:
@@ -240,8 +240,7 @@ class Checkpoint:
 
     def _compare(self, asked: dict[tuple[str, str], tuple[int, ...]]) -> None:
         """Raise CheckpointError with the first difference in names or shapes between what is asked for and what is held."""
-        kinds = [kind for kind in KINDS if any(kind == asked_kind for asked_kind, _ in asked)]
-        for kind in kinds:
+        for kind in sorted({kind for kind, _ in asked}, key=kind_order):
             held = self.shapes(kind)
             wanted = {name: shape for (asked_kind, name), shape in asked.items() if asked_kind == kind}
             for name in sorted(held.keys() | wanted.keys()):

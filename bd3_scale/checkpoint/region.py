@@ -13,6 +13,7 @@ since the process that makes the index of a large checkpoint (index_process.py) 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,8 +23,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
-"""What is saved of a parameter, in the order in which it is written."""
+KIND = re.compile("[a-z][a-z0-9_]*")
+"""A kind of what is saved of a parameter: weight, ema, or the name of an optimizer's state."""
 
 
 class Runs(NamedTuple):
@@ -150,6 +151,11 @@ class Region:
     def select(self, full: torch.Tensor) -> torch.Tensor:
         """The region's elements of the full tensor, 1-D: the definition of a region (a view where the elements are neighbours)."""
         return full.reshape(self._extents).narrow(self.dim, self.offset, self.size).reshape(-1)[self.start : self.stop]
+
+
+def kind_order(kind: str) -> tuple[int, str]:
+    """Sorting key of kinds, the order in which they are written: weight, the optimizer's states by name, ema."""
+    return {"weight": 0, "ema": 2}.get(kind, 1), kind
 
 
 def intersect(source: Region, target: Region) -> Pieces:

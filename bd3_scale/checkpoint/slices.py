@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3_scale.checkpoint.region import KINDS, Pieces, Region, intersect
+from bd3_scale.checkpoint.region import KIND, Pieces, Region, intersect, kind_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,8 @@ class Fragment:
     value: torch.Tensor
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"fragment of {self.name}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if KIND.fullmatch(self.kind) is None:
+            raise ValueError(f"fragment of {self.name}: kind {self.kind!r} is not a word of small letters")
         if self.value.dtype != torch.float32 or self.value.shape != (self.region.numel,):
             raise ValueError(
                 f"fragment {self.kind} of {self.name} must be fp32 of shape ({self.region.numel},), "
@@ -38,10 +38,10 @@ class Fragment:
             )
 
     @property
-    def order(self) -> tuple[int, str, int, int, int, int, int]:
+    def order(self) -> tuple[tuple[int, str], str, int, int, int, int, int]:
         """Sorting key: the one order in which fragments are shared and written, whatever the caller's."""
         region = self.region
-        return KINDS.index(self.kind), self.name, region.span[0], region.dim, region.offset, region.size, region.start
+        return kind_order(self.kind), self.name, region.span[0], region.dim, region.offset, region.size, region.start
 
     def part(self, start: int, stop: int) -> Fragment:
         """Elements [start, stop) of this fragment, still a live view."""

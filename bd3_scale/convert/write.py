@@ -1,6 +1,6 @@
 """From a source and a table of names to one of our checkpoints, and the recipe that goes on from it.
 
-With a data folder the checkpoint is that of a run at step 0 (weights, averages equal to them, moments of zero), so that
+With a data folder the checkpoint is that of a run at step 0 (weights, averages equal to them, states of zero), so that
 `python -m bd3_scale.train OUT/recipe.yaml` simply continues it; without one it holds the weights, for sampling, evaluation
 and export. Invariants: tensors are made when they are written; nothing is written before recipe, tokenizer, data and names
 were checked; what exists is never overwritten.
@@ -28,6 +28,7 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import block_sizes
+from bd3_scale.recipe.optimizers import OPTIMIZERS
 
 STEPS = 10_000
 """training.steps of the recipe where no budget is asked for."""
@@ -67,10 +68,11 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     shapes = {name: one.shape for name, one in parameter_shapes(recipe.model, text.model_vocabulary_size).items()}
     sizes = Sizes(text.vocabulary_size, recipe.model.context, recipe.model.head_size, shapes)
     made = makers(found.source, found.key_map, recipe.model.layers, sizes)
-    kinds = ["weight"]
+    states = OPTIMIZERS[recipe.training.optimizer]
+    kept = {name: ["weight"] for name in shapes}
     if fingerprint is not None:
-        kinds += ["exp_avg", "exp_avg_sq", *(["ema"] if recipe.training.ema else [])]
-    fragments = [LazyFragment(kind, name, shape, _maker(kind, shape, made[name])) for kind in kinds for name, shape in shapes.items()]
+        kept = {name: ["weight", *states.of(name), *(["ema"] if recipe.training.ema else [])] for name in shapes}
+    fragments = [LazyFragment(kind, name, shapes[name], _maker(kind, shapes[name], made[name])) for name in shapes for kind in kept[name]]
     run = _run_state(found, recipe, text, fingerprint)
     written = recipes.to_yaml(recipe)
     out.mkdir(parents=True, exist_ok=True)

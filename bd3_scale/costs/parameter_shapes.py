@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 from bd3_scale.costs.sizes import SINUSOIDS, padded_vocabulary
+from bd3_scale.recipe.optimizers import is_hidden
 from bd3_scale.recipe.schema import ModelConfig
 
 Shape = tuple[int, int]
@@ -110,6 +111,8 @@ class Units:
     embedding: list[Shape]
     """Empty where the chunk does not embed, and where it scores with the same weight."""
     layer: list[Shape]
+    matrices: list[Shape]
+    """Of `layer`, its hidden matrices."""
     layers: int
     head: list[Shape]
     """Empty where the chunk does not score, and where it scores with the embedding's weight."""
@@ -119,6 +122,11 @@ class Units:
     def groups(self) -> list[list[Shape]]:
         """What is gathered together, in the order of a forward; the rest, which the root gathers first, at the end."""
         return [group for group in (self.embedding, *[self.layer] * self.layers, self.head, self.rest) if group]
+
+    @property
+    def hidden(self) -> list[Shape]:
+        """The hidden matrices (`recipe/optimizers.py`) of all layers."""
+        return self.matrices * self.layers
 
     @property
     def sizes(self) -> list[int]:
@@ -136,8 +144,14 @@ def units_of(config: ModelConfig, vocabulary: int, layers: range, tensor: int = 
         module = name.split(".")[0]
         alone = (module == "embedding" and embeds) or (module == "head" and scores)
         groups[module if alone else "rest"].append(parameter.held(tensor))
-    layer = [parameter.held(tensor) for parameter in layer_parameters(config, tensor).values()]
-    return Units(layer=layer, layers=len(layers), **groups)
+    each = layer_parameters(config, tensor)
+    layer = [parameter.held(tensor) for parameter in each.values()]
+    matrices = [parameter.held(tensor) for name, parameter in each.items() if is_hidden(name)]
+    return Units(layer=layer, matrices=matrices, layers=len(layers), **groups)
+
+
+def elements(shapes: Iterable[Shape]) -> int:
+    return sum(rows * width for rows, width in shapes)
 
 
 def shard(shapes: Iterable[Shape], sharers: int) -> int:

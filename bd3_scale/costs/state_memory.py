@@ -20,6 +20,7 @@ the rank, d data-parallel ranks, 4-byte numbers unless said otherwise; w: bytes 
 
 DeepSpeed 3, and 1 in fp32, keep a reduce bucket while gradients are accumulated; the others have one for the time of a
 backward, not counted here.
+(Moments are written for AdamW, 8 bytes; another optimizer keeps 4 bytes for each of its states, `recipe/optimizers.py`.)
 Activations and what PyTorch allocates for a moment are not counted. Invariant: a test measures every layout against this.
 """
 
@@ -27,9 +28,10 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from bd3_scale.costs.parameter_shapes import Units, shard, units_of
+from bd3_scale.costs.parameter_shapes import Units, elements, shard, units_of
 from bd3_scale.costs.sizes import LARGEST_BUCKET, PERSISTENT, VOCABULARY_MULTIPLE
 from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,39 @@ def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int,
     if parallel.resolved_engine == "fsdp":
         return _sharded_bytes(recipe, chunks, parallel.shard or data, 2 if bf16 else 4)
     n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(recipe.training.ema)
-    divided = -(-n // data)
+    hidden = sum(elements(chunk.hidden) for chunk in chunks)
+    shared = 1 if zero == 0 else data
+    divided = -(-n // shared)
+    moments = moment_bytes(recipe, -(-hidden // shared), divided)
     if zero == 0:
-        return StateBytes(4 * n, 4 * n, 0, 8 * n, ema * n, 0)
+        return StateBytes(4 * n, 4 * n, 0, moments, ema * n, 0)
     if parallel.resolved_engine == "megatron":
-        return StateBytes(weight * n, 4 * n, 4 * divided if bf16 else 0, 8 * divided, ema * divided, 0)
+        return StateBytes(weight * n, 4 * n, 4 * divided if bf16 else 0, moments, ema * divided, 0)
     if zero == 3:
         whole = sum(size for size in sizes if size <= PERSISTENT)
         buckets = weight * whole + 4 * min(n, LARGEST_BUCKET)
-        return StateBytes(weight * divided, 4 * divided, 4 * divided, 8 * divided, ema * divided, buckets)
+        return StateBytes(weight * divided, 4 * divided, 4 * divided, moments, ema * divided, buckets)
     gradients = (6 * n if bf16 else 4 * n) if zero == 1 else 4 * divided
     bucket = 4 * min(n, LARGEST_BUCKET) if zero == 1 and not bf16 else 0
-    return StateBytes(weight * n, gradients, 4 * divided, 8 * divided, ema * divided, bucket)
+    return StateBytes(weight * n, gradients, 4 * divided, moments, ema * divided, bucket)
+
+
+def moment_bytes(recipe: Recipe, hidden: int, held: int) -> int:
+    """What the optimizer keeps of `held` elements, `hidden` of them of hidden matrices."""
+    states = OPTIMIZERS[recipe.training.optimizer]
+    return 4 * (len(states.hidden) * hidden + len(states.other) * (held - hidden))
+
+
+def checkpoint_bytes(recipe: Recipe, vocabulary: int) -> int:
+    """Of a checkpoint's tensors: fp32 weights, the optimizer's states, and the average."""
+    units = units_of(recipe.model, vocabulary, range(recipe.model.layers))
+    n = sum(units.sizes)
+    return (8 if recipe.training.ema else 4) * n + moment_bytes(recipe, elements(units.hidden), n)
 
 
 def _sharded_bytes(recipe: Recipe, chunks: list[Units], sharers: int, weight: int) -> StateBytes:
     """Of the first of the ranks that share a copy: the last ones have fewer rows."""
     own = sum(shard(group, sharers) for chunk in chunks for group in chunk.groups)
+    hidden = sum(shard(chunk.hidden, sharers) for chunk in chunks)
     gathered = weight * sharers * own if recipe.parallel.zero == 2 else 0
-    return StateBytes(gathered, 4 * own, 4 * own, 8 * own, 4 * bool(recipe.training.ema) * own, 0)
+    return StateBytes(gathered, 4 * own, 4 * own, moment_bytes(recipe, hidden, own), 4 * bool(recipe.training.ema) * own, 0)

@@ -94,3 +94,19 @@ class SkippingAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         self.decide()
         return super().step(closure)
+
+    def states(self, master: Tensor) -> dict[str, Tensor]:
+        """Live fp32 states of one of the parameters, by name; zeros where no step has been taken."""
+        state = self.state[master]
+        if "exp_avg" not in state:
+            # On the device for fused AdamW, else on the host: where torch's AdamW itself would make it.
+            step = torch.zeros((), dtype=torch.float32, device=master.device if master.is_cuda else "cpu")
+            state.update(step=step, exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+        return {name: value for name, value in state.items() if name != "step"}
+
+    def resume(self, masters: Iterable[Tensor], updates: int) -> None:
+        """Go on after as many updates of `masters` (steps left out are none)."""
+        for master in masters:
+            self.states(master)
+            if "step" in self.state[master]:
+                self.state[master]["step"].fill_(updates)

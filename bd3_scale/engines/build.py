@@ -18,7 +18,8 @@ from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import Engine, OptimizerSettings
+from bd3_scale.engines.engine import Engine
+from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.model.compiling import compiled_whole
 from bd3_scale.model.layers import Linears
 from bd3_scale.model.transformer import Transformer
@@ -42,7 +43,8 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
         apply_outside(model.blocks.values(), recompute=training.recompute, compile=training.compile)
         chunks.append(model)
     betas = training.betas[0], training.betas[1]
-    settings = OptimizerSettings(betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations)
+    numbers = betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations
+    settings = OptimizerSettings(*numbers, name=training.optimizer)
     engine: Engine
     if parallel.resolved_engine == "fsdp":
         from bd3_scale.engines.fsdp_engine import FsdpEngine

@@ -1,7 +1,7 @@
 """One small interface for training: forward-backward, step, evaluate, and the full-precision state by name.
 
-The loop, the EMA and the checkpoints see a rank's state as a list of flat fp32 tensors (`masters`, with their Adam
-moments) and a list of `Place`s that says which region of which canonical parameter lies where in them. Behind it stand
+The loop, the EMA and the checkpoints see a rank's state as a list of flat fp32 tensors (`masters`, with their optimizer's
+states) and a list of `Place`s that says which region of which canonical parameter lies where in them. Behind it stand
 DeepSpeed's ZeRO 0-3 (`zero.py`) and, driven by megatron-core's schedules (`schedule.py`), its distributed optimizer
 (`megatron.py`) and torch's `fully_shard` (`fsdp.py`).
 
@@ -24,12 +24,11 @@ from torch import Tensor
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.slices import Fragment, share
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.adamw import SkippingAdamW, StepRule
+from bd3_scale.engines.adamw import SkippingAdamW
+from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.model.initialise import fill
 from bd3_scale.model.layers import full_shape
 from bd3_scale.recipe.schema import ModelConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,6 @@ class Place:
     @property
     def numel(self) -> int:
         return self.region.stop - self.region.start
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW. `clip`: largest global gradient norm, 0 for none; weight decay acts on matrices only; see adamw.py for spikes."""
-
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    clip: float
-    spike_deviations: float = 0.0
-
-    def adam(self, decayed: Sequence[Tensor], plain: Sequence[Tensor], device: torch.device) -> SkippingAdamW:
-        groups = [{"params": list(decayed), "weight_decay": self.weight_decay}, {"params": list(plain), "weight_decay": 0.0}]
-        return SkippingAdamW(groups, self.betas, self.epsilon, StepRule(self.spike_deviations, device))
 
 
 class Engine(ABC):
@@ -136,18 +120,9 @@ class Engine(ABC):
             fill(self.masters[place.master].view(-1)[place.offset : place.offset + place.numel], place.name, place.region, config, seed)
         self.publish()
 
-    def moments(self) -> dict[str, list[Tensor]]:
-        """Adam's moments, beside the masters; made as zeros where no step has been taken."""
-        state = self.adam.state
-        for master in self.masters:
-            if "exp_avg" not in state[master]:
-                # On the device for fused AdamW, else on the host: where torch's AdamW itself would make it.
-                step = torch.zeros((), dtype=torch.float32, device=master.device if master.is_cuda else "cpu")
-                state[master].update(step=step, exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
-        return {kind: [state[master][kind] for master in self.masters] for kind in MOMENTS}
-
     def fragments(self, ema: Sequence[Tensor] | None = None) -> list[Fragment]:
-        """Live views of all that this rank holds, to be written: weights, moments and, where given, EMA tensors parallel to `masters`."""
+        """Live views of all that this rank holds, to be written: weights, the optimizer's states and, where given, the averages `ema`,
+        parallel to `masters`."""
         self.settle()
         return [fragment for fragment, _ in self._fragments(ema)]
 
@@ -156,27 +131,21 @@ class Engine(ABC):
         return share([fragment for fragment, owned in self._fragments(ema) if owned], *self.replicas)
 
     def _fragments(self, ema: Sequence[Tensor] | None) -> list[tuple[Fragment, bool]]:
-        kinds: dict[str, Sequence[Tensor]] = {"weight": self.masters, **self.moments()}
+        held = [{"weight": master, **self.adam.states(master)} for master in self.masters]
         if ema is not None:
-            kinds["ema"] = ema
+            held = [{**kinds, "ema": average} for kinds, average in zip(held, ema, strict=True)]
         return [
-            (
-                Fragment(kind, place.name, place.region, flats[place.master].detach().view(-1)[place.offset : place.offset + place.numel]),
-                place.owned,
-            )
-            for kind, flats in kinds.items()
+            (Fragment(kind, place.name, place.region, flat.detach().view(-1)[place.offset : place.offset + place.numel]), place.owned)
             for place in self.places
+            for kind, flat in held[place.master].items()
         ]
 
     def resume(self, step: int, rule: Mapping[str, Any] | None = None) -> None:
         """After the fragments were filled from the checkpoint of `step`: load what was saved of the `rule` which leaves out steps, set
-        Adam's clock to the updates that were made, publish the weights, and make sure that no hyper-parameter was lost on the way."""
+        the optimizer's clock to the updates that were made, publish the weights, and make sure that no hyper-parameter was lost."""
         if rule is not None:
             self.adam.rule.load(rule)
-        updates = step - self.adam.rule.left_out_so_far
-        self.moments()
-        for master in self.masters:
-            self.adam.state[master]["step"].fill_(updates)
+        self.adam.resume(self.masters, updates=step - self.adam.rule.left_out_so_far)
         self.publish()
         decays = {group["weight_decay"] for group in self.adam.param_groups if group["params"]}
         assert decays <= {self.settings.weight_decay, 0.0}, f"the optimizer lost the weight decay of its groups: {decays}"

@@ -29,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import OptimizerSettings, Place, owns, place
+from bd3_scale.engines.engine import Place, owns, place
+from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
 from bd3_scale.model.transformer import Transformer
 
@@ -77,8 +78,10 @@ class FsdpEngine(ScheduledEngine):
         self.masters = [master for _, _, master in self._held]
         self.owned = [master for _, outline, master in self._held if owns(outline, layout)]
         self.places = list(self._find_places())
-        two = [master for _, outline, master in self._held if outline.dim() >= 2]
-        self.adam = settings.adam(two, [master for _, outline, master in self._held if outline.dim() < 2], layout.device)
+        groups = settings.groups()
+        for name, outline, master in self._held:
+            groups[settings.group_of(name, outline.dim())]["params"].append(master)
+        self.adam = settings.build(groups, layout.device)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,9 @@ from bd3_scale.costs.sizes import bucket_elements
 from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.adamw import SkippingAdamW
-from bd3_scale.engines.engine import OptimizerSettings, Place, owns, place
+from bd3_scale.engines.engine import Place, owns, place
 from bd3_scale.engines.gathers import Gathers
+from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
 from bd3_scale.model.transformer import Transformer
 
@@ -138,7 +139,7 @@ class MegatronEngine(ScheduledEngine):
         return optimizer
 
     def _make_adam(self) -> SkippingAdamW:
-        """torch's AdamW on the masters, whatever else is installed (megatron-core would take what it finds)."""
+        """The recipe's optimizer on the masters, whatever else is installed (megatron-core would take what it finds)."""
         if self.distributed is None:
             self._masters = [(p, p) for _, p in self.named]
         else:
@@ -154,10 +155,12 @@ class MegatronEngine(ScheduledEngine):
                 for pair in zip(shard_group, model_group, strict=True)
             ]
         self.masters = [master for master, _ in self._masters]
-        adam = self.settings.adam([], [], self.layout.device)
+        adam = self.settings.build(self.settings.groups(), self.layout.device)
         # Afterwards, because megatron-core's masters of fp32 weights are views, which torch takes no optimizer for.
+        names = {id(parameter): name for name, parameter in self.named}
         for master, parameter in self._masters:
-            adam.param_groups[0 if parameter.dim() >= 2 else 1]["params"].append(master)
+            group = self.settings.group_of(names[id(parameter)], parameter.dim())
+            adam.param_groups[group]["params"].append(master)
         if self.distributed is not None:
             self.distributed.optimizer = adam
         return adam

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from bd3_scale.costs.sizes import LARGEST_BUCKET
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import Engine, OptimizerSettings, Place, clip, global_norm, owns, place
+from bd3_scale.engines.engine import Engine, Place, clip, global_norm, owns, place
+from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.engines.zero_device import install, norm_on_device
 from bd3_scale.engines.zero_start import divide, without_broadcast
 
@@ -52,9 +53,10 @@ class ZeroEngine(Engine):
         deepspeed = _import_deepspeed(layout.device.type)
         self.layout, self.zero, self.settings = layout, zero, settings
         _sum_partial_gradients(model)
-        decayed = [p for p in model.parameters() if p.dim() >= 2]
-        plain = [p for p in model.parameters() if p.dim() < 2]
-        self.adam = settings.adam(decayed, plain, layout.device)
+        parameter_groups = settings.groups()
+        for name, parameter in model.named_parameters():
+            parameter_groups[settings.group_of(name, parameter.dim())]["params"].append(parameter)
+        self.adam = settings.build(parameter_groups, layout.device)
         config = _deepspeed_config(model, zero, 0.0 if zero == 0 else settings.clip, bf16, layout.device.type)
         groups = MegatronGroups()
         if zero == 3:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bd3_scale.costs.flops import ParameterCount, count_parameters
 from bd3_scale.costs.pipeline_stages import Phase
+from bd3_scale.costs.state_memory import checkpoint_bytes
 from bd3_scale.data.preparation.packing import texts_end_at
 from bd3_scale.planning.estimate import (
     Pace,
@@ -25,8 +26,6 @@ from bd3_scale.planning.limits import Part, attention_shares
 from bd3_scale.planning.situation import Situation
 
 CURE = "raise parallel.zero, tensor or pipeline, lower parallel.micro_batch, or set training.recompute=layer; --search lists what fits"
-STATE_BYTES = 16
-"""Of a parameter in a checkpoint: fp32 weight, two moments, average (12 without)."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
     hours = seconds / 3600 * case.world_size
     steps, tokens, shares = recipe.total_steps, total * recipe.model.context, case.shares()
     counted = count_parameters(recipe.model, case.vocabulary)
-    state = STATE_BYTES - (0 if recipe.training.ema else 4)
+    saved = checkpoint_bytes(recipe, case.vocabulary)
     on_node = min(case.device.per_node, case.world_size)
     busiest = max(range(parallel.pipeline), key=lambda rank: sum(one.sent for one in traffic_of(case, case.longest, rank)))
     return Plan(
@@ -182,9 +181,9 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
         tokens_per_second=tokens / seconds,
         device_hours=hours,
         price=None if rate is None else hours * rate,
-        checkpoint_bytes=state * counted.total,
+        checkpoint_bytes=saved,
         texts=texts_end_at(recipe.data.row_special, recipe.model.context),
-        host_bytes=on_node * -(-state * counted.total // (parallel.tensor * parallel.pipeline * (case.sharers if parallel.zero else 1))),
+        host_bytes=on_node * -(-saved // (parallel.tensor * parallel.pipeline * (case.sharers if parallel.zero else 1))),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from bd3_scale.recipe.batches import BatchSchedule, batch_schedule
 from bd3_scale.recipe.keys import facts_of, key, section
 from bd3_scale.recipe.objective_kinds import SELECTED_MULTIPLE, Kind, block_sizes, kind_named
+from bd3_scale.recipe.optimizers import OPTIMIZERS
 from bd3_scale.recipe.shares import Shares
 
 
@@ -221,7 +222,7 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """Budget and optimizer (AdamW)."""
+    """Budget and optimizer."""
 
     steps: int | None = key(None, above=0, change="free", example=1000)
     """Optimizer steps; this or `tokens`."""
@@ -231,6 +232,8 @@ class TrainingConfig:
     """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank; or a schedule [[0, rows],
     [from sample, rows], ...]: as many from the first step on before which so many samples (rows) were consumed. What counts steps (warmup,
     schedule, decay, every, ema) goes on counting steps."""
+    optimizer: str = key("adamw", choices=tuple(OPTIMIZERS))
+    """What updates the weights: the optimizers of `recipe/optimizers.py`."""
     learning_rate: float = key(3e-4, above=0, change="amend")
     """Peak learning rate, reached after `warmup`."""
     betas: tuple[float, float] = key((0.9, 0.999), change="amend")

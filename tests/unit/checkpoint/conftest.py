@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint import store
-from bd3_scale.checkpoint.region import KINDS, Region
+from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.slices import Fragment, share
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding.weight": (13, 6),
     "layers.0.norm.weight": (7,),

@@ -83,6 +83,23 @@ def test_only_files_and_parts_depend_on_the_layout(synthetic: Any, saved: dict[s
         assert checkpoint.versions["torch"] == torch.__version__.split("+")[0] or checkpoint.versions["torch"] == torch.__version__
 
 
+def test_any_state_of_an_optimizer_is_kept(tmp_path: Path) -> None:
+    """By whatever name, of some of the parameters only, and written between the weights and the average."""
+    held = {("ema", "a"): 1.0, ("momentum_buffer", "a"): 2.0, ("exp_avg", "b"): 3.0, ("weight", "a"): 4.0, ("weight", "b"): 5.0}
+
+    def fragments(value: float | None) -> list[Fragment]:
+        return [Fragment(kind, name, Region.whole((3,)), torch.full((3,), value or one)) for (kind, name), one in held.items()]
+
+    checkpoint = store.Checkpoint(store.save(tmp_path, 1, fragments(None), samples_consumed=1, run={}, recipe="a: 1"))
+    live = fragments(9.0)
+    checkpoint.load_into(live)
+    assert [fragment.value[0].item() for fragment in live] == list(held.values())
+    assert checkpoint.kinds == ("weight", "exp_avg", "momentum_buffer", "ema")
+    assert list(checkpoint.shapes("momentum_buffer")) == ["a"]
+    with pytest.raises(CheckpointError, match=r"momentum_buffer of b is \[3\] in this model but is missing"):
+        checkpoint.load_into([Fragment("momentum_buffer", name, Region.whole((3,)), torch.zeros(3)) for name in "ab"])
+
+
 def test_checkpoints_of_format_1_load(synthetic: Any, saved: dict[str, Path], tmp_path: Path) -> None:
     """Every version since the first can be continued: an entry for every part, and the same bits."""
     for name, path in saved.items():

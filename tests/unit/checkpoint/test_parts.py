@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from bd3_scale.checkpoint.index import FileRecord, build, parse, render
 from bd3_scale.checkpoint.parts import Parts, _expanded, _progressions, encode, pack, sort, state_name
-from bd3_scale.checkpoint.region import KINDS, Region, intersect
+from bd3_scale.checkpoint.region import Region, intersect
 from bd3_scale.checkpoint.slices import Fragment
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
 @given(st.lists(st.integers(0, 5) | st.integers(0, 2**40), min_size=1, max_size=40))

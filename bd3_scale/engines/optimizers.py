@@ -1,0 +1,56 @@
+"""The optimizers by name: what the recipe says of them, and how each is built around an engine's masters.
+
+Another one is a row of `recipe.optimizers.OPTIMIZERS` (its states) and a row of `BUILDERS`: a torch optimizer with what `SkippingAdamW`
+has besides (`rule`, `begin`, `states`, `resume`).
+
+Invariant: every master is in exactly one group, and all parameters of a master keep the states of one name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bd3_scale.engines.adamw import SkippingAdamW, StepRule
+from bd3_scale.recipe.optimizers import OPTIMIZERS, States
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """`clip`: largest global gradient norm, 0 for none; weight decay acts on matrices only; see adamw.py for spikes."""
+
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    clip: float
+    spike_deviations: float = 0.0
+    name: str = "adamw"
+
+    @property
+    def states(self) -> States:
+        """What it keeps, by the names of parameters."""
+        return OPTIMIZERS[self.name]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups without parameters, in the order of `group_of`."""
+        decayed, plain = {"params": [], "weight_decay": self.weight_decay}, {"params": [], "weight_decay": 0.0}
+        return [decayed, plain]
+
+    def group_of(self, name: str, dimensions: int) -> int:
+        """The group of the parameter `name`."""
+        return int(dimensions < 2)
+
+    def build(self, groups: list[dict[str, Any]], device: torch.device) -> SkippingAdamW:
+        """The optimizer of `groups`, to which masters may be added before the first step."""
+        return BUILDERS[self.name](self, groups, StepRule(self.spike_deviations, device))
+
+
+def _adamw(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: StepRule) -> SkippingAdamW:
+    return SkippingAdamW(groups, settings.betas, settings.epsilon, rule)
+
+
+BUILDERS: dict[str, Callable[[OptimizerSettings, list[dict[str, Any]], StepRule], SkippingAdamW]] = {"adamw": _adamw}
+assert BUILDERS.keys() == OPTIMIZERS.keys()
