@@ -44,7 +44,7 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
         chunks.append(model)
     betas = training.betas[0], training.betas[1]
     numbers = betas, training.epsilon, training.weight_decay, training.clip, training.spike_deviations
-    settings = OptimizerSettings(*numbers, name=training.optimizer)
+    settings = OptimizerSettings(*numbers, training.optimizer, training.momentum, recipe.model, bf16)
     engine: Engine
     if parallel.resolved_engine == "fsdp":
         from bd3_scale.engines.fsdp_engine import FsdpEngine

@@ -25,9 +25,12 @@ from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.slices import Fragment, share
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.adamw import SkippingAdamW
+from bd3_scale.engines.matrix_owners import Piece
+from bd3_scale.engines.muon import Held, Muon
 from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.model.initialise import fill
 from bd3_scale.model.layers import full_shape
+from bd3_scale.recipe.optimizers import is_hidden
 from bd3_scale.recipe.schema import ModelConfig
 
 
@@ -105,6 +108,20 @@ class Engine(ABC):
                 for piece in local.view(torch.int32 if local.element_size() == 4 else torch.int16).split(1 << 24):
                     total += piece.sum(dtype=torch.int64)
         return total
+
+    def bind_optimizer(self, holders: dist.ProcessGroup | None, each_alone: bool = False) -> None:
+        """Tell an optimizer that needs whole matrices where they lie; to be called when masters and places are known. `holders`: the ranks
+        that together hold one copy of everything; `each_alone`: whether the optimizer is called for one master at a time. Collective."""
+        if not isinstance(self.adam, Muon):
+            return
+        held: list[Held] = [(master, []) for master in self.masters]
+        for place in self.places:
+            if is_hidden(place.name):
+                whole = place.region.size == place.region.shape[place.region.dim]
+                key = place.name, self.layout.tensor_rank if whole else 0  # tensor ranks may each hold all of it
+                held[place.master][1].append((place.offset, Piece(key, place.region)))
+        steps = [[one] for one in held] if each_alone else [[one for one in held if one[1]]]
+        self.adam.bind(steps, holders, self.layout.device)
 
     @abstractmethod
     def close(self) -> None:

@@ -82,6 +82,9 @@ class FsdpEngine(ScheduledEngine):
         for name, outline, master in self._held:
             groups[settings.group_of(name, outline.dim())]["params"].append(master)
         self.adam = settings.build(groups, layout.device)
+        # The ranks that together hold one copy of everything.
+        self._holders = parallel_state.get_intra_distributed_optimizer_instance_group()
+        self.bind_optimizer(self._holders)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -103,7 +106,7 @@ class FsdpEngine(ScheduledEngine):
         self.publish()
         for _, outline, master in self._held:
             master.grad = self.gradient(outline)
-        return parallel_state.get_intra_distributed_optimizer_instance_group()
+        return self._holders
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any]) -> list[Tensor | None]:

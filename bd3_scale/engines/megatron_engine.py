@@ -62,6 +62,7 @@ class MegatronEngine(ScheduledEngine):
         self.named = [(name, p) for chunk in self.transformers for name, p in chunk.named_parameters()]
         self.adam = self._make_adam()
         self.places = list(self._find_places())
+        self.bind_optimizer(self._holders)
         self.owned = [master for master, parameter in self._masters if owns(parameter, layout)]
 
     # -- a step --------------------------------------------------------------------------------------------------------
@@ -84,9 +85,14 @@ class MegatronEngine(ScheduledEngine):
         if self.distributed is None:
             for parameter in self.masters:
                 parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
-            return parallel_state.get_model_parallel_group()
-        self.distributed.prepare_grads()
-        return dist.group.WORLD  # masters are divided over the data-parallel ranks, too
+        else:
+            self.distributed.prepare_grads()
+        return self._holders
+
+    @property
+    def _holders(self) -> Any:
+        """The ranks that together hold one copy of all masters: under ZeRO 1 they are divided over the data-parallel ranks, too."""
+        return parallel_state.get_model_parallel_group() if self.distributed is None else dist.group.WORLD
 
     # -- the state -----------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,15 @@ Invariant: every master is in exactly one group, and all parameters of a master 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from bd3_scale.engines.adamw import SkippingAdamW, StepRule
-from bd3_scale.recipe.optimizers import OPTIMIZERS, States
+from bd3_scale.engines.muon import Muon
+from bd3_scale.recipe.optimizers import OPTIMIZERS, States, is_hidden
+from bd3_scale.recipe.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class OptimizerSettings:
     clip: float
     spike_deviations: float = 0.0
     name: str = "adamw"
+    momentum: float = 0.95
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Whose weights pack matrices (muon)."""
+    bf16: bool = False
 
     @property
     def states(self) -> States:
@@ -37,11 +43,12 @@ class OptimizerSettings:
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups without parameters, in the order of `group_of`."""
         decayed, plain = {"params": [], "weight_decay": self.weight_decay}, {"params": [], "weight_decay": 0.0}
-        return [decayed, plain]
+        hidden = [] if self.name == "adamw" else [{**decayed, "params": [], "momentum": self.momentum}]
+        return [decayed, plain, *hidden]
 
     def group_of(self, name: str, dimensions: int) -> int:
         """The group of the parameter `name`."""
-        return int(dimensions < 2)
+        return 2 if self.name != "adamw" and is_hidden(name) else int(dimensions < 2)
 
     def build(self, groups: list[dict[str, Any]], device: torch.device) -> SkippingAdamW:
         """The optimizer of `groups`, to which masters may be added before the first step."""
@@ -52,5 +59,10 @@ def _adamw(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: Step
     return SkippingAdamW(groups, settings.betas, settings.epsilon, rule)
 
 
-BUILDERS: dict[str, Callable[[OptimizerSettings, list[dict[str, Any]], StepRule], SkippingAdamW]] = {"adamw": _adamw}
+def _muon(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: StepRule) -> SkippingAdamW:
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    return Muon(groups, settings.betas, settings.epsilon, rule, settings.model, dtype)
+
+
+BUILDERS: dict[str, Callable[[OptimizerSettings, list[dict[str, Any]], StepRule], SkippingAdamW]] = {"adamw": _adamw, "muon": _muon}
 assert BUILDERS.keys() == OPTIMIZERS.keys()

@@ -65,6 +65,8 @@ class ZeroEngine(Engine):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=groups)
         self.masters = self._find_masters()
         self.places = list(self._find_places())
+        # Under ZeRO 3 DeepSpeed updates one master after the other.
+        self.bind_optimizer(parallel_state.get_tensor_model_parallel_group() if zero == 0 else dist.group.WORLD, each_alone=zero == 3)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class States:
 
 
 ADAM = ("exp_avg", "exp_avg_sq")
-OPTIMIZERS = {"adamw": States(ADAM, ADAM)}
+OPTIMIZERS = {"adamw": States(ADAM, ADAM), "muon": States(("momentum_buffer",), ADAM)}
 
 
 def is_hidden(name: str) -> bool:

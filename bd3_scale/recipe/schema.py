@@ -233,7 +233,10 @@ class TrainingConfig:
     [from sample, rows], ...]: as many from the first step on before which so many samples (rows) were consumed. What counts steps (warmup,
     schedule, decay, every, ema) goes on counting steps."""
     optimizer: str = key("adamw", choices=tuple(OPTIMIZERS))
-    """What updates the weights: the optimizers of `recipe/optimizers.py`."""
+    """muon: momentum made orthogonal for the linears inside of the layers (engines/muon.py), AdamW for everything else. Both use the
+    same learning rate and weight decay."""
+    momentum: float = key(0.95, change="amend")
+    """Muon's, in [0, 1)."""
     learning_rate: float = key(3e-4, above=0, change="amend")
     """Peak learning rate, reached after `warmup`."""
     betas: tuple[float, float] = key((0.9, 0.999), change="amend")
