@@ -29,14 +29,19 @@ DIVIDED_BY_COLUMNS = ("attention.output.weight", "mlp.down.weight")
 
 
 def write_universal(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the folder `out`, which must not exist. Raises CheckpointError for a checkpoint without moments, OSError."""
+    """Write the folder `out`, which must not exist. Raises CheckpointError for a checkpoint without AdamW's moments, OSError."""
+    recipe, tag = read_recipe(checkpoint), f"global_step{checkpoint.step}_universal"
+    if recipe.training.optimizer != "adamw":
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} is of training.optimizer={recipe.training.optimizer}, whose states DeepSpeed's AdamW cannot go "
+            "on from; export it to a .safetensors file"
+        )
     missing = {"weight", *MOMENTS} - set(checkpoint.kinds)
     if missing:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} has no {', '.join(sorted(missing))}, and a universal checkpoint is one to go on from; export "
             "it to a .safetensors file"
         )
-    recipe, tag = read_recipe(checkpoint), f"global_step{checkpoint.step}_universal"
     folder = out / tag
     weights = {}
     for name in sorted(checkpoint.shapes("weight")):

@@ -56,6 +56,8 @@ def fractions_are_fractions(case: Case) -> Problem | None:
         return Problem(f"training.ema is {training.ema} but must be below 1", lambda: ["set training.ema=0.9999", "set training.ema=0"])
     if not all(0 <= beta < 1 for beta in training.betas):
         return Problem(f"training.betas is {list(training.betas)} but both must lie in [0, 1)", lambda: ["set training.betas=[0.9,0.999]"])
+    if not 0 <= training.momentum < 1:
+        return Problem(f"training.momentum is {training.momentum} but must lie in [0, 1)", lambda: ["set training.momentum=0.95"])
     if not 0 <= training.final_fraction <= 1:
         text = f"training.final_fraction is {training.final_fraction} but must lie in [0, 1]"
         return Problem(text, lambda: ["set training.final_fraction=0.1"])

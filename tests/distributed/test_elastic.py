@@ -1,8 +1,8 @@
 """Any layout to any other: 10 steps in one, saved, 10 more in another, are the 20 steps of one process, in the middle of a ramp.
 
 Fourteen layouts on up to four processes, of a model with everything that stages and tensor ranks share (tied embeddings, the
-noise condition, key heads). Seven of them write a checkpoint, and the one after each in the list continues that
-(`BD3_ALL_PAIRS=1`: all fourteen write, and each continues each, a quarter of an hour). tests/unit/checkpoint/test_layouts.py
+noise condition, key heads), and two with Muon. Eight of them write a checkpoint, and the one after each in the list continues that
+(`BD3_ALL_PAIRS=1`: all write, and each continues each of its optimizer, a quarter of an hour). tests/unit/checkpoint/test_layouts.py
 holds all pairs to the bit, without training.
 """
 
@@ -42,9 +42,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "pipeline 2, data 2, zero 3": (4, {"pipeline": 2, "zero": 3}),
     "data 4, fsdp, shard 2, zero 3": (4, {"engine": "fsdp", "shard": 2, "zero": 3}),
     "pipeline 2, data 2": (4, {"pipeline": 2}),
+    "muon: data 4, zero 3": (4, {"zero": 3}),
+    "muon: tensor 2, sequence": (2, {"tensor": 2, "sequence": "true", "micro_batch": "null"}),
 }
 NAMES = list(LAYOUTS)
-PAIRS = list(itertools.product(NAMES, NAMES)) if os.environ.get("BD3_ALL_PAIRS") else list(zip(NAMES[::2], NAMES[1::2], strict=True))
+WHOLE = {"adamw": "whole", "muon": "whole_muon"}
+"""The uninterrupted run of one process, by optimizer."""
+
+
+def optimizer(name: str) -> str:
+    return "muon" if name.startswith("muon") else "adamw"
+
+
+PAIRS = list(zip(NAMES[::2], NAMES[1::2], strict=True))
+if os.environ.get("BD3_ALL_PAIRS"):
+    PAIRS = [pair for pair in itertools.product(NAMES, NAMES) if len(set(map(optimizer, pair))) == 1]
 SOURCES = list(dict.fromkeys(source for source, _ in PAIRS))
 
 
@@ -54,7 +66,8 @@ def slug(*names: str) -> str:
 
 
 def overrides(run: Path, name: str, steps: int) -> list[str]:
-    return [f"run.dir={run}", *COMMON, f"training.steps={steps}", *(f"parallel.{key}={value}" for key, value in LAYOUTS[name][1].items())]
+    layout = [f"parallel.{key}={value}" for key, value in LAYOUTS[name][1].items()]
+    return [f"run.dir={run}", *COMMON, f"training.steps={steps}", f"training.optimizer={optimizer(name)}", *layout]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +96,7 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             items.append((overrides(folder / slug(name), name, 10), "resave"))
         return items
 
-    whole = [(overrides(folder / "whole", NAMES[0], 20), "train")]
+    whole = [([*overrides(folder / run, NAMES[0], 20), f"training.optimizer={one}"], "train") for one, run in WHOLE.items()]
     go(1, whole + first(1))
     go(2, first(2))
     go(4, first(4))
@@ -96,7 +109,7 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_continued_in_another_layout_is_the_uninterrupted_run(folder: Path, source: str, target: str) -> None:
-    expected, found = metrics(folder / "whole"), metrics(folder / slug(source, target))
+    expected, found = metrics(folder / WHOLE[optimizer(source)]), metrics(folder / slug(source, target))
     for kind, keys in (("train", ("loss", "gradient_norm", "data_tokens")), ("validation", ("nelbo",))):
         ours, theirs = ([line for line in lines if line["kind"] == kind] for lines in (found, expected))
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]

@@ -48,6 +48,7 @@ MODELS = {
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
     "bf16": ["objective.block_size=4", "training.precision=bf16"],
+    "muon": ["training.optimizer=muon", "objective.block_size=4", "model.mlp=swiglu", "model.mlp_hidden=48", *TUNED],
     "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED],
     # 8 rows from step 5, 12 from step 14 on
     "ramp": ["objective.block_size=4", "training.global_batch=[[0,4],[20,8],[90,12]]", *TUNED],
@@ -153,6 +154,19 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),
     "tied: pipeline 2, data 2, zero 3": (4, "tied", layout(1, 2, 3)),
     "tied: tensor 2, sequence, zero 2": (4, "tied", layout(2, 1, 2, SEQUENCE)),
+    # Its matrices, cut by rows, by columns and flat, have one owner each; keys and values, gates and values are packed
+    "muon: data 3": (3, "muon", layout()),
+    "muon: data 3, zero 3": (3, "muon", layout(1, 1, 3)),
+    "muon: data 4, zero 0": (4, "muon", layout(1, 1, 0)),
+    "muon: data 4, deepspeed, zero 1": (4, "muon", layout(1, 1, 1, DEEPSPEED)),
+    "muon: data 4, fsdp, shard 2, zero 3": (4, "muon", layout(1, 1, 3, FSDP, "parallel.shard=2")),
+    "muon: tensor 4, sequence, shared key heads": (4, "muon", layout(4, 1, 1, SEQUENCE)),
+    "muon: tensor 2, data 2, zero 0": (4, "muon", layout(2, 1, 0)),
+    "muon: tensor 2, data 2, sequence": (4, "muon", layout(2, 1, 1, SEQUENCE)),
+    "muon: tensor 2, data 2, zero 3": (4, "muon", layout(2, 1, 3)),
+    "muon: tensor 2, pipeline 2, sequence": (4, "muon", layout(2, 2, 1, SEQUENCE)),
+    "muon: tensor 2, pipeline 2, sequence, zero 3": (4, "muon", layout(2, 2, 3, SEQUENCE)),
+    "muon: pipeline 2 x 2 interleaved, data 2, zero 2": (4, "muon", layout(1, 2, 2, VIRTUAL)),
 }  # fmt: skip
 
 SAID_BY_OTHERS = {
@@ -163,6 +177,9 @@ SAID_BY_OTHERS = {
     "7 rows: pipeline 2, data 2", "adaln: pipeline 2 x 2 interleaved, data 2", "ssdlm: pipeline 2, data 2, zero 2",
     "block sizes that change: data 2, zero 3", "ramp: data 4, zero 3", "ramp: data 3, deepspeed, zero 1",
     "ramp: data 2, deepspeed, zero 0", "ramp: pipeline 2, data 2, zero 3",
+    "muon: data 3, zero 3", "muon: data 4, zero 0", "muon: data 4, deepspeed, zero 1",
+    "muon: data 4, fsdp, shard 2, zero 3", "muon: tensor 2, data 2, zero 0", "muon: tensor 2, data 2, sequence",
+    "muon: tensor 2, pipeline 2, sequence", "muon: pipeline 2 x 2 interleaved, data 2, zero 2",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]
