@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_scale.checkpoint.slices import Pieces, Region, copy_pieces, intersect
+from bd3_scale.checkpoint.region import Pieces, Region, intersect
+from bd3_scale.checkpoint.slices import copy_pieces
 
 ROUND = 1 << 25
 """Elements for each rank of the group that are exchanged at a time."""

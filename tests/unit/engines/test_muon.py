@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bd3_scale.checkpoint.slices import Region
+from bd3_scale.checkpoint.region import Region
 from bd3_scale.engines.adamw import StepRule
 from bd3_scale.engines.matrix_owners import Piece, owners_of
 from bd3_scale.engines.muon import MOMENTUM, Muon, direction, orthogonal
