@@ -2,7 +2,8 @@
 
 `Transfer.bytes` is the payload: the size of the whole tensor of each collective, summed over the calls of a step; `Transfer.sent` is
 what a ring sends from one rank: 2 (k - 1) / k of it for an all-reduce among k ranks, (k - 1) / k for a gather or a reduce-scatter,
-all of it from stage to stage. Below, n: elements of the parameters on the rank, M: micro-batches, w: bytes of a weight that computes.
+all of it from stage to stage, and of what an optimizer gathers of matrices (`orthogonal_step.py`). Below, n: elements of the
+parameters on the rank, M: micro-batches, w: bytes of a weight that computes.
 
 Data (gradients are summed in fp32):
 
@@ -44,6 +45,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.costs.orthogonal_step import exchanged_bytes
 from bd3_scale.costs.parameter_shapes import Shape, Units, parameter_shapes, shard, units_of, whole
 from bd3_scale.costs.sizes import PERSISTENT, VOCABULARY_MULTIPLE, padded_vocabulary
 from bd3_scale.recipe import Recipe
@@ -57,16 +59,17 @@ class Transfer:
     """All calls of one collective in one group in a step."""
 
     group: str
-    """data (those that share a copy) | copies | tensor | pipeline | embedding (the first and the last stage)."""
+    """data (those that share a copy) | copies | tensor | pipeline | embedding (the first and the last stage) | matrices (those of a
+    stage that together hold its hidden matrices once)."""
     operation: str
-    """all_reduce | all_gather | reduce_scatter | send."""
+    """all_reduce | all_gather | reduce_scatter | all_to_all | send."""
     ranks: int
     bytes: int
 
     @property
     def sent(self) -> float:
         """Bytes that leave this rank where the collective runs as a ring."""
-        if self.operation == "send":
+        if self.operation in ("send", "all_to_all"):
             return float(self.bytes)
         return (2 if self.operation == "all_reduce" else 1) * (self.ranks - 1) / self.ranks * self.bytes
 
@@ -97,13 +100,16 @@ def step_traffic(
             _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
         times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
         _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
+    zero_ranks = (sharers if fsdp else data) if parallel.zero else 1
+    if recipe.training.optimizer == "muon":
+        _add(found, "matrices", {"all_to_all": exchanged_bytes(recipe, stages, vocabulary, zero_ranks, batch.weight)})
     if parallel.pipeline > 1:
         _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches, sharers))
         if model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):
             share = padded_vocabulary(vocabulary, parallel.tensor, multiple) // parallel.tensor
             _add(found, "embedding", {"all_reduce": 4 * shard([(share, model.hidden)], sharers)})
     ranks = {"data": sharers if fsdp else data, "copies": data // sharers if fsdp else 1, "tensor": parallel.tensor}
-    ranks |= {"pipeline": parallel.pipeline, "embedding": 2}
+    ranks |= {"pipeline": parallel.pipeline, "embedding": 2, "matrices": parallel.tensor * zero_ranks}
     return [Transfer(group, operation, ranks[group], number) for (group, operation), number in found.items() if number and ranks[group] > 1]
 
 

@@ -71,7 +71,7 @@ class StepTime:
     bubble: float
     tensor: float
     data: float
-    """What of the data-parallel communication is not hidden."""
+    """What of the data-parallel communication is not hidden, and what an optimizer gathers of matrices."""
     pipeline: float
 
     @property
@@ -231,6 +231,7 @@ def bandwidth(case: Situation, group: str) -> float:
     span = {
         "tensor": parallel.tensor,
         "data": parallel.tensor * case.sharers,
+        "matrices": parallel.tensor * (case.sharers if parallel.zero else 1),
         "copies": parallel.tensor * case.replicas,
     }.get(group, case.world_size)
     return EFFICIENCY * (device.inside if span <= device.per_node else device.outside)
@@ -259,7 +260,7 @@ def step_at(case: Situation, phase: Phase, slowest: Pace) -> StepTime:
         update=slowest.update,
         bubble=(once + slowest.waited) * (parallel.pipeline - 1) / parallel.virtual_stages,
         tensor=seconds("tensor") - micro_batches * hidden_exchange(case, phase, rank, slowest.product),
-        data=waited + seconds("embedding"),
+        data=waited + seconds("embedding") + seconds("matrices"),
         pipeline=exchanged,
     )
 

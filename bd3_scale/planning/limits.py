@@ -3,8 +3,9 @@
 A product takes what its arithmetic takes at the device's best rate, and what it takes to read its operands and write its result once
 (`Reached.product`, `Reached.memory`: that is why narrow layers reach less of the peak); attention its visited tiles at the rate of its
 kernel, forward and backward; everything elementwise the bytes that it moves (`passes.py`); gradients and optimizer the bytes that the
-engine moves per parameter (`update_bytes`). The host starts kernels ahead of the device: of its time only what is beyond the device's
-counts. Terms are added: on one stream nothing runs beside anything else, but for communication, which `estimate.py` models.
+engine moves per parameter (`update_bytes`, which has AdamW's for all), and Muon's products. The host starts kernels ahead of the device:
+of its time only what is beyond the device's counts. Terms are added: on one stream nothing runs beside anything else, but for
+communication, which `estimate.py` models.
 
 Not counted: pulls of power on clocks, the allocator, data, validations, checkpoints; the noise of words (ssdlm) but for its products;
 tiles that documents leave out; what engines' hooks take of the host beside their kernels.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bd3_scale.costs.activation_memory import Batch
+from bd3_scale.costs.orthogonal_step import orthogonal_flops
 from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices
 from bd3_scale.planning.devices import Device
 from bd3_scale.planning.passes import Passes, attention_half, embedding_passes, final_norm, head_passes, mlp_half
@@ -138,10 +140,14 @@ def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequ
             seconds = flops / (reached.product * device.peak(case.precision))
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
     accumulated, updated, started = update_bytes(case, pipeline_rank)
+    update = _moved(device, "optimizer, clip, EMA", Passes(updated))
+    if case.recipe.training.optimizer == "muon":
+        flops = orthogonal_flops(case.recipe, held, case.sharers)
+        update += Part(update.name, flops / (reached.product * device.peak(case.precision)), 0.0, flops)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
     compiled = case.recipe.training.compile != "none"
     host = reached.launch * (kernels + started) + reached.layer[compiled] * count
-    return StageLimits(tuple(parts), _moved(device, "optimizer, clip, EMA", Passes(updated)), host)
+    return StageLimits(tuple(parts), update, host)
 
 
 def half_products(batch: Batch, last: bool, half: str) -> Iterator[tuple[int, int, int]]:

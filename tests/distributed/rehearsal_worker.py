@@ -39,6 +39,7 @@ OPERATIONS = {
     "allgather_into_tensor_coalesced_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
     "send": "send",
 }
 CONTROL = 64
@@ -69,7 +70,8 @@ class Count(TorchDispatchMode):
             return
         if name not in OPERATIONS:
             self.unknown.add(name)
-        self.bytes[f"{'pipeline' if name == 'send' else _group(ranks)} {OPERATIONS.get(name)}"] += payload
+        group = {"send": "pipeline", "alltoall_base_": "matrices"}.get(name) or _group(ranks)
+        self.bytes[f"{group} {OPERATIONS.get(name)}"] += payload
 
 
 def _size(value: Any) -> int:

@@ -12,7 +12,7 @@ from tests.distributed.forked import run_ranks
 
 MODEL = ["model.layers=4", "model.hidden=128", "model.heads=4", "model.key_value_heads=2", "model.conditioning=adaln",
          "model.conditioning_size=32", "parallel.micro_batch=2"]  # fmt: skip
-BF16 = "training.precision=bf16"
+BF16, MUON = "training.precision=bf16", "training.optimizer=muon"
 TIED, FSDP, DEEPSPEED = "model.tied_head=true", "parallel.engine=fsdp", "parallel.engine=deepspeed"
 
 
@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero 1, recomputed": (1, layout(1, 1, 1, "training.recompute=layer")),
     "zero 1, MLPs recomputed": (1, layout(1, 1, 1, "training.recompute=mlp")),
     "zero 1, deepspeed": (1, layout(1, 1, 1, DEEPSPEED)),
+    "zero 1, muon": (1, layout(1, 1, 1, MUON)),
     "data 2, zero 1, bf16": (2, layout(1, 1, 1, BF16)),
     "data 2, zero 1, bf16, deepspeed": (2, layout(1, 1, 1, BF16, DEEPSPEED)),
     "data 2, zero 2": (2, layout(1, 1, 2)),

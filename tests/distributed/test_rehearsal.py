@@ -18,6 +18,7 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
 FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
+MUON = "training.optimizer=muon"
 ADALN = ["model.conditioning=adaln", "model.conditioning_size=32"]
 
 
@@ -74,6 +75,10 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "pipeline 2 x 2, data 4, shard 2, tied, adaln, zero 2": (
         8, 0, layout(1, 2, 2, "parallel.virtual_stages=2", "parallel.shard=2", "model.tied_head=true", *ADALN)
     ),
+    # Owners of matrices are spread evenly here: a rank sends what the formula says of the mean
+    "tensor 2, muon": (2, 0, layout(2, 1, 1, MUON)),
+    "tensor 2, data 4, fsdp, muon, zero 3": (8, 2, layout(2, 1, 3, FSDP, MUON)),
+    "data 4, muon, bf16, zero 3": (4, 0, layout(1, 1, 3, BF16, MUON)),
 }  # fmt: skip
 FSDP_ROWS = [name for name in TRAFFIC if "fsdp" in name or ("pipeline" in name and name.split(", ")[-1] in ("zero 2", "zero 3"))]
 LARGE = Path(__file__).resolve().parents[2] / "recipes" / "owt_7b.yaml"
