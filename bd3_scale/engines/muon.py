@@ -88,7 +88,12 @@ class Muon(SkippingAdamW):
     def states(self, master: Tensor) -> dict[str, Tensor]:
         if id(master) not in self._hidden:
             return super().states(master)
-        return {MOMENTUM: self.state[master].setdefault(MOMENTUM, torch.zeros_like(master))}
+        return {MOMENTUM: self._momentum(master)}
+
+    def _momentum(self, master: Tensor) -> Tensor:
+        if MOMENTUM not in self.state[master]:
+            self.state[master][MOMENTUM] = torch.zeros_like(master)
+        return self.state[master][MOMENTUM]  # type: ignore[no-any-return]
 
     def step(self, closure: Any = None) -> Any:
         self.decide()
@@ -109,7 +114,7 @@ class Muon(SkippingAdamW):
         assert self.found_inf is not None
         left_out, taken = self.found_inf.bool(), 1 - self.found_inf
         gradients = [master.grad for master in masters]
-        momenta = [self.state[master].setdefault(MOMENTUM, torch.zeros_like(master)) for master in masters]
+        momenta = [self._momentum(master) for master in masters]
         for gradient, momentum in zip(gradients, momenta, strict=True):
             torch.where(left_out, momentum, gradient, out=gradient)  # to move momentum towards itself is to leave it
         if masters:

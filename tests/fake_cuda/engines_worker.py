@@ -30,10 +30,11 @@ from bd3_scale.reporting.metrics import Meter
 from bd3_scale.saving.background import HostCopy
 from tests.fake_cuda.device import DEVICE, fake_cuda
 
-ENGINES: dict[str, tuple[str, int, str]] = {
+ENGINES: dict[str, tuple[str, int, str] | tuple[str, int, str, str]] = {
     "megatron, zero 0, fp32": ("megatron", 0, "fp32"),
     "megatron, zero 1, fp32": ("megatron", 1, "fp32"),
     "megatron, zero 1, bf16": ("megatron", 1, "bf16"),
+    "megatron, zero 1, bf16, muon": ("megatron", 1, "bf16", "muon"),
     "fsdp, zero 2, bf16": ("fsdp", 2, "bf16"),
     "fsdp, zero 3, bf16": ("fsdp", 3, "bf16"),
     "deepspeed, zero 0, fp32": ("deepspeed", 0, "fp32"),
@@ -45,20 +46,22 @@ ENGINES: dict[str, tuple[str, int, str]] = {
 L, WORDS, ROWS, MICRO_BATCHES, STEPS = 128, 130, 2, 2, 3
 
 
-def recipe(engine: str, zero: int, precision: str) -> Recipe:
+def recipe(engine: str, zero: int, precision: str, optimizer: str = "adamw") -> Recipe:
     plain = Recipe()
     return replace(
         plain,
         model=ModelConfig(context=L, layers=2, hidden=64, heads=4, dropout=0.1, conditioning="adaln"),
         objective=ObjectiveConfig(block_size=16),
-        training=replace(plain.training, precision=precision, global_batch=ROWS * MICRO_BATCHES, spike_deviations=3.0, steps=STEPS),
+        training=replace(
+            plain.training, optimizer=optimizer, precision=precision, global_batch=ROWS * MICRO_BATCHES, spike_deviations=3.0, steps=STEPS
+        ),
         parallel=ParallelConfig(zero=zero, engine=engine, micro_batch=ROWS),
     )
 
 
-def train(engine: str, zero: int, precision: str, here: Layout) -> dict[str, Any]:
+def train(here: Layout, *chosen: Any) -> dict[str, Any]:
     """Steps as the loop makes them, an evaluation with averaged weights, what a save takes, what a logging step reads."""
-    settings = recipe(engine, zero, precision)
+    settings = recipe(*chosen)
     objective = ObjectiveSchedule.of(settings, WORDS, device="cuda").at(0)
     rows = np.random.default_rng(0).integers(0, WORDS, (ROWS, L))
     inputs = [
@@ -102,10 +105,10 @@ def main() -> None:
     for name in megatron_on_cpu.MODULES:  # as on CUDA, where nobody binds anything else
         importlib.import_module(f"megatron.core.{name}").torch = torch  # type: ignore[attr-defined]
     results = {}
-    for name, (engine, zero, precision) in ENGINES.items():
+    for name, chosen in ENGINES.items():
         try:
             with alone():
-                results[name] = train(engine, zero, precision, here)
+                results[name] = train(here, *chosen)
         except Exception:
             results[name] = {"error": traceback.format_exc()[-4000:]}
     layout.stop()
