@@ -2,8 +2,8 @@
 
 The loop, the EMA and the checkpoints see a rank's state as a list of flat fp32 tensors (`masters`, with their optimizer's
 states) and a list of `Place`s that says which region of which canonical parameter lies where in them. Behind it stand
-DeepSpeed's ZeRO 0-3 (`zero.py`) and, driven by megatron-core's schedules (`schedule.py`), its distributed optimizer
-(`megatron.py`) and torch's `fully_shard` (`fsdp.py`).
+DeepSpeed's ZeRO 0-3 (`zero_engine.py`) and, driven by megatron-core's schedules (`pipeline_engine.py`), its distributed optimizer
+(`megatron_engine.py`) and torch's `fully_shard` (`fsdp_engine.py`).
 
 Invariants: the gradient is the gradient of sum(weighted nll) / (global data tokens of the step), whatever the layout;
 parameters carry their canonical names; every element of the unsharded state is owned by exactly one rank of a replica

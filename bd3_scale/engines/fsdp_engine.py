@@ -10,7 +10,7 @@ With fewer sharers than data-parallel ranks (HSDP, `parallel.shard`) the copies 
 Each layer is a group of its own, gathered and reduced in one collective; so are the embedding and the head. The rest is the root's:
 norms, conditions, learned positions, and a tied embedding where a chunk embeds and scores, or only scores.
 
-Invariants: as in `schedule.py`; a network comes without weights (on the meta device) and is never whole anywhere; between two steps
+Invariants: as in `pipeline_engine.py`; a network comes without weights (on the meta device) and is never whole anywhere; between two steps
 nothing is gathered, so that a forward sees whatever was written to the masters; a step reads nothing back to the host.
 """
 

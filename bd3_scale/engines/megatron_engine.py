@@ -1,10 +1,10 @@
-"""Training under megatron-core's gradient buffers and distributed optimizer, by its schedules (`schedule.py`).
+"""Training under megatron-core's gradient buffers and distributed optimizer, by its schedules (`pipeline_engine.py`).
 
 ZeRO 0 keeps everything on every data-parallel rank; ZeRO 1 divides masters and moments over them (megatron-core's
 DistributedOptimizer). Gradients are summed in fp32, bucket by bucket behind the backward of the last micro-batch; updated
 weights are gathered behind the next forward (`gathers.py`). One data-parallel rank exchanges nothing.
 
-Invariants: as in `schedule.py` and `gathers.py`.
+Invariants: as in `pipeline_engine.py` and `gathers.py`.
 """
 
 from __future__ import annotations

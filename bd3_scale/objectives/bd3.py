@@ -127,9 +127,9 @@ class BlockDiffusion(AbsorbingDiffusion):
     pad_to: int = 1
     """The number of selected positions is padded to a multiple of this, so that shapes repeat."""
     resample: bool = False
-    """Training keeps the masked fraction of every block inside the interval, too (see `resample`)."""
+    """Training keeps the masked fraction of every block inside the interval, too (see `mask_resampling`)."""
     document_end: int | None = None
-    """Documents that share a row and end with this token do not see each other (see `mask`)."""
+    """Documents that share a row and end with this token do not see each other (see `attention_mask`)."""
     row_multiple: int = 1
     """The clean half is cut where nothing is seen of it if it stays a multiple of this."""
     pattern: AttentionPattern = field(init=False)

@@ -4,7 +4,7 @@ Clipping t to [beta, omega] changes nothing but the variance of the train loss a
 block size trains (Arriola et al. 2025, section 5). The statistic of a candidate is the variance, over rows and blocks, of
 a block's mean weighted loss at t ~ U[beta, omega]. A pass at t ~ U[1e-3, 1] has an exact sample of that for every
 candidate at once: its blocks whose t falls inside. With `objective.resample` training draws other masks than that, and
-every block of the pass counts with an importance weight (see `resample`).
+every block of the pass counts with an importance weight (see `mask_resampling`).
 
 From pass to choice:
     Objective.block_samples    -> single blocks of one micro-batch

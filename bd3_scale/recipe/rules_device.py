@@ -1,6 +1,6 @@
 """The rules between a recipe and the device that computes: which attention kernel and which compilation it can have.
 
-Part of `recipe_rules.py`, which asks them. Here stands what the recipe and the kind of device say alone; whether a backend works on the
+Part of `rules.py`, which asks them. Here stands what the recipe and the kind of device say alone; whether a backend works on the
 GPU at hand is found by `engines/kernel_probe.py` when a run starts.
 """
 

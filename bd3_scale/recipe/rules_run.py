@@ -1,6 +1,6 @@
 """The rules for how a run goes in time: the learning rate's schedule, samples left out, changes of a run that is continued.
 
-As `recipe_rules.py`, which asks them; none of these depends on the layout.
+As `rules.py`, which asks them; none of these depends on the layout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What works instead of a recipe that does not: the nearest value of one key, or the nearest layout of the same ranks.
 
-Here is only the search; what must hold is in `recipe_rules.py`, which asks. Invariants: nothing is proposed that was not
+Here is only the search; what must hold is in `rules.py`, which asks. Invariants: nothing is proposed that was not
 tried; the search for a layout changes nothing of the model; it takes milliseconds, at thousands of ranks, too.
 """
 
