@@ -3,7 +3,7 @@
 megatron-core allocates its communication buffers on "the current CUDA device" and names devices "cuda" in a few places.
 Inside the modules listed here, and nowhere else, the name `torch` is bound to a view of torch in which that device is
 the CPU. Nothing is computed differently: the same linears, mappings, schedules, gradient buffers and distributed
-optimizer run, so that what is tested on gloo is what runs on NCCL. Measured facts: shared/facts/megatron-core.md.
+optimizer run, so that what is tested on gloo is what runs on NCCL.
 
 Invariants: torch itself is not touched; the version is pinned, since the list of modules is that of one version; on CUDA
 `install` is never called (the caller decides by the run's device, not by what the machine has).

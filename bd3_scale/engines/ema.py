@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, divided over the ranks exactly as the fp32 masters are.
 
-Decay is ramped as min(decay, (1 + n) / (10 + n)) over updates n (objective.md section 6). Invariant: outside `swapped`
+Decay is ramped as min(decay, (1 + n) / (10 + n)) over updates n (docs/objective.md section 6). Invariant: outside `swapped`
 the network computes with the trained weights, inside with the averaged ones; no copy of the whole model exists.
 """
 

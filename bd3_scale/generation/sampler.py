@@ -1,6 +1,6 @@
 """Text from a network, block by block: denoise a block given the clean blocks before it, commit it, go on.
 
-Two ways to the same tokens (objective.md section 5): with a cache of the finished blocks, or recomputing all (see `cached_forward`). A
+Two ways to the same tokens (docs/objective.md section 5): with a cache of the finished blocks, or recomputing all (see `cached_forward`). A
 block sees itself and the clean blocks that fit into the `context` tokens that end with it, at any length.
 
 Invariants: MASK is never drawn and never left; a row's tokens depend on (seed, row index) and on its own prompt, not on

@@ -2,7 +2,7 @@
 
 The statistics travel as (count, mean, M2) and are joined by Chan's formula, never as sums of squares (which cancel) nor as
 means of per-rank means (which are wrong when ranks hold different numbers of rows). The exact bound is the reference that
-Monte-Carlo losses are tested against (objective.md section 7, property 5). Everything is float64 on the host.
+Monte-Carlo losses are tested against (docs/objective.md section 7, property 5). Everything is float64 on the host.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Masks whose realised fraction stays inside an interval: a truncated binomial count, then a random subset of that size.
 
-`objective.resample` asks for it (objective.md section 4). Given its mask probability p a block of n maskable tokens has
+`objective.resample` asks for it (docs/objective.md section 4). Given its mask probability p a block of n maskable tokens has
 Binomial(n, p) masked ones; here the count is drawn from that distribution restricted to the counts m with m / n inside
 [beta, omega], by inverting its distribution function, and the subset is uniform among those of size m. One draw per
 block: no loop until it fits.

@@ -1,7 +1,7 @@
 """Every random number that touches the data, as a pure function of (seed, purpose, indices).
 
 Why: peers of one replica then draw the same noise without talking, and the noise of a sample depends neither on rank,
-world size, micro-batch nor restarts. No generator is ever part of a run's state (objective.md section 3).
+world size, micro-batch nor restarts. No generator is ever part of a run's state (docs/objective.md section 3).
 
 The streams are those of `keyed_random`. Golden values are in tests/golden/noise.json: a change here makes every older checkpoint resume
 as another run.

@@ -12,7 +12,7 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.stages import stages
 
 VALIDATION_INTERVAL = (1e-3, 1.0)
-"""The reported NELBO always draws t from here, whatever training does (objective.md section 1)."""
+"""The reported NELBO always draws t from here, whatever training does (docs/objective.md section 1)."""
 SELECTED_MULTIPLE = {"cpu": 1, "cuda": 256}
 """Selected positions are padded to a multiple of this: CUDA wants shapes that repeat."""
 ROW_MULTIPLE = {"cpu": 1, "cuda": 128}

@@ -1,5 +1,5 @@
 """The paper's published weights: a random state of their names and of tiny shapes, against a small forward written from the
-description in dependencies.md (LayerNorm in fp32, fused q, k, v, GELU, adaLN at sigma = 0), independent of our network."""
+description of the network (LayerNorm in fp32, fused q, k, v, GELU, adaLN at sigma = 0), independent of our network."""
 
 from __future__ import annotations
 

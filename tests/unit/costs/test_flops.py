@@ -150,7 +150,7 @@ def test_parameters_are_those_of_the_network(world_of_one: object) -> None:
 
 
 def test_published_small_model_has_its_published_size() -> None:
-    """169.6M parameters (objective.md section 6): 12 x 768, conditioning of 128, untied, V = 50258."""
+    """169.6M parameters (docs/objective.md section 6): 12 x 768, conditioning of 128, untied, V = 50258."""
     config = ModelConfig(conditioning="adaln", conditioning_size=128, mlp_bias=True, head_bias=True)
     assert round(count_parameters(config, 50258).total / 1e6, 1) == 169.6
 

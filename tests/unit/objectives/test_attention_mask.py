@@ -31,7 +31,7 @@ def patterns(shapes: list[tuple[int, int]]) -> list[AttentionPattern]:
 
 
 def spelled_out(pattern: AttentionPattern) -> Tensor:
-    """objective.md section 2, pair by pair."""
+    """docs/objective.md section 2, pair by pair."""
     n, block = pattern.length, pattern.block_size
     rows = range(pattern.rows)
 

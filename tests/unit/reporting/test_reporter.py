@@ -32,7 +32,7 @@ LAYOUT = Layout(0, 1, torch.device("cpu"), tensor=1, tensor_rank=0, pipeline=1, 
 TRAIN_KEYS = {
     "step", "loss", "data_tokens", "tokens_per_second", "mfu", "learning_rate", "gradient_norm", "interval", "seconds",
 }  # fmt: skip
-"""design.md section 3."""
+"""What every line of training has, at least."""
 
 
 def recipe(folder: Path, steps: int = 40) -> Recipe:
