@@ -1,7 +1,6 @@
 """What a person sees of a run: a progress line, metrics.jsonl, wandb, plots. Only the leader writes; every rank may call.
 
-Invariant: a training line always has the same keys; train loss and NELBO are different numbers and never
-mixed.
+Invariant: a training line always has the same keys; train loss and NELBO are different numbers and never mixed.
 """
 
 from __future__ import annotations
