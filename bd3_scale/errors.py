@@ -34,10 +34,10 @@ def without_credentials(value: Any) -> Any:
     """A copy without user:password@ and ?signature in URLs, wherever they stand in a text, a list or a mapping."""
     if isinstance(value, dict):
         return {key: without_credentials(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_credentials(item) for item in value)
     if isinstance(value, str) and "://" in value:
-        blotted = re.sub(r"://[^/?\s'\"]*@", "://***@", value)
+        blotted = re.sub(r"://([^/?\s'\"]*|[^/?\s'\"@:]+:[^\s'\"@]*)@", "://***@", value)  # a password may hold a slash
         return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]+", r"\1?***", blotted)
     return value
 

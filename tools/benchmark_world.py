@@ -87,8 +87,8 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
     def of(rank: int) -> list[Fragment]:
         found = []
-        for kind in ("weight", *OPTIMIZERS[recipe.training.optimizer].of(""), "ema"):
-            for name, shape in shapes.items():
+        for name, shape in shapes.items():
+            for kind in ("weight", *OPTIMIZERS[recipe.training.optimizer].of(name), "ema"):
                 whole = Region.whole(shape).numel
                 share = -(-whole // ranks)
                 region = Region.flat(shape, min(rank * share, whole), min((rank + 1) * share, whole))

@@ -45,10 +45,9 @@ def make(
 
 def _made_apart(content: Any) -> bytes | None:
     """None where the process did not get to its end."""
-    package = Path(__file__).parents[2]
-    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", f"from {__name__} import answer; answer()"]
+    package = str(Path(__file__).parents[2])  # behind everything else
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path.append({package!r}); from {__name__} import answer; answer()"]
     try:
         with tempfile.TemporaryFile() as question:  # no pipe: it would be filled by Python, in small pieces
             pickle.dump(content, question)

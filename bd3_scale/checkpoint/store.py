@@ -70,7 +70,7 @@ def save(
 ) -> Path:
     """Save what this rank owns of the state after `step`; collective. Returns the new checkpoint folder in `folder`.
 
-    The fragments of all ranks together must hold every element of every tensor exactly once (replicas use `state.share`).
+    The fragments of all ranks together must hold every element of every tensor exactly once (replicas use `slices.share`).
     `run` is free-form JSON, `recipe` the resolved recipe as YAML text; both count as the leader (rank 0) gives them.
     `may_write` raises where the folder is another job's by now; the leader asks before it deletes or renames anything.
     `replica`: (what this rank's weights are a copy of, the sum of their bits); equal copies must have equal sums. `wrote`: told the name of

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from bd3_scale.generation.load_model import WEIGHTS, read_recipe
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import free_keys
 
 HUB = Path(__file__).parent / "hub"
 CODE = ("configuration_bd3.py", "modeling_bd3.py")
@@ -59,9 +60,9 @@ class _Opened:
 
     @property
     def document(self) -> dict[str, Any]:
-        """What an import needs beside the tensors (`own.FIELDS`)."""
+        """What an import needs beside the tensors (`bd3_export.FIELDS`)."""
         return {
-            "recipe": recipes.to_yaml(self.recipe),
+            "recipe": recipes.to_yaml(_public(self.recipe)),
             "step": self.checkpoint.step,
             "tokenizer": {"name": self.recipe.data.tokenizer, "fingerprint": self.tokenizer.fingerprint},
             "tuner": self.checkpoint.run.get("tuner"),
@@ -128,10 +129,16 @@ def _open(path: str | Path, weights: str) -> _Opened:
     return _Opened(checkpoint, kind, recipe, tokenizer, objective)
 
 
+def _public(recipe: Recipe) -> Recipe:
+    """Without the places of this run's copies: an exported model is made to be given away, and a URL may hold credentials."""
+    data = replace(recipe.data, remote=None, mixture=[replace(source, remote=None) for source in recipe.data.mixture])
+    return replace(recipe, data=data, checkpoint=replace(recipe.checkpoint, remote=None))
+
+
 def _config(opened: _Opened) -> dict[str, Any]:
     """config.json: the network's shape with every default filled in, what sampling needs, and what `import` needs."""
     model, objective, tokenizer = opened.recipe.model, opened.objective, opened.tokenizer
-    shape = {key: value for key, value in asdict(model).items() if key not in ("attention", "initial_std")}
+    shape = {key: value for key, value in asdict(model).items() if key not in {"initial_std", *free_keys("model")}}
     shape |= {"head_width": model.head_size, "key_value_heads": model.kv_heads, "mlp_hidden": model.mlp_size}
     name = CODE[1].removesuffix(".py")
     return {

@@ -29,10 +29,11 @@ from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import block_sizes
 from bd3_scale.recipe.optimizers import OPTIMIZERS
+from bd3_scale.recipe.schema import free_keys
 
 STEPS = 10_000
 """training.steps of the recipe where no budget is asked for."""
-FREE = ("context", "dropout", "attention", "initial_std")
+FREE = {"context", "dropout", "initial_std", *free_keys("model")}
 """Keys of `model` that are not part of the weights."""
 
 

@@ -5,7 +5,7 @@ of the dead ranks stay in it: a rank that looks before its peer has written conn
 The number of restarts would not tell worlds apart, since a change of the number of nodes is not counted as one.
 
 How: every rank says hello with a word that nobody used before and its host; rank 0 answers each word it finds with the name of the world
-and goes on when every rank has taken the answer. Whoever waits says for whom (`runtime.waiting`): rank 0 names the ranks that are
+and goes on when every rank has taken the answer. Whoever waits says for whom (`distributed.waiting`): rank 0 names the ranks that are
 missing, the others where they look for rank 0. Invariants: a rank only believes an answer to its own word, so an old answer cannot reach
 it; the hello of a dead rank is answered in vain, since the living one overwrites it; no clock and no count of restarts is needed; no
 rank waits inside the store, where it could not speak.

@@ -164,7 +164,7 @@ class FsdpEngine(ScheduledEngine):
             unit.set_force_sum_reduction_for_comms(True)
         root: Any = chunk
         root.set_reshard_after_backward(self.zero == 3)
-        # A lookup needs no weight for its gradient, and the head has formed its own in the forward (loss.py).
+        # A lookup needs no weight for its gradient, and the head has formed its own in the forward (loss_head.py).
         if embeds:
             units[0].set_unshard_in_backward(not looked_up)
         if scores:

@@ -1,7 +1,8 @@
 """The optimizers by name: what the recipe says of them, and how each is built around an engine's masters.
 
-Another one is a row of `recipe.optimizers.OPTIMIZERS` (its states) and a row of `BUILDERS`: a torch optimizer with what `SkippingAdamW`
-has besides (`rule`, `begin`, `states`, `resume`).
+Another one that updates element by element is a row of `recipe.optimizers.OPTIMIZERS` (its states) and a row of `BUILDERS`: a torch
+optimizer with what `SkippingAdamW` has besides (`rule`, `begin`, `states`, `resume`). One that needs whole matrices, as muon does, is also
+bound to them (`Engine.bind_optimizer`) and has costs of its own (`costs/orthogonal_step.py`).
 
 Invariant: every master is in exactly one group, and all parameters of a master keep the states of one name.
 """

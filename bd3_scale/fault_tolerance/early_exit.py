@@ -2,7 +2,7 @@
 
 Invariants: only the standard library is imported here, so that the handlers stand before torch is imported (seconds, in which a
 cluster may change its mind); a signal is heard even while the main thread waits in a collective or packs data, which both survive a
-kill at any moment. While `listening` is set, signals belong to a `signals.StopRequest`.
+kill at any moment. While `listening` is set, signals belong to a `stop_request.StopRequest`.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class CachedForward:
         )
 
     def _segments(self, tokens: np.ndarray, noisy_from: int) -> np.ndarray:
-        """int [B, stop]: the document that each position is in (see `mask.document_segments`); a noisy block's is the one before it."""
+        """int [B, stop]: the document of each position (`attention_mask.document_segments`); a noisy block's is the one before it."""
         ends = tokens == self.document_end
         ends[:, 0] = ends[:, noisy_from:] = False
         return np.cumsum(ends, axis=1)

@@ -29,7 +29,7 @@ SHOWN = 8
 def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
     """Never return where `misfit` is only that of a world that may yet grow to one that fits; at once where it is not.
 
-    To be called while signals end this process (`runtime.leaving`). Raises RecipeError where another job owns `run.dir`, and TrainingError
+    To be called while signals end this process (`early_exit`). Raises RecipeError where another job owns `run.dir`, and TrainingError
     where one has taken over.
     """
     fitting = [ranks for ranks in larger_worlds() if _fits(recipe, ranks, device)]

@@ -72,7 +72,7 @@ class Embedding(VocabParallelEmbedding):
     """tokens int64 [batch, rows] -> [rows, batch, hidden], of which a rank gets its part where rows are divided.
 
     With `noise` [batch, n] the first n columns are words that are noised (see `simplex`): their expected embeddings come first, and
-    a rank's part is its part of them and its part of the others, as `stream.py` has it.
+    a rank's part is its part of them and its part of the others, as `sequence_shards.py` has it.
     """
 
     words: int
@@ -122,7 +122,7 @@ class SharedKeyValue(nn.Module):
 class Linears:
     """Makes the linears and the embedding of a model for one tensor-parallel group of megatron.core.parallel_state.
 
-    `sequence`: between the linears each rank holds its part of the rows (see `stream.py`). `vocabulary_multiple`: ids per
+    `sequence`: between the linears each rank holds its part of the rows (see `sequence_shards.py`). `vocabulary_multiple`: ids per
     rank are padded to a multiple of it, for the matrix units of a GPU; padded ids can neither be looked up nor win.
     """
 

@@ -4,8 +4,8 @@ Which rows those are is known before the step (`NetworkInputs.selected`). The la
 [rows, batch, hidden] -> [n, hidden], and from there on is the same code on fewer rows. Attention alone keeps the shape that its
 kernels know: the queries of the others are zeros, their outputs are dropped, so that nothing comes back to them either.
 
-Where ranks divide the rows (see `stream.py`), how many of them a rank has selected is the data's choice, which no shape may follow.
-So the n rows are divided anew, n / R to a rank: each puts what it has of them into their places, zeros elsewhere, and a
+Where ranks divide the rows (see `sequence_shards.py`), how many of them a rank has selected is the data's choice, which no shape may
+follow. So the n rows are divided anew, n / R to a rank: each puts what it has of them into their places, zeros elsewhere, and a
 reduce-scatter hands every rank its part; a sum of one row and zeros is exact. From there on they are rows divided as any others.
 
 Invariant: padding (weight 0) repeats row 0 of sample 0, which no objective selects (token 0 is never masked), and adds nothing to any

@@ -1,6 +1,6 @@
 """The expected embedding of noised words, softmax(x_t) E, without a tensor of positions x words.
 
-Some positions at a time the masses of all words are made from the keys of the noise (`diffusion.simplex`), multiplied with the
+Some positions at a time the masses of all words are made from the keys of the noise (`objectives.simplex`), multiplied with the
 embedding and let go. They depend on no parameter: the gradient is that of the embedding alone, for which the backward makes the
 masses of each chunk once more. Nothing but keys, levels and sums is kept.
 

@@ -71,7 +71,7 @@ class Shared:
     scored: Rows
     """What is left of them behind the last layer."""
     kernel: str = "auto"
-    """Of attention (see `kernels.attend`)."""
+    """Of attention (see `attention_kernels.attend`)."""
     mask: Any = None
     """FlexAttention's of all rows; None where the kernel needs none."""
     scored_mask: Any = None

@@ -2,7 +2,7 @@
 
 Tried are tensor and pipeline sizes, interleaving, ZeRO stages (also by FSDP, and with a copy on each node), micro-batches and
 recomputation; model, batch and budget stay as they are. Tensor parallelism stays on a node. Invariants: nothing is listed that
-`config.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by memory.
+`recipe.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A recipe on so many devices of one kind: everything that a plan derives before it counts anything.
 
-Invariant: a `Situation` only exists for a recipe that `config.validate` takes at this world size, on this kind of device.
+Invariant: a `Situation` only exists for a recipe that `recipe.validate` takes at this world size, on this kind of device.
 """
 
 from __future__ import annotations

@@ -74,9 +74,10 @@ def batch_schedule(value: Any) -> BatchSchedule:
         if phases:
             more = max(0, -(-(start - samples) // phases[-1].rows))
             step, samples = step + more, samples + more * phases[-1].rows
-            if more == 0:
+            if phases[-1].step == step:
                 phases.pop()  # the samples of its updates already reach this one
-        phases.append(BatchPhase(step, samples, rows))
+        if not phases or phases[-1].rows != rows:
+            phases.append(BatchPhase(step, samples, rows))
     return BatchSchedule(tuple(phases))
 
 

@@ -6,6 +6,8 @@ nothing is silently changed; nothing here touches torch.distributed.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -53,8 +55,9 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
         where = f"{full_key}: " if full_key else ""
         raise RecipeError(f"{where}{_one_line(error)}; see python -m bd3_scale.recipe for all keys") from None
     assert isinstance(recipe, Recipe)
-    if isinstance(recipe.training.global_batch, str) and recipe.training.global_batch.isdecimal():  # of an environment variable
-        recipe.training.global_batch = int(recipe.training.global_batch)
+    if isinstance(recipe.training.global_batch, str):  # of an environment variable
+        with contextlib.suppress(ValueError):
+            recipe.training.global_batch = json.loads(recipe.training.global_batch)
     if rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe

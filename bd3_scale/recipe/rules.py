@@ -330,9 +330,12 @@ def every_replica_has_a_row(case: Case) -> Problem | None:
         """The same rows: more ranks for each replica."""
         return nearest_layout(case, works, accepted=lambda found: case.world_size // (found.tensor * found.pipeline) <= batch)
 
+    def cures() -> list[str | None]:
+        found = [_first(case, every_replica_has_a_row, "training.global_batch", rows), fewer_replicas()]
+        return found if len(case.recipe.batches.phases) == 1 else found[::-1]  # a run cannot change the batches that it has had
+
     return Problem(
-        f"training.global_batch = {as_yaml(asked)} must be at least the data-parallel ranks = {replicas} because each needs a row",
-        lambda: [_first(case, every_replica_has_a_row, "training.global_batch", rows), fewer_replicas()],
+        f"training.global_batch = {as_yaml(asked)} must be at least the data-parallel ranks = {replicas} because each needs a row", cures
     )
 
 

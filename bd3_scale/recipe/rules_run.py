@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from bd3_scale.recipe.objective_kinds import block_sizes
-from bd3_scale.recipe.schema import KEYS
+from bd3_scale.recipe.schema import KEYS, TrainingConfig
 from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml
 
 
@@ -34,6 +34,14 @@ def rewarmup_has_its_change(case: Case) -> Problem | None:
     return Problem(text, lambda: ["set training.rewarmup=0"])
 
 
+def momentum_has_its_optimizer(case: Case) -> Problem | None:
+    training, default = case.recipe.training, TrainingConfig().momentum
+    if training.optimizer == "muon" or training.momentum == default:
+        return None
+    text = f"training.momentum = {training.momentum} is muon's, but training.optimizer = {training.optimizer} has training.betas"
+    return Problem(text, lambda: [f"set training.momentum={default}", "set training.optimizer=muon"])
+
+
 def skipped_ranges_ascend(case: Case) -> Problem | None:
     ranges = case.recipe.data.skip
     pairs = all(isinstance(one, (list, tuple)) and len(one) == 2 and all(type(place) is int for place in one) for one in ranges)
@@ -52,4 +60,4 @@ def amended_keys_may_be(case: Case) -> Problem | None:
     return Problem(text, lambda: [f"use some of {', '.join(amendable)}"])
 
 
-RUN_RULES = (decay_has_its_schedule, rewarmup_has_its_change, skipped_ranges_ascend, amended_keys_may_be)
+RUN_RULES = (decay_has_its_schedule, rewarmup_has_its_change, momentum_has_its_optimizer, skipped_ranges_ascend, amended_keys_may_be)

@@ -433,3 +433,8 @@ class Recipe:
 
 KEYS = facts_of(Recipe)
 """{dotted key: its facts}, of every key of every section."""
+
+
+def free_keys(section: str) -> set[str]:
+    """Keys of a section that may change whenever a run is continued."""
+    return {name.split(".")[1] for name, facts in KEYS.items() if name.startswith(f"{section}.") and facts.change == "free"}

@@ -1,4 +1,4 @@
-"""Second half of preparing a corpus: which tokens of the chunks (tokenized.py) each shard holds, and writing one shard.
+"""Second half of preparing a corpus: which tokens of the chunks (tokenization.py) each shard holds, and writing one shard.
 
 Which tokens a row holds follows from the lengths of the documents alone, so that every shard can be written by itself, in any process.
 Invariants: a shard's file and its entry are a function of the corpus and the options; the entry (journal.py) is written when the file is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ def transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return transformers
 
 
-def checkpoint_of(folder: Path, name: str) -> Path:
+def checkpoint_of(folder: Path, name: str, more: Sequence[str] = ()) -> Path:
     """A checkpoint of random weights and other averages, after 5 steps."""
     recipe_file = folder / "asked.yaml"
     recipe_file.write_text("{}")
-    recipe = recipes.load(recipe_file, [*SMALL, *NETWORKS[name]])
+    recipe = recipes.load(recipe_file, [*SMALL, *NETWORKS[name], *more])
     recipes.validate(recipe)
     generator = torch.Generator().manual_seed(0)
     fragments = []
@@ -171,6 +172,16 @@ def test_tokenizer_files_give_our_ids(name: str, transformers: Any, tmp_path: Pa
         assert theirs(text).input_ids == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
     assert (theirs.mask_token_id, theirs.eos_token_id, len(theirs)) == (ours.mask_id, ours.end_of_text, ours.model_vocabulary_size)
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_an_exported_model_says_nothing_of_copies(out: str, tmp_path: Path) -> None:
+    """A URL may hold credentials, and an exported model is made to be given away."""
+    copies = [f"{key}=s3://secret@bucket/{key}" for key in ("data.remote", "checkpoint.remote")]
+    assert b"secret" in (checkpoint_of(tmp_path, "plain", copies) / "recipe.yaml").read_bytes()
+    assert convert("export", tmp_path, tmp_path / out) == 0
+    files = [path for path in (tmp_path / out, *(tmp_path / out).rglob("*")) if path.is_file()]
+    assert files and not [path for path in files if b"secret" in path.read_bytes()]
 
 
 def test_nothing_is_overwritten_and_damage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ def test_every_update_is_the_one_that_a_walk_finds(value: list[list[int]]) -> No
         samples += rows
     steps = [phase.step for phase in schedule.phases]
     assert steps == sorted(set(steps)), "every phase has an update"
+    assert all(one.rows != other.rows for one, other in pairwise(schedule.phases)), "every phase is another number"
     assert {phase.rows for phase in schedule.phases} <= {rows for _, rows in value}
 
 

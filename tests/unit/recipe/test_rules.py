@@ -51,6 +51,7 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("training.betas=[0.9,1.5]", 1, "cpu", "set training.betas="),
         ("training.learning_rate=inf", 1, "cpu", "set training.learning_rate="),
         ("training.precision=fp16", 1, "cuda", "set training.precision=bf16"),
+        ("training.momentum=0.5", 1, "cpu", "set training.momentum=0.95, or set training.optimizer=muon"),
         ("model.dropout=1.5", 1, "cpu", "set model.dropout="),
         ("objective.block_size=7", 1, "cpu", "set it to 8"),
         ("objective.kind=ar", 1, "cpu", "set objective.block_size=null"),

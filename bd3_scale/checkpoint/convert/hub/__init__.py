@@ -1,1 +1,0 @@
-"""Modelling code that is copied into exported Hugging Face directories. It imports torch and transformers, nothing of ours."""
