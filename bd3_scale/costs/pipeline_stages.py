@@ -140,6 +140,6 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
 
 def selected_share(recipe: Recipe, pattern: AttentionPattern, interval: Sequence[float] | None = None) -> float:
     """Expected share of the data tokens that reach the head in training; `interval`: a tuned one."""
-    if recipe.objective.traits.scores_every_token:
+    if pattern.kind == "causal" or recipe.objective.traits.scores_every_token:
         return 1.0
     return expected_masked(recipe.objective.schedule, interval or recipe.objective.interval)

@@ -180,6 +180,9 @@ SAID_BY_OTHERS = {
     "muon: data 3, zero 3", "muon: data 4, zero 0", "muon: data 4, deepspeed, zero 1",
     "muon: data 4, fsdp, shard 2, zero 3", "muon: tensor 2, data 2, zero 0", "muon: tensor 2, data 2, sequence",
     "muon: tensor 2, pipeline 2, sequence", "muon: pipeline 2 x 2 interleaved, data 2, zero 2",
+    "data 2, zero 2", "pipeline 2, zero 0", "data 3, zero 1", "data 4, zero 0", "pipeline 2, data 2", "pipeline 2, zero 2",
+    "pipeline 2 x 2 interleaved, zero 2", "tensor 4, sequence, shared key heads", "tensor 2, data 2, sequence, zero 2",
+    "tied: pipeline 2, data 2, zero 3", "muon: tensor 2, data 2, zero 3",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]

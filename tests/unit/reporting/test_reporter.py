@@ -127,7 +127,7 @@ def test_a_ramp_has_its_tokens_and_the_time_left_counts_them(
     asked, clock = recipe(tmp_path), Clock()
     asked.training.global_batch = [[0, 8], [160, 16]]
     monkeypatch.setattr("time.perf_counter", clock)
-    reporter = Reporter(asked, LAYOUT, tmp_path, {}, first_step=10, flops_per_token=1e9)
+    reporter = Reporter(asked, LAYOUT, tmp_path, first_step=10)
     clock.advance(10.0)
     line = train(reporter, 20, 4.5)
     assert capsys.readouterr().err.endswith("ETA 00:40\n"), "20 steps of twice the rows"
