@@ -22,8 +22,8 @@ from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.errors import CheckpointError
 from bd3_scale.generation.load_model import read_recipe
 from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.optimizers import ADAM
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 DIVIDED_BY_COLUMNS = ("attention.output.weight", "mlp.down.weight")
 """Weights that tensor parallelism divides along dimension 1; all others along 0."""
 
@@ -36,7 +36,7 @@ def write_universal(checkpoint: Checkpoint, out: Path) -> None:
             f"checkpoint {checkpoint.path} is of training.optimizer={recipe.training.optimizer}, whose states DeepSpeed's AdamW cannot go "
             "on from; export it to a .safetensors file"
         )
-    missing = {"weight", *MOMENTS} - set(checkpoint.kinds)
+    missing = {"weight", *ADAM} - set(checkpoint.kinds)
     if missing:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} has no {', '.join(sorted(missing))}, and a universal checkpoint is one to go on from; export "
@@ -48,7 +48,7 @@ def write_universal(checkpoint: Checkpoint, out: Path) -> None:
         parameter = folder / "zero" / name
         parameter.mkdir(parents=True)
         dimension = 1 if name.endswith(DIVIDED_BY_COLUMNS) else 0
-        for kind, file in {"weight": "fp32", **{moment: moment for moment in MOMENTS}}.items():
+        for kind, file in {"weight": "fp32", **{moment: moment for moment in ADAM}}.items():
             value = checkpoint.read(kind, name)
             torch.save({"param": value, "cat_dim": dimension}, parameter / f"{file}.pt")
             if kind == "weight":

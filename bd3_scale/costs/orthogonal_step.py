@@ -23,6 +23,7 @@ from bd3_scale.costs.parameter_shapes import units_of
 from bd3_scale.recipe import Recipe
 
 STEPS = 5
+"""Of the iteration; torch's."""
 
 
 def exchanged_bytes(recipe: Recipe, stages: Sequence[range], vocabulary: int, sharers: int, weight: int) -> int:

@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_scale.costs.orthogonal_step import STEPS
 from bd3_scale.engines.adamw import SkippingAdamW, StepRule
 from bd3_scale.engines.matrix_owners import MatrixOwners, Piece
 from bd3_scale.recipe.schema import ModelConfig
 
-COEFFICIENTS, STEPS, EPSILON = (3.4445, -4.7750, 2.0315), 5, 1e-7
+COEFFICIENTS, EPSILON = (3.4445, -4.7750, 2.0315), 1e-7
 """torch's."""
 MOMENTUM = "momentum_buffer"
 Held = tuple[Tensor, list[tuple[int, Piece]]]

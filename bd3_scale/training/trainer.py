@@ -34,6 +34,7 @@ class Trainer:
         self.engine, self.ema, self.objectives, self.feed = parts.engine, parts.ema, parts.objectives, parts.feed
         self.report, self.saver, self.pulse, self.pace = parts.report, parts.saver, parts.pulse, parts.pace
         self.validator, self.unigram, self.stop, self.owner = parts.validator, parts.unigram, parts.stop, parts.owner
+        self.batches = parts.recipe.batches  # read from the key once, not at every step
         self.step, self.samples, self.total_steps = parts.step, parts.samples, parts.recipe.total_steps
         self.validated: Validated | None = None
 
@@ -77,7 +78,7 @@ class Trainer:
     def _advance(self, step: int) -> None:
         """The run is at `step`, and what was tuned with it: another block size begins its search anew."""
         self.step = step
-        if self.objectives.advance(step) or self.recipe.batches.begins(step):
+        if self.objectives.advance(step) or self.batches.begins(step):
             self.engine.adam.rule.forget()  # norms of another loss, or of another noise
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,12 +88,12 @@ class Trainer:
         taken = self.feed.take(self.step, self.samples)
         self.pulse.waits = False
         self.pace.begin_step(time.perf_counter() - start)
-        batch = recipe.batches.rows_at(self.step)
+        batch = self.batches.rows_at(self.step)
         loss = self.engine.forward_backward(taken.inputs, batch * taken.objective.scored_tokens_per_row)
         norm = self.engine.step(rate_of(recipe, self.step))
         before = self.tuning
         self._advance(self.step + 1)
-        if self.tuning is not before or recipe.batches.begins(self.step):
+        if self.tuning is not before or self.batches.begins(self.step):
             self.pulse.forget()
         self.samples += batch
         if self.ema is not None:
@@ -119,7 +120,7 @@ class Trainer:
 
     def _diverged(self, in_a_row: int, loss: float) -> str:
         """What was left out, and both ways on."""
-        ranges, before = self.recipe.data.skip, self.recipe.batches.samples_before(self.step - in_a_row)
+        ranges, before = self.recipe.data.skip, self.batches.samples_before(self.step - in_a_row)
         first, last = (place_of(sample, ranges) for sample in (before, self.samples - 1))
         kept = [one for one in ranges if one[1] <= first or one[0] > last]  # others may lie among these samples
         skip, rate = as_yaml(sorted([*kept, [first, last + 1]])), self.recipe.training.learning_rate / 2
