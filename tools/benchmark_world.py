@@ -79,6 +79,11 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
     timed("manifest", lambda: Manifest.load(file))
     timed("order", lambda: GlobalOrder(rows, 0, 16).sample_ids(10**8, recipe.batches.largest))
     started = time.perf_counter() - began
+    for window in (16, 256):
+        for by_shard in (False, True):
+            few = shards_read(rows, window, max(recipe.batches.largest, 2 * ranks), ranks, by_shard)
+            grouped = ", data.group_by_shard" if by_shard else ""
+            result[f"shards of a window of {window} that a replica reads{grouped}"] = round(few, 1)
 
     with torch.device("meta"):
         network = Transformer(recipe.model, 50258, 50257, Linears(1))
@@ -129,6 +134,32 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
     result["descriptors open"] = len(os.listdir("/proc/self/fd"))
     result["descriptors needed at most"] = files_needed(ranks)
     return result
+
+
+def shards_read(rows: list[int], window: int, batch: int, replicas: int, by_shard: bool) -> float:
+    """The mean over four replicas of how many shards of the first window they read."""
+    import numpy as np
+
+    from bd3_scale.data.loader import Loader
+    from bd3_scale.data.order import GlobalOrder
+
+    class Reader:
+        fetches = False
+        seen: set[int]
+
+        def rows(self, indices: Any) -> Any:
+            self.seen |= set((np.asarray(indices) // rows[0]).tolist())
+            return np.zeros((len(indices), 1), np.int64)
+
+    reader, order, found = Reader(), GlobalOrder(rows, 0, window), []
+    for replica in (0, replicas // 3, replicas // 2, replicas - 1):
+        reader.seen = set()
+        place: dict[str, Any] = {"micro_batch": None, "replica": replica, "replicas": replicas, "by_shard": by_shard}
+        with Loader(reader, order, global_batch=batch, prefetch=0, **place) as loader:  # type: ignore[arg-type]
+            for position in range(0, window * rows[0] - batch + 1, batch):
+                loader.micro_batches(position)
+        found.append(len(reader.seen))
+    return float(np.mean(found))
 
 
 def _launches(action: Callable[[], Any]) -> float:

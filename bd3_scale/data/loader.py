@@ -11,6 +11,7 @@ opened ahead (from a remote, fetched first, and those of windows that are read a
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bd3_scale.data.order import WHOLE, Share
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.batches import at_least, batch_schedule
 from bd3_scale.recipe.environment import launched
@@ -30,7 +32,8 @@ class Order(Protocol):
     """Places of the run -> row numbers, and the shards they stand in; see GlobalOrder."""
 
     def sample_ids(self, position: int, count: int) -> np.ndarray: ...
-    def shards(self, position: int, count: int, ahead: int) -> tuple[list[int], list[int]]: ...
+    def window_places(self, position: int, count: int) -> np.ndarray: ...
+    def shards(self, position: int, count: int, ahead: int, share: Share = ...) -> tuple[list[int], list[int]]: ...
 
 
 class Rows(Protocol):
@@ -95,11 +98,14 @@ class Loader:
         replicas: int,
         prefetch: int = 2,
         download_ahead: int = 0,
+        by_shard: bool = False,
+        host: range | None = None,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> None:
         """`global_batch`: rows, or a schedule as `training.global_batch` has it. `micro_batch`: the most rows at a time. `download_ahead`:
-        shards fetched and opened after those of the batches read ahead. `prepare`: (samples consumed, its micro-batches) -> what `take`
-        gives with them, made where they are read.
+        shards fetched and opened after those of the batches read ahead. `by_shard`: the rows of a batch stand in the order of their
+        shards, so that a replica reads few of them. `host`: the replicas that share this host's folder (this one alone). `prepare`:
+        (samples consumed, its micro-batches) -> what `take` gives with them, made where they are read.
 
         Raises RecipeError where there are fewer rows than replicas.
         """
@@ -116,6 +122,8 @@ class Loader:
         self._prepare = prepare
         self._ahead: dict[int, Future[tuple[list[MicroBatch], Any]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data-loader") if prefetch else None
+        self._by_shard, self._host = by_shard, range(replica, replica + 1) if host is None else host
+        self._replica, self._replicas = replica, replicas
         self._download_ahead, self._closing = download_ahead, threading.Event()
         self._downloader = ThreadPoolExecutor(1, thread_name_prefix="data-download") if reader.fetches or download_ahead else None
         self._downloading: Future[None] | None = None
@@ -171,17 +179,21 @@ class Loader:
     def _read(self, position: int) -> list[MicroBatch]:
         batch = self._batches.rows_after(position)
         parts = self._parts[batch]
-        rows = self._reader.rows(self._order.sample_ids(position, batch)[parts.slots])
+        ids = self._order.sample_ids(position, batch)
+        if self._by_shard:
+            ids = ids[np.argsort(self._order.window_places(position, batch), kind="stable")]
+        rows = self._reader.rows(ids[parts.slots])
         return [MicroBatch(parts.slots[places], rows[places], real) for places, real in zip(parts.places, parts.real, strict=True)]
 
     def _download(self, position: int) -> None:
         """Let go of the shards that were read, fetch those that come, nearest first, as far as there is room, and open them."""
-        needed, following = self._order.shards(position, self._positions(position)[-1] - position, self._download_ahead)
-        coming = needed + following
+        coming = self._coming(position, range(self._replica, self._replica + 1))
         self._reader.keep_open(coming)
-        for shard in coming if self._reader.fetches else []:
-            if self._closing.is_set() or not self._reader.fetch(shard, coming):
-                break
+        if self._reader.fetches:
+            of_host = self._coming(position, self._host)  # what one process of the host does not need another may
+            for shard in of_host:
+                if self._closing.is_set() or not self._reader.fetch(shard, of_host):
+                    break
         # The processes of a node check different ones first, and then find those of the others checked.
         here = launched()
         first = len(coming) * here.local_rank // here.local_world_size
@@ -190,11 +202,23 @@ class Loader:
                 return
             self._reader.open_ahead(shard, coming)
 
+    def _coming(self, position: int, replicas: range) -> list[int]:
+        """The shards of the batches that are read and of what comes after them, nearest first, that these replicas read."""
+        share = WHOLE
+        if self._by_shard:
+            # How far a batch's rows are from an even draw of their window, times three: what lies beyond is opened when it is read.
+            margin = 1.5 / math.sqrt(self._batches.smallest)
+            share = (replicas.start / self._replicas - margin, replicas.stop / self._replicas + margin)
+        needed, following = self._order.shards(position, self._positions(position)[-1] - position, self._download_ahead, share)
+        return needed + following
+
 
 def validation_rows(reader: Rows, count: int, replica: int, replicas: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replica `replica`'s share of the first `count` held-out rows (fewer if there are fewer): every `replicas`-th of them.
+    """Replica `replica`'s share of the first `count` held-out rows (fewer if there are fewer): rows that follow each other, so that it
+    reads few shards.
 
     Returns (row_indices int64 [n], rows int64 [n, L]); shares differ by at most one row. The index keys the row's noise.
     """
-    indices = np.arange(replica, min(count, len(reader)), replicas, dtype=np.int64)
+    total = min(count, len(reader))
+    indices = np.arange(total * replica // replicas, total * (replica + 1) // replicas, dtype=np.int64)
     return indices, reader.rows(indices)

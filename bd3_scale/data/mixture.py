@@ -16,7 +16,7 @@ from math import lcm
 import numpy as np
 
 from bd3_scale.data.loader import Rows, TrainingRows
-from bd3_scale.data.order import GlobalOrder
+from bd3_scale.data.order import WHOLE, GlobalOrder, Share
 from bd3_scale.errors import DataError
 from bd3_scale.recipe.mixture_weights import exact_weight, weights_problem
 
@@ -89,13 +89,22 @@ class MixedOrder:
             ids[chosen] = self._first_row[source] + order.sample_ids(int(first), len(chosen))
         return ids
 
-    def shards(self, position: int, count: int, ahead: int) -> tuple[list[int], list[int]]:
+    def window_places(self, position: int, count: int) -> np.ndarray:
+        """As GlobalOrder.window_places, in the windows of the sources."""
+        sources, _ = self._mixture.at(np.arange(position, position + count))
+        places = np.empty(count)
+        for source, (order, first) in enumerate(zip(self._orders, self._mixture.counts(position), strict=True)):
+            chosen = np.flatnonzero(sources == source)
+            places[chosen] = order.window_places(int(first), len(chosen))
+        return places
+
+    def shards(self, position: int, count: int, ahead: int, share: Share = WHOLE) -> tuple[list[int], list[int]]:
         """As GlobalOrder.shards; the `ahead` of each source."""
         needed: list[int] = []
         following: list[int] = []
         spans = zip(self._mixture.counts(position).tolist(), self._mixture.counts(position + count).tolist(), strict=True)
         for order, offset, (first, last) in zip(self._orders, self._first_shard.tolist(), spans, strict=False):
-            own_needed, own_following = order.shards(first, max(1, last - first), ahead)
+            own_needed, own_following = order.shards(first, max(1, last - first), ahead, share)
             needed += [offset + shard for shard in own_needed]
             following += [offset + shard for shard in own_following]
         return needed, following

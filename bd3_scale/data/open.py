@@ -92,6 +92,7 @@ class Data:
         micro_batch: int | None,
         replica: int,
         replicas: int,
+        host: range | None = None,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> Loader:
         """What reads the global batches of a run; see `Loader`. Raises DataError where a bounded cache is too small for what is read at a
@@ -108,6 +109,8 @@ class Data:
             replicas=replicas,
             prefetch=self.config.prefetch,
             download_ahead=self.config.download_ahead,
+            by_shard=self.config.group_by_shard,
+            host=host,
             prepare=prepare,
         )
 

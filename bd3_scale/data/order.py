@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from bd3_scale.data.loader import Order
 
 _Kept = TypeVar("_Kept")
+Share = tuple[float, float]
+"""From where to where, as fractions of a window's rows; what lies outside of [0, 1] is nothing."""
+WHOLE: Share = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class _Epoch:
     """Shard numbers in the order of the epoch."""
     starts: np.ndarray
     """Place in the epoch of the first sample of each window, and the end: int64 [windows + 1]."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The samples of one window in the order of the run."""
+
+    ids: np.ndarray
+    """int64 [samples]."""
+    shard: np.ndarray
+    """The shard of each, counted from the window's first one: int32 [samples]."""
+    starts: np.ndarray
+    """Where each shard of the window begins, as a fraction of the window's rows: float64 [shards]."""
 
 
 class GlobalOrder:
@@ -51,23 +66,20 @@ class GlobalOrder:
             raise DataError("the training split has no rows; prepare more text, or rows of a smaller model.context")
         self._seed, self._window = seed, window
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
     def sample_ids(self, position: int, count: int) -> np.ndarray:
         """The samples at places position ... position + count - 1 of the run, which counts on over epochs: int64 [count]."""
-        pieces = []
-        while count > 0:
-            epoch_number, place = divmod(position, self.epoch_samples)
-            epoch = self._epoch(epoch_number)
-            window = int(np.searchsorted(epoch.starts, place, side="right")) - 1
-            start = place - int(epoch.starts[window])
-            piece = self._window_ids(epoch_number, window)[start : start + count]
-            pieces.append(piece)
-            position, count = position + len(piece), count - len(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        return np.concatenate([np.empty(0, np.int64), *(window.ids[part] for window, part in self._pieces(position, count))])
 
-    def shards(self, position: int, count: int, ahead: int) -> tuple[list[int], list[int]]:
-        """The shards of the windows that `sample_ids(position, count)` reads, and the `ahead` others that come after them."""
+    def window_places(self, position: int, count: int) -> np.ndarray:
+        """Where in its window the shard of each of the same samples begins, in [0, 1): float64 [count]."""
+        pieces = self._pieces(position, count)
+        return np.concatenate([np.empty(0), *(window.starts[window.shard[part]] for window, part in pieces)])
+
+    def shards(self, position: int, count: int, ahead: int, share: Share = WHOLE) -> tuple[list[int], list[int]]:
+        """The shards of the windows that `sample_ids(position, count)` reads, and the `ahead` others that come after them; of each
+        window those alone that lie in `share` of its rows."""
         needed: dict[int, None] = {}
         following: dict[int, None] = {}
         end, horizon = position + count, position + count + 2 * self.epoch_samples  # until then every shard has come
@@ -75,7 +87,9 @@ class GlobalOrder:
             epoch_number, place = divmod(position, self.epoch_samples)
             epoch = self._epoch(epoch_number)
             window = int(np.searchsorted(epoch.starts, place, side="right")) - 1
-            here = epoch.shards[window * self._window : (window + 1) * self._window].tolist()
+            shards = epoch.shards[window * self._window : (window + 1) * self._window]
+            starts, ends = self._fractions(shards)
+            here = shards[(starts < share[1]) & (ends > share[0])].tolist()
             if position < end:
                 needed.update(dict.fromkeys(here))
             else:
@@ -95,12 +109,33 @@ class GlobalOrder:
         starts = np.concatenate([[0], np.cumsum(np.add.reduceat(self._rows[shards], np.arange(0, len(shards), self._window)))])
         return _keep_two(self._epochs, number, _Epoch(shards, starts))
 
-    def _window_ids(self, epoch: int, window: int) -> np.ndarray:
+    def _pieces(self, position: int, count: int) -> list[tuple[_Window, slice]]:
+        """The samples from `position` on as parts of windows."""
+        pieces = []
+        while count > 0:
+            epoch_number, place = divmod(position, self.epoch_samples)
+            epoch = self._epoch(epoch_number)
+            window = int(np.searchsorted(epoch.starts, place, side="right")) - 1
+            start = place - int(epoch.starts[window])
+            length = min(count, int(epoch.starts[window + 1]) - place)
+            pieces.append((self._window_of(epoch_number, window), slice(start, start + length)))
+            position, count = position + length, count - length
+        return pieces
+
+    def _fractions(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of a window's shards begins and ends, as fractions of the window's rows."""
+        ends = np.cumsum(self._rows[shards])
+        total = max(1, int(ends[-1]))
+        return (ends - self._rows[shards]) / total, ends / total
+
+    def _window_of(self, epoch: int, window: int) -> _Window:
         if (known := self._windows.get((epoch, window))) is not None:
             return known
         shards = self._epoch(epoch).shards[window * self._window : (window + 1) * self._window]
         ids = np.concatenate([np.arange(self._first_row[shard], self._first_row[shard + 1]) for shard in shards])
-        return _keep_two(self._windows, (epoch, window), ids[_permutation(self._seed, "row order", len(ids), epoch, window)])
+        order = _permutation(self._seed, "row order", len(ids), epoch, window)
+        shard = np.repeat(np.arange(len(shards), dtype=np.int32), self._rows[shards])
+        return _keep_two(self._windows, (epoch, window), _Window(ids[order], shard[order], self._fractions(shards)[0]))
 
 
 class SkippingOrder:
@@ -115,9 +150,13 @@ class SkippingOrder:
         pieces = [self._order.sample_ids(place, length) for place, length in self._pieces(position, count)]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
-    def shards(self, position: int, count: int, ahead: int) -> tuple[list[int], list[int]]:
+    def window_places(self, position: int, count: int) -> np.ndarray:
+        """As GlobalOrder.window_places."""
+        return np.concatenate([np.empty(0), *(self._order.window_places(place, length) for place, length in self._pieces(position, count))])
+
+    def shards(self, position: int, count: int, ahead: int, share: Share = WHOLE) -> tuple[list[int], list[int]]:
         """As GlobalOrder.shards."""
-        found = [self._order.shards(place, length, ahead) for place, length in self._pieces(position, count)]
+        found = [self._order.shards(place, length, ahead, share) for place, length in self._pieces(position, count)]
         needed = list(dict.fromkeys(shard for some, _ in found for shard in some))
         return needed, [shard for shard in found[-1][1] if shard not in needed] if found else []
 

@@ -76,6 +76,13 @@ class Layout:
         """Whether this rank has its replica's answers: the first tensor rank of the last stage."""
         return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline - 1
 
+    @property
+    def replicas_of_this_host(self) -> range:
+        """The data ranks that read on this host; all where its ranks belong to several stages."""
+        ranks, width = launched().ranks_of_this_host(self.rank), self.world_size // (self.pipeline * self.data)
+        (first_stage, first), (last_stage, last) = (divmod(rank // width, self.data) for rank in (ranks[0], ranks[-1]))
+        return range(first, last + 1) if first_stage == last_stage else range(self.data)
+
     def sum_of_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the replicas, on every rank, of what the ranks that speak hold."""
         if self.world_size > 1:

@@ -211,6 +211,9 @@ class DataConfig:
     bos_eos, where a row, and so every text of the model, ends with an end of text."""
     window: int = key(16, above=0)
     """Shards that are shuffled together: larger mixes better, smaller streams better."""
+    group_by_shard: bool = False
+    """The rows of each batch stand in the order of their shards, so that every replica reads (fetches, hashes) a few shards of a window and
+    not all; the batches have the same rows, with other noise. For many replicas, with a window of at least as many shards as hosts."""
     document_mask: bool = False
     """Documents that are packed into one row do not see each other; in a block where one ends, from the next block on."""
     skip: list[Any] = key([], change="amend")

@@ -5,8 +5,8 @@ number of micro-batches of the same number of rows, as ZeRO 3 and pipelines need
 computed, and counts nowhere.
 
 Invariants: every slot of the global batch is one row of one replica; shares differ by at most one row; filler stands behind the
-real rows of a replica, in its last micro-batch only; all of it is a function of the three numbers given; where everything divides
-there is no filler, and micro-batch j of replica r holds the slots j * m * R + r * m + i. Nothing here needs torch.
+real rows of a replica, in its last micro-batch only; a replica's slots follow each other, in the order of the replicas; all of it is a
+function of the three numbers given. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -53,24 +53,11 @@ class Shares:
         return each + (replica < left)
 
     def slots(self, replica: int) -> list[range]:
-        """The slots of every micro-batch of a replica, without filler.
-
-        Slots are numbered micro-batch by micro-batch, in each replica by replica, so that the j-th micro-batches of all replicas stand
-        side by side. A range that is shorter than `micro_batch`, or empty, is filled up.
-        """
+        """The slots of every micro-batch of a replica, without filler: a range that is short or empty is filled up."""
         each, left = divmod(self.global_batch, self.replicas)
-
-        def until(micro_batch: int, share: int) -> int:
-            """Rows of a replica with `share` rows in the micro-batches before this one."""
-            return min(share, micro_batch * self.micro_batch)
-
-        found = []
-        for index in range(self.micro_batches):
-            longer, shorter = (until(index + 1, share) - until(index, share) for share in (each + 1, each))
-            before = left * until(index, each + 1) + (self.replicas - left) * until(index, each)
-            first = before + min(replica, left) * longer + max(0, replica - left) * shorter
-            found.append(range(first, first + (longer if replica < left else shorter)))
-        return found
+        first = replica * each + min(replica, left)
+        share = range(first, first + self.rows_of(replica))
+        return [share[index * self.micro_batch : (index + 1) * self.micro_batch] for index in range(self.micro_batches)]
 
     def __str__(self) -> str:
         each = [str(rows) for rows in sorted({self.rows_of(0), self.rows_of(self.replicas - 1)}, reverse=True)]

@@ -48,6 +48,7 @@ class Feed:
             micro_batch=recipe.parallel.micro_batch,
             replica=layout.data_rank,
             replicas=layout.data,
+            host=layout.replicas_of_this_host,
             prepare=self._prepare,
         )
 

@@ -29,26 +29,37 @@ def reader(prepared: dict[str, tuple[Path, Manifest]]) -> ShardReader:
 
 
 def loader(
-    reader: ShardReader, micro_batch: int, replica: int = 0, replicas: int = 1, prefetch: int = 2, download_ahead: int = 0
+    reader: ShardReader,
+    micro_batch: int,
+    replica: int = 0,
+    replicas: int = 1,
+    prefetch: int = 2,
+    download_ahead: int = 0,
+    by_shard: bool = False,
 ) -> Loader:
     order = GlobalOrder(reader.shard_rows, 1, 2)
-    place = {"micro_batch": micro_batch, "replica": replica, "replicas": replicas}
+    place = {"micro_batch": micro_batch, "replica": replica, "replicas": replicas, "by_shard": by_shard}
     return Loader(reader, order, global_batch=GLOBAL_BATCH, prefetch=prefetch, download_ahead=download_ahead, **place)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("by_shard", [False, True])
 @pytest.mark.parametrize(("micro_batch", "replicas", "prefetch"), [(24, 1, 2), (1, 1, 0), (3, 2, 1), (2, 4, 3), (1, 12, 2)])
-def test_replicas_share_the_same_global_batch(reader: ShardReader, micro_batch: int, replicas: int, prefetch: int) -> None:
+def test_replicas_share_the_same_global_batch(reader: ShardReader, micro_batch: int, replicas: int, prefetch: int, by_shard: bool) -> None:
     order = GlobalOrder(reader.shard_rows, 1, 2)
     starts = [step * GLOBAL_BATCH for step in range(len(reader) // GLOBAL_BATCH + 2)]  # over the end of the epoch
     seen = np.full((len(starts), GLOBAL_BATCH), -1)
     for replica in range(replicas):
-        with loader(reader, micro_batch, replica, replicas, prefetch) as opened:
+        with loader(reader, micro_batch, replica, replicas, prefetch, by_shard=by_shard) as opened:
             for step, start in enumerate(starts):
                 batches = opened.micro_batches(start)
-                expected = reader.rows(order.sample_ids(start, GLOBAL_BATCH))
+                ids = order.sample_ids(start, GLOBAL_BATCH).tolist()
+                if by_shard:  # the same rows, in the order of the window's shards
+                    places = dict(zip(ids, order.window_places(start, GLOBAL_BATCH).tolist(), strict=True))
+                    ids = sorted(ids, key=places.__getitem__)
+                expected = reader.rows(ids)
                 assert len(batches) == GLOBAL_BATCH // (micro_batch * replicas)
                 for number, batch in enumerate(batches):
-                    first = number * micro_batch * replicas + replica * micro_batch
+                    first = (replica * len(batches) + number) * micro_batch
                     assert batch.slots.tolist() == list(range(first, first + micro_batch))
                     assert batch.slots.dtype == batch.rows.dtype == np.int64 and (batch.rows == expected[batch.slots]).all()
                     assert (seen[step, batch.slots] == -1).all()
@@ -122,12 +133,46 @@ def test_a_replica_without_a_row_is_refused(reader: ShardReader) -> None:
         loader(reader, 1, 0, 25)
 
 
-def test_validation_rows_are_interleaved(reader: ShardReader) -> None:
+def test_replicas_read_few_shards_of_a_window_where_rows_are_grouped() -> None:
+    """64 replicas, a window of 128 shards, 40 batches: what is opened, and what is opened ahead, is a few shards each and not all."""
+    shard_rows, batch, replicas = [400] * 256, 512, 64
+    order = GlobalOrder(shard_rows, 0, 128)
+    opened: list[set[int]] = []
+    ahead: list[set[int]] = []
+
+    class Shards:
+        fetches = False
+
+        def rows(self, indices: np.ndarray) -> np.ndarray:
+            opened[-1] |= set((indices // 400).tolist())
+            return np.zeros((len(indices), 4), np.int64)
+
+        def keep_open(self, shards: list[int]) -> None:
+            ahead[-1] |= set(shards)
+
+        def open_ahead(self, shard: int, needed: list[int]) -> None:
+            pass
+
+    for replica in range(replicas):
+        opened.append(set())
+        ahead.append(set())
+        place = {"micro_batch": None, "replica": replica, "replicas": replicas, "by_shard": True}
+        with Loader(Shards(), order, global_batch=batch, prefetch=0, download_ahead=1, **place) as one:  # type: ignore[arg-type]
+            for step in range(40):
+                one.micro_batches(step * batch)
+    assert max(map(len, opened)) <= 24 and sum(map(len, opened)) / replicas <= 14, "not every shard of the window"
+    # The middle replica's share of rows is 1/64, and six deviations of a half over the root of 512 on both sides of it.
+    assert max(map(len, ahead)) <= 128 * (1 / 64 + 3 / 512**0.5) + 3
+    seen = sum(len(found & known) for found, known in zip(opened, ahead, strict=True))
+    assert seen >= 0.99 * sum(map(len, opened)), "what is read was opened ahead"
+
+
+def test_validation_rows_of_a_replica_follow_each_other(reader: ShardReader) -> None:
     parts = [validation_rows(reader, 11, replica, 3) for replica in range(3)]
-    assert [part[0].tolist() for part in parts] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
+    assert [part[0].tolist() for part in parts] == [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10]]
     assert all((rows == reader.rows(indices)).all() for indices, rows in parts)
     assert len(validation_rows(reader, 10**9, 0, 1)[0]) == len(reader)
-    assert validation_rows(reader, 1, 2, 3)[1].shape == (0, 64)
+    assert validation_rows(reader, 1, 0, 3)[1].shape == (0, 64)
 
 
 LAYOUTS = [(tensor, pipeline, data) for tensor in (1, 2) for pipeline in (1, 2) for data in (1, 2, 3, 4) if tensor * pipeline * data <= 4]

@@ -134,6 +134,9 @@ def test_the_shards_of_a_mixture_are_those_that_are_read(config: DataConfig) -> 
         for start in range(0, 2000, 37):
             needed, following = order.shards(start, 40, 2)
             read = np.searchsorted(first, order.sample_ids(start, 40), side="right") - 1
+            early = order.window_places(start, 40) < 0.5
+            assert set(read[early]) <= set(order.shards(start, 40, 2, (0.0, 0.5))[0])
+            assert early.any() and [order.window_places(start + n, 1)[0] < 0.5 for n in range(40)] == early.tolist()
             assert set(read.tolist()) <= set(needed) and not set(needed) & set(following)
 
 

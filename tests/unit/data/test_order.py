@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_a_jump_costs_a_window_not_the_data_set() -> None:
     assert len(set(ids.tolist())) == 512 and len(set((ids // 8000).tolist())) <= 16
 
 
+@given(
+    shard_rows=SHARDS, window=st.integers(1, 5), position=st.integers(0, 100), cuts=st.lists(st.floats(0.01, 0.99), max_size=3, unique=True)
+)
+def test_shares_of_a_window_have_the_shards_of_their_samples(shard_rows: list[int], window: int, position: int, cuts: list[float]) -> None:
+    order, count = GlobalOrder(shard_rows, 5, window), 12
+    shards = np.searchsorted(np.cumsum(shard_rows), order.sample_ids(position, count), side="right")
+    places = order.window_places(position, count)
+    borders = [0.0, *sorted(cuts), 1.0]
+    shares = list(itertools.pairwise(borders))
+    parts = [order.shards(position, count, 0, share)[0] for share in shares]
+    for shard, place in zip(shards.tolist(), places.tolist(), strict=True):
+        assert all(shard in part for part, (first, stop) in zip(parts, shares, strict=True) if first <= place < stop)
+    assert {shard for part in parts for shard in part} >= {s for s in order.shards(position, count, 0)[0] if shard_rows[s]}
+
+
 def test_half_a_million_shards_are_no_burden() -> None:
     rows = np.random.default_rng(0).integers(380, 420, 500_000)
     tracemalloc.start()
@@ -107,6 +123,7 @@ def test_samples_left_out_are_those_of_the_ranges(shard_rows: list[int], cuts: l
     left = [place for place in range(400) if not any(first <= place < stop for first, stop in ranges)]
     expected = [order.sample_ids(place, 1)[0] for place in left[position : position + count]]
     assert skipping.sample_ids(position, count).tolist() == expected
+    assert skipping.window_places(position, count).tolist() == [order.window_places(p, 1)[0] for p in left[position : position + count]]
     read = np.searchsorted(np.cumsum([0, *shard_rows]), expected, side="right") - 1
     needed, following = skipping.shards(position, count, 2)
     assert set(read.tolist()) <= set(needed) and not set(needed) & set(following)
