@@ -64,7 +64,7 @@ def _import(options: argparse.Namespace) -> None:
     rows = {rule.rows for rule in found.key_map.whole}
     print(f"{found.origin}: {recipe.model.layers} layers x {recipe.model.hidden}, context {recipe.model.context} -> {written.checkpoint}")
     if "vocabulary" in rows:
-        print("MASK is a new last id; its embedding starts as the mean of all others")
+        print("MASK is a new last id; its embedding starts as the mean of those that text has")
     if found.origin.endswith("(Hugging Face)"):
         print(f"rows of {recipe.model.context} tokens (--set model.context=N for others); the objective goes on as {recipe.objective.kind}")
     if written.trainable:

@@ -161,7 +161,7 @@ def describe(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
 def _rotary_base(config: dict[str, Any]) -> float:
     parameters = config.get("rope_parameters")  # where newer versions of transformers write it
     base = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-    return float(config.get("rope_theta") or base or 10000.0)
+    return float(base or config.get("rope_theta") or 10000.0)
 
 
 def _unscaled(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ Invariant: only `fp32.pt` is read; moments stay behind, because the run that sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,6 +33,9 @@ class UniversalFolder:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
+
+    def require(self, names: Iterable[str]) -> None:
+        pass
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensor(name).detach().float()

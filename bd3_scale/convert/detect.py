@@ -8,6 +8,7 @@ from typing import Any
 
 from bd3_scale.convert import bd3_export, causal, deepspeed, published
 from bd3_scale.convert.source import Source, open_source, read_json
+from bd3_scale.convert.tokenizer_files import UNCHANGED
 from bd3_scale.convert.write import Import
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.recipe import Recipe
@@ -81,8 +82,9 @@ def _exported_tokenizer(path: Path, document: dict[str, Any]) -> str:
     name = document["tokenizer"].get("name") if isinstance(document["tokenizer"], dict) else None
     if name in ("gpt2", "bytes"):
         return str(name)
-    if path.is_dir() and (path / "tokenizer.json").exists():
-        return str(path / "tokenizer.json")
+    for file in (UNCHANGED, "tokenizer.json"):
+        if path.is_dir() and (path / file).exists():
+            return str(path / file)
     raise CheckpointError(f"{path} holds no tokenizer; name the one of the weights with --tokenizer")
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from bd3_scale.checkpoint.region import Region
@@ -76,7 +77,9 @@ class Sizes:
     """What the shapes of ours depend on."""
 
     text_ids: int
-    """Ids of text; MASK is the one after."""
+    """Ids of the tokenizer; MASK is the one after."""
+    words: np.ndarray
+    """Those of them that stand for text: int64."""
     context: int
     head_size: int
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -117,6 +120,7 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
     missing = sorted(needed - set(source.shapes))
     if missing:
         raise CheckpointError(f"{source.path}: tensor {missing[0]} is missing")
+    source.require(sorted(needed))
     unknown = [name for name in sorted(set(source.shapes) - needed) if not re.fullmatch(key_map.no_use, name.removeprefix(prefix))]
     if unknown:
         raise CheckpointError(f"{source.path}: tensor {unknown[0]} belongs to nothing that can be converted")
@@ -134,7 +138,7 @@ def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor
     pieces = [piece.read(source, _full(prefix, piece.name)) for piece in rule.pieces]
     tensor = pieces[0] if rule.join == "one" else interleave(pieces, sizes.head_size if rule.join == "heads" else 1)
     if rule.rows == "vocabulary":
-        return with_mask(tensor, sizes.text_ids, mean=rule.name == "embedding.weight")
+        return with_mask(tensor, sizes.text_ids, sizes.words if rule.name == "embedding.weight" else None)
     if rule.rows == "positions":
         return tensor[: sizes.context]
     return tensor
@@ -147,17 +151,17 @@ def interleave(tensors: Sequence[torch.Tensor], group: int) -> torch.Tensor:
     return torch.stack([tensor.unflatten(0, (-1, group)) for tensor in tensors], 1).flatten(0, 2)
 
 
-def with_mask(rows: torch.Tensor, text_ids: int, mean: bool) -> torch.Tensor:
-    """The first `text_ids` rows and one for MASK: their mean, or zeros."""
+def with_mask(rows: torch.Tensor, text_ids: int, words: np.ndarray | None) -> torch.Tensor:
+    """The first `text_ids` rows and one for MASK: the mean of the rows `words`, or zeros."""
     if len(rows) < text_ids:
         raise CheckpointError(f"the weights have {len(rows)} ids, but the tokenizer has {text_ids}; name the tokenizer of the weights")
     result = torch.zeros(text_ids + 1, *rows.shape[1:])
     result[:text_ids] = rows[:text_ids]
-    if mean:
+    if words is not None:  # rows of ids that no text has were never trained, and may be anything
         total = torch.zeros(rows.shape[1:], dtype=torch.float64)
-        for part in rows[:text_ids].split(MEAN_ROWS):
-            total += part.sum(0, dtype=torch.float64)
-        result[text_ids] = (total / text_ids).float()
+        for part in torch.from_numpy(words).split(MEAN_ROWS):
+            total += rows[part].sum(0, dtype=torch.float64)
+        result[text_ids] = (total / len(words)).float()
     return result
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from bd3_scale.errors import CheckpointError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST_JSON = 1 << 28
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -34,6 +35,9 @@ class Source(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError for a tensor that `read` could not make numbers of."""
 
     def read(self, name: str) -> torch.Tensor:
         """fp32 on the host, in full shape. Raises CheckpointError."""
@@ -55,6 +59,15 @@ class SafetensorsFiles:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: shape for name, (_, _, shape, _) in self._entries.items()}
+
+    def require(self, names: Iterable[str]) -> None:
+        for name in names:
+            file, dtype, _, _ = self._entries[name]
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: {name} is of type {dtype}, quantised or no weight; take the weights in {', '.join(DTYPES)} (of a quantised "
+                    "model, those that it was made of)"
+                )
 
     def read(self, name: str) -> torch.Tensor:
         file, dtype, shape, begin = self._entries[name]
@@ -128,6 +141,9 @@ class TorchFile:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._tensors.items()}
 
+    def require(self, names: Iterable[str]) -> None:
+        pass
+
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach().float()
 
@@ -136,11 +152,17 @@ def open_source(path: Path, config: dict[str, Any] | None = None) -> tuple[Sourc
     """The weights at `path` (a Hugging Face directory, a safetensors or a torch file) and `config`, by default its config.json ({}
     for a file)."""
     if path.is_dir():
+        if (path / ADAPTER).exists():
+            raise CheckpointError(
+                f"{path} holds an adapter (LoRA) beside or instead of whole weights; merge it where it was made (peft: "
+                "`model.merge_and_unload().save_pretrained(FOLDER)`) and name that folder"
+            )
         config = read_json(path / "config.json") if config is None else config
-        if (path / INDEX).exists():
-            return SafetensorsFiles(_shards(path)), config
+        # As transformers does: an index beside a single file is what is left of an earlier save.
         if (path / "model.safetensors").exists():
             return SafetensorsFiles([path / "model.safetensors"]), config
+        if (path / INDEX).exists():
+            return SafetensorsFiles(_shards(path)), config
         if (path / "pytorch_model.bin").exists():
             return TorchFile(path / "pytorch_model.bin"), config
         raise CheckpointError(f"{path} holds neither model.safetensors nor {INDEX} nor pytorch_model.bin; name a folder with weights")
@@ -152,9 +174,9 @@ def open_source(path: Path, config: dict[str, Any] | None = None) -> tuple[Sourc
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON document. Raises CheckpointError."""
     try:
-        document = json.loads(read_text(path, LARGEST_JSON))
+        document = json.loads(read_text(path.resolve(), LARGEST_JSON))  # the hub's cache is a folder of links
     except CheckpointError as error:
-        raise CheckpointError(f"{path.parent}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not JSON") from None
     if not isinstance(document, dict):

@@ -21,6 +21,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
 from bd3_scale.convert.key_map import KeyMap, LazyFragment, Sizes, makers
 from bd3_scale.convert.source import Source
+from bd3_scale.convert.tokenizer_files import keep_end_of_text
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +68,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     recipe = _recipe(found, out, _kept_tokenizer(tokenizer, out), data, overrides)
     fingerprint = _data(recipe, data, text)
     shapes = {name: one.shape for name, one in parameter_shapes(recipe.model, text.model_vocabulary_size).items()}
-    sizes = Sizes(text.vocabulary_size, recipe.model.context, recipe.model.head_size, shapes)
+    sizes = Sizes(text.vocabulary_size, text.words, recipe.model.context, recipe.model.head_size, shapes)
     made = makers(found.source, found.key_map, recipe.model.layers, sizes)
     states = OPTIMIZERS[recipe.training.optimizer]
     kept = {name: ["weight"] for name in shapes}
@@ -80,6 +81,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     try:
         if recipe.data.tokenizer != tokenizer:
             shutil.copyfile(Path(tokenizer).expanduser(), recipe.data.tokenizer)
+            keep_end_of_text(text, out)
         checkpoint = store.save(out / "checkpoints", 0, fragments, samples_consumed=0, run=run, recipe=written)
         (out / "recipe.yaml").write_text(written, "utf-8")
     except BaseException:

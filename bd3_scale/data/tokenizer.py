@@ -14,9 +14,11 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
 
 from bd3_scale.errors import DataError, one_line
 
@@ -50,6 +52,15 @@ class Tokenizer(ABC):
     def model_vocabulary_size(self) -> int:
         """Ids that a model embeds: the vocabulary and MASK."""
         return self.vocabulary_size + 1
+
+    @property
+    def words(self) -> np.ndarray:
+        """The ids that text can have, without special ones and ids that stand for nothing: int64, ascending."""
+        return np.delete(np.arange(self.vocabulary_size), self.end_of_text)
+
+    def token(self, number: int) -> str:
+        """What an id is called in the tokenizer's own files."""
+        return END_OF_TEXT if number == self.end_of_text else repr(number)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without special tokens."""
@@ -143,14 +154,27 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # special strings in the text are ordinary text
         special = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        end_of_text = next((special[content] for content in END_OF_TEXT_NAMES if content in special), None)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        listed = next((special[content] for content in END_OF_TEXT_NAMES if content in special), None)
+        told = _end_of_text_beside(path, vocabulary)
+        end_of_text = listed if told is None else told
         if end_of_text is None:
             raise DataError(
                 f"data.tokenizer={name}: none of its special tokens ({', '.join(sorted(special)) or 'it has none'}) is an end of text; "
-                f"add one of {', '.join(END_OF_TEXT_NAMES)} to the file"
+                f"add one of {', '.join(END_OF_TEXT_NAMES)} to the file, or a tokenizer_config.json beside it with its eos_token"
             )
-        size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        super().__init__(name, size, end_of_text, json.dumps(json.loads(definition), sort_keys=True))
+        self._words = np.array(sorted(set(vocabulary.values()) - set(special.values()) - {end_of_text}), np.int64)
+        definition = json.dumps(json.loads(definition), sort_keys=True)
+        if end_of_text != listed:
+            definition += f", end of text {end_of_text}"
+        super().__init__(name, max(vocabulary.values()) + 1, end_of_text, definition)
+
+    @property
+    def words(self) -> np.ndarray:
+        return self._words
+
+    def token(self, number: int) -> str:
+        return str(self._tokenizer.id_to_token(number))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is U+FFFD, as tiktoken has it; `tokenizers` would raise.
@@ -159,6 +183,27 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _end_of_text_beside(path: Path, vocabulary: Mapping[str, int]) -> int | None:
+    """The end of text that the files of a model say which lie beside its tokenizer.json; None where they say none. Raises DataError."""
+    for file, key in (("tokenizer_config.json", "eos_token"), ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id")):
+        beside = path.parent / file
+        if not beside.is_file():
+            continue
+        try:
+            document = json.loads(beside.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{beside}: cannot be read as JSON ({one_line(error, 100)}); mend it or take it away") from None
+        value = document.get(key) if isinstance(document, dict) else None
+        if isinstance(value, dict):  # a token with its options
+            value = value.get("content")
+        if isinstance(value, list) and value:  # several that end a text: the first is the one that stands after documents
+            value = value[0]
+        number = vocabulary.get(value) if isinstance(value, str) else value
+        if type(number) is int and number in vocabulary.values():
+            return number
+    return None
 
 
 def _gpt2_merges() -> str:
