@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from bd3_scale.errors import RecipeError, UserError
-from bd3_scale.recipe import launched
+from bd3_scale.launcher import launched
 
 LEADER_SPEAKS = 20.0
 """Seconds that a rank with an error leaves to the first one, which usually has the same and ends the job by saying so."""

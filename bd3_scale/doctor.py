@@ -1,4 +1,4 @@
-"""`python -m bd3_scale.doctor [RECIPE] [key=value ...]`: is this machine fit to train; what is wrong, and how to mend it.
+"""`python -m bd3_scale.doctor [RECIPE] [key=value ...]`: is this machine fit to train; what is wrong, and how to fix it.
 
 One line a check: ok, warn (a run starts, but) or fail (it will not work). With a recipe the checks are about its device, folders and
 tracking; without, about the defaults. Run it on a node of the cluster, in the container and on the file system of the run.
@@ -84,7 +84,7 @@ def examine(check: Callable[..., Finding], recipe: Recipe, *rest: int) -> Findin
     except Exception as error:  # whatever is wrong with a machine must not hide what else is
         text = one_line(error, 300)
         name = check.__name__.replace("_", " ")
-        return Finding(name, "fail", f"the check broke: {type(error).__name__}: {text}", "mend what the message names, and run this again")
+        return Finding(name, "fail", f"the check broke: {type(error).__name__}: {text}", "fix what the message names, and run this again")
 
 
 # -- Software and device -----------------------------------------------------------------------------------------------

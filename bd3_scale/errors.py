@@ -1,4 +1,4 @@
-"""Errors a person can mend: one line that names what is wrong and what to do about it.
+"""Errors a user can fix: one line that names what is wrong and what to do about it.
 
 Invariant: whatever a user can cause (a recipe, a data folder, a checkpoint, a world size) raises a `UserError`;
 the commands print its text without a traceback and leave with `exit_code`. Anything else is a defect of ours.

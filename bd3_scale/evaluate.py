@@ -82,21 +82,21 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     with own_world():
         from bd3_scale.evaluation.world import load_replicas
-        from bd3_scale.fault_tolerance.rank_monitor import Guard
+        from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
 
-        loaded, here = load_replicas(options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device)
-        with Guard(
+        loaded, layout = load_replicas(options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device)
+        with RankMonitor(
             *rank_and_size(),
             loaded.recipe.parallel.heartbeat,
-            world=here.world,
+            world=layout.world,
             cure="start the same command again, nothing was written",
         ):
-            document, text = COMMANDS[options.command](loaded, here, options)
-    if here.leader:
+            document, text = COMMANDS[options.command](loaded, layout, options)
+    if layout.is_main_rank:
         print(json.dumps(document, indent=1) if options.json else text)
 
 
-def _of_checkpoint(loaded: LoadedNetwork, here: Layout) -> dict[str, Any]:
+def _of_checkpoint(loaded: LoadedNetwork, layout: Layout) -> dict[str, Any]:
     return {
         "checkpoint": str(loaded.checkpoint.path),
         "step": loaded.checkpoint.step,
@@ -104,20 +104,20 @@ def _of_checkpoint(loaded: LoadedNetwork, here: Layout) -> dict[str, Any]:
         "objective": loaded.objective.kind,
         "block_size": loaded.objective.block_size,
         "device": str(loaded.device),
-        "processes": here.world_size,
+        "processes": layout.world_size,
     }
 
 
-def _likelihood(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _likelihood(loaded: LoadedNetwork, layout: Layout, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from bd3_scale.evaluation.likelihood import MICRO_BATCH, evaluate_likelihood, require_likelihood
 
     require_likelihood(loaded)  # before rows are opened, or prepared
     start = time.perf_counter()
-    rows, name = _rows(loaded, here, options)
+    rows, name = _rows(loaded, layout, options)
     result = evaluate_likelihood(
         loaded,
         rows,
-        here,
+        layout,
         count=options.rows,
         draws=options.draws,
         seed=options.seed,
@@ -125,7 +125,7 @@ def _likelihood(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
         progress=not options.json,
     )
     document = {
-        **_of_checkpoint(loaded, here),
+        **_of_checkpoint(loaded, layout),
         "data": name,
         "split": None if options.zero_shot else options.split,
         "rows": len(result.row_nelbo),
@@ -149,7 +149,7 @@ def _likelihood(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
     return document, text
 
 
-def _generation(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _generation(loaded: LoadedNetwork, layout: Layout, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from bd3_scale.evaluation.generation import generate_texts, summary
     from bd3_scale.evaluation.judge import load_judge
     from bd3_scale.evaluation.page import ROWS, write_results
@@ -165,7 +165,7 @@ def _generation(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
     }
     texts = generate_texts(
         loaded,
-        here,
+        layout,
         samples=options.samples,
         batch=options.batch_size,
         seed=options.seed,
@@ -174,18 +174,18 @@ def _generation(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace
         **sampling,
     )
     document = {
-        **_of_checkpoint(loaded, here),
+        **_of_checkpoint(loaded, layout),
         "options": {**sampling, "seed": options.seed, "batch_size": options.batch_size},
         "judge": None if judge is None else judge.name,
         **summary(texts),
     }
-    if here.leader:
+    if layout.is_main_rank:
         write_results(options.output, texts, document, options.beside)
     lines = [f"{head}: {document[key]}" for key, head in ROWS.items() if document.get(key) is not None]
     return document, "\n".join([*lines, f"written: {options.output}"])
 
 
-def _rows(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace) -> tuple[Rows, str]:
+def _rows(loaded: LoadedNetwork, layout: Layout, options: argparse.Namespace) -> tuple[Rows, str]:
     """What is evaluated, and its name."""
     from bd3_scale.data.open import open_data
     from bd3_scale.data.preparation import zero_shot
@@ -203,7 +203,7 @@ def _rows(loaded: LoadedNetwork, here: Layout, options: argparse.Namespace) -> t
         return open_rows(options.data, options.split, loaded), str(options.data)
     if options.split != "validation":
         raise RecipeError(f"split is {options.split!r}, but of the checkpoint's own data only the held-out rows are in order; name --data")
-    data = open_data(loaded.recipe.data, loaded.recipe.model.context, leader=here.leader, barrier=here.barrier)
+    data = open_data(loaded.recipe.data, loaded.recipe.model.context, leader=layout.is_main_rank, barrier=layout.barrier)
     return data.validation, data.folder
 
 

@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """(what `--json` prints, what people read). Raises UserError."""
+    from bd3_scale.planning.cluster_plan import cluster_plan
     from bd3_scale.planning.devices import device_named
     from bd3_scale.planning.report import as_text, make_plan
-    from bd3_scale.planning.situation import situation
 
     for name, value in (("--world-size", options.world_size), ("--mfu", options.mfu), ("--gpus-per-node", options.gpus_per_node)):
         if value is not None and value <= 0:
@@ -55,13 +55,13 @@ def plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     recipe = recipes.load(options.recipe, options.overrides)
     network = None if options.network is None else options.network * 1e9
     device = device_named(options.device, options.world_size, options.gpus_per_node, network)
-    case = situation(recipe, options.world_size, device, options.vocabulary)
-    made = make_plan(case, options.mfu, options.price)
+    cluster = cluster_plan(recipe, options.world_size, device, options.vocabulary)
+    made = make_plan(cluster, options.mfu, options.price)
     answer, text = made.to_dict(), as_text(made)
     if options.search is not None:
         from bd3_scale.planning import search
 
-        found = search.search(case, options.mfu, options.search)
+        found = search.search(cluster, options.mfu, options.search)
         answer["search"] = [asdict(one) for one in found]
         text += "\n\n" + search.as_text(found, options.world_size, device.name)
     if options.rehearse:
@@ -69,7 +69,7 @@ def plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             warnings.simplefilter("ignore")  # megatron-core's, about parts that nothing here uses
             from bd3_scale.planning.rehearsal import rehearse
 
-            lines = rehearse(case)
+            lines = rehearse(cluster)
         answer["rehearsal"] = lines
         text += "\n\nrehearsed\n" + "\n".join(lines)
     return answer, text

@@ -98,12 +98,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     SamplingOptions(**chosen(options))  # what is wrong is known before a large network is loaded
     with own_world():
-        from bd3_scale.fault_tolerance.rank_monitor import Guard
+        from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
         from bd3_scale.generation.load_model import load_network
 
         loaded = load_network(options.checkpoint, weights=options.weights, device=options.device)
         options.sampler = options.sampler or own_sampler(loaded.objective)
-        with Guard(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
+        with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
             result = generate_tokens(
                 loaded,
                 prompts=options.prompt,

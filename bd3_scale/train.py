@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError, UserError
-from bd3_scale.fault_tolerance.early_exit import leaving_at_once
+from bd3_scale.fault_tolerance.early_exit import exit_on_early_signal
+from bd3_scale.launcher import launched
 from bd3_scale.launching.elastic import wait_for_nodes
 
 if TYPE_CHECKING:
     from bd3_scale.distributed.layout import Layout
-    from bd3_scale.fault_tolerance.rank_monitor import Guard
+    from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example training.steps=100")
     options = parser.parse_args(arguments)
-    told, started = recipes.launched(), False
+    told, started = launched(), False
     rank, world_size = told.rank, told.world_size
     try:
-        with leaving_at_once(leader=rank == 0, last=arguments is None):
+        with exit_on_early_signal(leader=rank == 0, last=arguments is None):
             recipe = recipes.load(options.recipe, options.overrides)
             device = recipes.resolve_device(recipe)
             try:
@@ -61,37 +62,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(recipe: recipes.Recipe, device: str) -> None:
     """Join the world, train, leave it."""
-    from bd3_scale.distributed import layout
+    from bd3_scale.distributed import layout as layouts
     from bd3_scale.fault_tolerance.agreement import agree, recipe_and_versions
     from bd3_scale.fault_tolerance.hang_watchdog import record_collectives
-    from bd3_scale.fault_tolerance.rank_monitor import Guard
+    from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
     from bd3_scale.training.threads import set_threads
 
     if device == "cpu":
         set_threads(recipe.run.threads)
     else:
         record_collectives(Path(recipe.run.dir) / "stacks")
-    here = layout.start(recipe.parallel, device, joined=lambda: agree(recipe_and_versions(recipe, device), layout.all_gather))
-    with Guard(here.rank, here.world_size, recipe.parallel.heartbeat, world=here.world) as guard:
-        train(recipe, here, guard)
-        here.barrier()
-    layout.stop()
+    layout = layouts.start(recipe.parallel, device, joined=lambda: agree(recipe_and_versions(recipe, device), layouts.all_gather))
+    with RankMonitor(layout.rank, layout.world_size, recipe.parallel.heartbeat, world=layout.world) as monitor:
+        train(recipe, layout, monitor)
+        layout.barrier()
+    layouts.stop()
 
 
-def train(recipe: recipes.Recipe, here: Layout, guard: Guard | None = None) -> None:
+def train(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | None = None) -> None:
     """The run itself, on this rank of a world that exists; at its end a sample, made by the leader and its tensor peers."""
     from bd3_scale.reporting.summary import sample_text
 
-    checkpoint, stopped = _optimize(recipe, here, guard)
-    if stopped or not recipe.tracking.sample_tokens or here.data_rank > 0 or here.pipeline_rank > 0:
+    checkpoint, stopped = _optimize(recipe, layout, monitor)
+    if stopped or not recipe.tracking.sample_tokens or layout.data_rank > 0 or layout.pipeline_rank > 0:
         return
     gc.collect()  # the state of the training goes before the network comes once more
-    text = sample_text(checkpoint, recipe, here.device.type)
-    if here.leader:
+    text = sample_text(checkpoint, recipe, layout.device.type)
+    if layout.is_main_rank:
         print(f"\na sample of {recipe.tracking.sample_tokens} tokens:\n{text}", flush=True)
 
 
-def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tuple[Path, bool]:
+def _optimize(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | None) -> tuple[Path, bool]:
     """Run the loop to its end and print the summary. Returns the last checkpoint and whether the run was stopped before the end."""
     from bd3_scale.data.open import open_data
     from bd3_scale.fault_tolerance.agreement import agree, data_and_tokenizer
@@ -101,15 +102,17 @@ def _optimize(recipe: recipes.Recipe, here: Layout, guard: Guard | None) -> tupl
     from bd3_scale.training.build import build_parts
     from bd3_scale.training.trainer import Trainer
 
-    with open_data(recipe.data, recipe.model.context, leader=here.local_rank == 0, barrier=here.barrier, progress=here.leader) as data:
-        agree(data_and_tokenizer(data), here.all_gather)
-        trainer = Trainer(build_parts(recipe, here, data))
-        with watchdog(trainer.pulse, here, recipe.parallel, Path(recipe.run.dir) / "stacks", guard) as dog:
-            work = Work(lambda: trainer.step, collectives, last_words=lambda: None if trainer.owner.lost else dog.dump())
-            with nullcontext() if guard is None else guard.following(work):
+    with open_data(
+        recipe.data, recipe.model.context, leader=layout.local_rank == 0, barrier=layout.barrier, progress=layout.is_main_rank
+    ) as data:
+        agree(data_and_tokenizer(data), layout.all_gather)
+        trainer = Trainer(build_parts(recipe, layout, data))
+        with watchdog(trainer.heartbeat, layout, recipe.parallel, Path(recipe.run.dir) / "stacks", monitor) as dog:
+            work = Work(lambda: trainer.step, collectives, on_verdict=lambda: None if trainer.owner.lost else dog.dump())
+            with nullcontext() if monitor is None else monitor.following(work):
                 checkpoint = trainer.run()
     stopped = (trainer.stop.requested or "another rank") if trainer.step < trainer.total_steps else None
-    if here.leader:
+    if layout.is_main_rank:
         text = summary(
             recipe, step=trainer.step, checkpoint=checkpoint, validated=trainer.validated, unigram=trainer.unigram, stopped=stopped
         )

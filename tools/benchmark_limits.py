@@ -24,7 +24,7 @@ from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed import layout
 from bd3_scale.model.attention_kernels import attend
-from bd3_scale.model.layers import Linears
+from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.loss_head import Head
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.devices import DEVICES, Device
@@ -121,8 +121,8 @@ def _head(
     """Of a forward, which forms the gradients: products and loss."""
     hidden = torch.randn(tokens, config.hidden, dtype=dtype, device=device, requires_grad=True)
     targets, weights = torch.randint(0, VOCABULARY - 1, (tokens,), device=device), torch.rand(tokens, device=device)
-    linears = Linears(dtype=dtype, vocabulary_multiple=VOCABULARY_MULTIPLE["cuda"])
-    heads = {kind: Head(replace(config, head_loss=kind), linears, VOCABULARY, VOCABULARY - 1, None) for kind in ("eager", "fused")}
+    factory = TensorParallelFactory(dtype=dtype, vocabulary_multiple=VOCABULARY_MULTIPLE["cuda"])
+    heads = {kind: Head(replace(config, head_loss=kind), factory, VOCABULARY, VOCABULARY - 1, None) for kind in ("eager", "fused")}
     for one in heads.values():
         one.to(device)
         torch.nn.init.normal_(one.weight, std=0.02)

@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 from benchmark import machine, write_report
 
+from bd3_scale.batches import Shares
 from bd3_scale.data.formats.mds import rows_per_shard, xxh64
 from bd3_scale.data.loader import Loader
 from bd3_scale.data.manifest import FORMATS, MANIFEST, FileEntry, Manifest
@@ -35,7 +36,6 @@ from bd3_scale.data.preparation.packing import Document
 from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.recipe.schema import DataConfig
-from bd3_scale.recipe.shares import Shares
 
 SEED = 1
 

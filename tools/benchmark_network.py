@@ -25,15 +25,15 @@ from torch import Tensor
 from bd3_scale.costs import sizes
 from bd3_scale.costs.flops import count_flops, peak_flops
 from bd3_scale.distributed import layout
-from bd3_scale.engines.build import RECOMPUTED, apply_outside
 from bd3_scale.engines.kernel_probe import Shape, probe
 from bd3_scale.errors import TrainingError
 from bd3_scale.model import attention_kernels
 from bd3_scale.model.attention import rotary_table
 from bd3_scale.model.attention_kernels import BACKENDS
+from bd3_scale.model.compiling import RECOMPUTED, wrap_blocks
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.sequence_shards import Stream
-from bd3_scale.model.transformer import Rows, Shared, Transformer
+from bd3_scale.model.transformer import ForwardContext, Rows, Transformer
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
@@ -49,7 +49,7 @@ def whole_layers(model: Transformer, inputs: NetworkInputs) -> Tensor:
     stream = Stream(inputs.pattern)
     rotary = rotary_table(inputs.positions, model.config.head_size, model.config.rotary_base)
     every = Rows(stream.rows)
-    shared = Shared(rotary, stream, None, every, every, model.kernel, segments=inputs.segments)
+    shared = ForwardContext(rotary, stream, None, every, every, model.kernel, segments=inputs.segments)
     for block in model.blocks.values():
         x = block(x, shared, False, None)
     return model.final_norm(x)
@@ -240,7 +240,7 @@ def benchmark_features(options: argparse.Namespace) -> dict[str, Any]:
             return made.ours()
 
     def recomputed(part: str) -> Tensor:
-        apply_outside(model.blocks.values(), recompute=part, compile="none")
+        wrap_blocks(model.blocks.values(), recompute=part, compile="none")
         try:
             return made.ours()
         finally:
@@ -308,7 +308,7 @@ def benchmark_device(options: argparse.Namespace) -> dict[str, Any]:
         made = bench(options, context)
         cuda = made.device.type == "cuda"
         chosen = options.compile or ("blocks" if cuda else "none")
-        apply_outside(made.model.blocks.values(), recompute=options.recompute, compile=chosen)
+        wrap_blocks(made.model.blocks.values(), recompute=options.recompute, compile=chosen)
         sides = {"block diffusion": made.side(made.ours), "autoregressive": made.side(made.autoregressive)}
         seconds = alternate(sides, options.rounds, made.device)
         median = statistics_module.median(seconds["block diffusion"])
@@ -332,7 +332,7 @@ def benchmark_device(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bare(model: Transformer) -> None:
-    """Undo `apply_outside`: every layer has its class's methods again."""
+    """Undo `wrap_blocks`: every layer has its class's methods again."""
     for block in model.blocks.values():
         for method in RECOMPUTED.values():
             block.__dict__.pop(method, None)
@@ -344,7 +344,7 @@ def by_compile(made: Bench, choices: list[str], recompute: str, rounds: int) -> 
     def side(choice: str) -> Step:
         def total() -> Tensor:
             bare(made.model)
-            apply_outside(made.model.blocks.values(), recompute=recompute, compile=choice)
+            wrap_blocks(made.model.blocks.values(), recompute=recompute, compile=choice)
             return made.ours()
 
         return made.side(total)

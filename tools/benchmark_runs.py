@@ -13,7 +13,7 @@ import torch
 from benchmark_measure import alternate, paired_ratio
 from torch import Tensor
 
-from bd3_scale.distributed import layout
+from bd3_scale.distributed import layout as layouts
 from bd3_scale.objectives.interval_tuner import IntervalStatistics
 from bd3_scale.objectives.network_inputs import NetworkInputs, block_losses
 from bd3_scale.objectives.noise import validation_times
@@ -31,9 +31,9 @@ def benchmark_tuner(options: argparse.Namespace) -> dict[str, Any]:
     loaded = load_network(options.checkpoint, device=options.device)
     recipe, objective, device = loaded.recipe, loaded.objective, loaded.device
     assert isinstance(objective, (BlockDiffusion, MaskedDiffusion)), "only diffusion objectives have an interval"
-    here = layout.current(recipe.parallel, device)
-    data = open_data(recipe.data, recipe.model.context, leader=True, barrier=here.barrier)
-    validator = Validator(data.validation, here, rows=options.rows, micro_batch=options.micro_batch, seed=recipe.run.seed)
+    layout = layouts.current(recipe.parallel, device)
+    data = open_data(recipe.data, recipe.model.context, leader=True, barrier=layout.barrier)
+    validator = Validator(data.validation, layout, rows=options.rows, micro_batch=options.micro_batch, seed=recipe.run.seed)
 
     @torch.no_grad()
     def evaluate(inputs: NetworkInputs) -> Tensor:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from benchmark import machine, write_report
 
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.distributed import layout
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer

@@ -41,17 +41,17 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
 
     import bd3_scale.engines.megatron_engine  # noqa: F401
     from bd3_scale import recipe as recipes
+    from bd3_scale.checkpoint.fragments import Fragment
     from bd3_scale.checkpoint.index import FileRecord, parse
     from bd3_scale.checkpoint.index_process import make
     from bd3_scale.checkpoint.parts import pack, state_name
     from bd3_scale.checkpoint.reader import check_tiling
     from bd3_scale.checkpoint.region import Region
-    from bd3_scale.checkpoint.slices import Fragment
     from bd3_scale.data.manifest import FileEntry, Manifest, Split
     from bd3_scale.data.order import GlobalOrder
     from bd3_scale.distributed import layout
     from bd3_scale.files import files_needed
-    from bd3_scale.model.layers import Linears
+    from bd3_scale.model.layers import TensorParallelFactory
     from bd3_scale.model.transformer import Transformer
     from bd3_scale.recipe.optimizers import OPTIMIZERS
     from bd3_scale.recipe.schema import ParallelConfig
@@ -86,7 +86,7 @@ def measure(path: str, ranks: int, shards: int) -> dict[str, Any]:
             result[f"shards of a window of {window} that a replica reads{grouped}"] = round(few, 1)
 
     with torch.device("meta"):
-        network = Transformer(recipe.model, 50258, 50257, Linears(1))
+        network = Transformer(recipe.model, 50258, 50257, TensorParallelFactory(1))
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     value = torch.empty(max(-(-parameter.numel() // ranks) for parameter in network.parameters()))
 

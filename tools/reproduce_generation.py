@@ -70,19 +70,19 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
     """Make the texts, judge them, keep the numbers; returns what to say of them. Raises RecipeError where there is no judge."""
     from bd3_scale.evaluation.world import load_replicas
 
-    loaded, here = load_replicas(folder)
+    loaded, layout = load_replicas(folder)
     judge = _judge(_place(runs, options), loaded.device)
     context, found = loaded.recipe.model.context, []
     for contexts in options.contexts:
         for setting in settings(system, loaded.objective.block_size, options.steps):
             sampling = {**setting, "length": contexts * context, "stop_at_end_of_text": False}
-            document = make(folder / FOLDER, system, loaded, here, options, judge=judge, **sampling)
+            document = make(folder / FOLDER, system, loaded, layout, options, judge=judge, **sampling)
             document.pop("lengths")
             found.append({"contexts": contexts, **setting, **document})
             print(f"{system.name}: {_said(found[-1])}", flush=True)
     answer: dict[str, Any] = {"texts": found, "context": context}
     if system is AR:
-        answer["real"] = _real(loaded, here, judge, options)
+        answer["real"] = _real(loaded, layout, judge, options)
     runs.keep(system, "generation", answer, **asked(system, runs, options))
     return f"{len(found)} kinds of texts"
 
@@ -111,11 +111,11 @@ def _judge(place: Path, device: torch.device) -> Judge:
     return load_judge(place, device)
 
 
-def _real(loaded: Any, here: Any, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
+def _real(loaded: Any, layout: Any, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
     from bd3_scale.data.open import open_data
 
     recipe = loaded.recipe
-    with open_data(recipe.data, recipe.model.context, leader=here.leader, barrier=here.barrier, progress=False) as data:
+    with open_data(recipe.data, recipe.model.context, leader=layout.is_main_rank, barrier=layout.barrier, progress=False) as data:
         return real(loaded, judge, data.validation, options.samples)
 
 

@@ -54,7 +54,7 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
     from bd3_scale.evaluation.world import load_replicas
     from bd3_scale.generation.sampler import one_block
 
-    loaded, here = load_replicas(folder)
+    loaded, layout = load_replicas(folder)
     recipe, whole, least = loaded.recipe, one_block(loaded.objective), options.minimum_entropy
     if least is None:
         least = PAPER_ENTROPY if loaded.tokenizer.vocabulary_size > 256 + 1 else BYTE_ENTROPY
@@ -62,14 +62,14 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
         folder / FOLDER,
         system,
         loaded,
-        here,
+        layout,
         options,
         length=recipe.model.context if whole else options.longest or LONGEST * recipe.model.context,
         sampler=system.finest,
         steps=system.finest_steps(loaded.objective.block_size),
         minimum_entropy=least,
     )
-    with open_data(recipe.data, recipe.model.context, leader=here.leader, barrier=here.barrier, progress=False) as data:
+    with open_data(recipe.data, recipe.model.context, leader=layout.is_main_rank, barrier=layout.barrier, progress=False) as data:
         rows = data.validation if data.train.fetches else data.train  # shards that lie elsewhere stay there
         answer["documents"] = document_lengths(loaded, rows, DOCUMENT_ROWS)
     runs.keep(system, "lengths", answer, **asked(system, options))

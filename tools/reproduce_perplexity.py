@@ -44,19 +44,19 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
     from bd3_scale.data.open import open_data
     from bd3_scale.evaluation.world import load_replicas
 
-    loaded, here = load_replicas(folder)
+    loaded, layout = load_replicas(folder)
     recipe = loaded.recipe
-    with open_data(recipe.data, recipe.model.context, leader=here.leader, barrier=here.barrier, progress=False) as data:
-        answer = likelihood(loaded, here, data.validation, options.draws)
+    with open_data(recipe.data, recipe.model.context, leader=layout.is_main_rank, barrier=layout.barrier, progress=False) as data:
+        answer = likelihood(loaded, layout, data.validation, options.draws)
     runs.keep(system, "likelihood", answer, **asked(system, options))
     return f"perplexity {answer['perplexity']:.3f}"
 
 
-def likelihood(loaded: LoadedNetwork, here: Layout, rows: Rows, draws: int, count: int | None = None) -> dict[str, Any]:
+def likelihood(loaded: LoadedNetwork, layout: Layout, rows: Rows, draws: int, count: int | None = None) -> dict[str, Any]:
     """NELBO of the first `count` rows (None: all), nats per token, row by row and together."""
     from bd3_scale.evaluation.likelihood import evaluate_likelihood
 
-    found = evaluate_likelihood(loaded, rows, here, count=count, draws=1 if loaded.objective.block_size == 1 else draws)
+    found = evaluate_likelihood(loaded, rows, layout, count=count, draws=1 if loaded.objective.block_size == 1 else draws)
     return {
         "step": loaded.checkpoint.step,
         "block_size": loaded.objective.block_size,

@@ -202,7 +202,7 @@ def train(name: str, folder: Path, arguments: list[str], *, steps: int, behind: 
             process.wait()
     if status:
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise UserError(f"{name} ({log}): {lines[-1]}; mend that and give the same command again, it goes on from there")
+        raise UserError(f"{name} ({log}): {lines[-1]}; fix that and give the same command again, it goes on from there")
 
 
 def _step(folder: Path, process: int) -> int | None:

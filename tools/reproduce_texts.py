@@ -38,7 +38,7 @@ def make(
     folder: Path,
     system: System,
     loaded: LoadedNetwork,
-    here: Layout,
+    layout: Layout,
     options: argparse.Namespace,
     *,
     judge: Judge | None = None,
@@ -62,7 +62,7 @@ def make(
         return document
     shutil.rmtree(folder / name, ignore_errors=True)
     start = time.perf_counter()
-    texts = generate_texts(loaded, here, samples=samples, batch=batch, seed=seed, judge=judge, **sampling)
+    texts = generate_texts(loaded, layout, samples=samples, batch=batch, seed=seed, judge=judge, **sampling)
     document = {**summary(texts), "options": asked, "folder": name, "step": loaded.checkpoint.step, "seconds": time.perf_counter() - start}
     document |= {"judge": asked["judge"], "lengths": [text.length for text in texts]}
     write_results(folder / name, texts, document)

@@ -67,12 +67,12 @@ def measure(system: System, folder: Path, runs: Runs, options: argparse.Namespac
     from bd3_scale.data.preparation.zero_shot import CACHE, zero_shot_rows
     from bd3_scale.evaluation.world import load_replicas
 
-    loaded, here = load_replicas(folder)
+    loaded, layout = load_replicas(folder)
     context, special = loaded.recipe.model.context, loaded.recipe.data.row_special
     found = {}
     for name, source in sets(options).items():
         rows = zero_shot_rows(name, source, loaded.tokenizer, context=context, row_special=special, cache=options.cache or CACHE)
-        answer = likelihood(loaded, here, rows, options.draws, options.rows)
+        answer = likelihood(loaded, layout, rows, options.draws, options.rows)
         found[name] = {key: value for key, value in answer.items() if key != "row_nelbo"}
     runs.keep(system, "zero-shot", {"perplexities": found}, **asked(options))
     return "perplexity " + ", ".join(f"{name} {one['perplexity']:.2f}" for name, one in found.items())

@@ -40,7 +40,7 @@ from megatron.core import parallel_state
 from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.data.open import open_data
-from bd3_scale.distributed import layout
+from bd3_scale.distributed import layout as layouts
 from bd3_scale.errors import UserError
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.objectives.network_inputs import block_losses, counted_tokens, masked_counts
@@ -220,15 +220,15 @@ def run(arm: Arm, steps: int, options: argparse.Namespace) -> Result:
     device = recipes.resolve_device(recipe)
     recipes.validate(recipe, 1, device)
     if not parallel_state.model_parallel_is_initialized():
-        layout.start(recipe.parallel, device)
-    here = layout.current(recipe.parallel, torch.device(device))
+        layouts.start(recipe.parallel, device)
+    layout = layouts.current(recipe.parallel, torch.device(device))
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        train.train(recipe, here)
+        train.train(recipe, layout)
     curve = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "validation"]
     if not curve or curve[-1]["step"] != steps:
         raise UserError(f"the study was stopped in {folder}; the same command goes on from there")
-    result = measure(arm, steps, folder, curve, here, options.draws)
+    result = measure(arm, steps, folder, curve, layout, options.draws)
     print(
         f"{arm.folder}, {steps} steps: perplexity {curve[-1]['perplexity']:.3f}, variance {result.measured.variance(arm.noise)[0]:.3f} "
         f"(direct {result.direct_variance:.3f}), {time.perf_counter() - start:.0f} s",
@@ -238,10 +238,10 @@ def run(arm: Arm, steps: int, options: argparse.Namespace) -> Result:
 
 
 @torch.no_grad()
-def measure(arm: Arm, steps: int, folder: Path, curve: list[dict[str, Any]], here: layout.Layout, draws: int) -> Result:
-    loaded = load_network(folder, device=here.device.type)
+def measure(arm: Arm, steps: int, folder: Path, curve: list[dict[str, Any]], layout: layouts.Layout, draws: int) -> Result:
+    loaded = load_network(folder, device=layout.device.type)
     recipe, objective, seed = loaded.recipe, loaded.objective, loaded.recipe.run.seed
-    with open_data(recipe.data, recipe.model.context, leader=True, barrier=here.barrier, progress=False) as data:
+    with open_data(recipe.data, recipe.model.context, leader=True, barrier=layout.barrier, progress=False) as data:
         rows = data.validation.rows(np.arange(min(recipe.validation.rows, len(data.validation))))
     indices, batch = np.arange(len(rows)), recipe.micro_batch(1)
     parts = [indices[start : start + batch] for start in range(0, len(rows), batch)]
@@ -251,14 +251,14 @@ def measure(arm: Arm, steps: int, folder: Path, curve: list[dict[str, Any]], her
     maskable = counted_tokens(objective.pattern)
     for part in parts:
         inputs = objective.validation_inputs(rows[part], part, seed)
-        losses = block_losses(inputs, loaded.network(inputs.to(here.device))[1])
+        losses = block_losses(inputs, loaded.network(inputs.to(layout.device))[1])
         times = np.ones((len(part), blocks)) if objective.block_size == 1 else validation_times(seed, part, blocks)
         masked.append(masked_counts(inputs))
         sums.append(losses * times * maskable)
     for step in range(draws):
         for part in parts:
             inputs = objective.training_inputs(rows[part], part, step, seed, len(rows))
-            direct.append(block_losses(inputs, loaded.network(inputs.to(here.device))[1])[:, maskable > 0])
+            direct.append(block_losses(inputs, loaded.network(inputs.to(layout.device))[1])[:, maskable > 0])
     return Result(
         arm,
         steps,

@@ -23,7 +23,7 @@ from bd3_scale.checkpoint.region import Region, tiling_fault
 from bd3_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from bd3_scale.checkpoint.slices import Fragment
+    from bd3_scale.checkpoint.fragments import Fragment
 
 COLUMNS = ("file", "dim", "offset", "size", "start", "stop")
 """`file`: number of the writer; the others as in `Region`."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, Index, Tensor, check_tiling, parse, part_key
 from bd3_scale.checkpoint.region import Region, intersect, kind_order
 from bd3_scale.checkpoint.shard_files import ShardReader, check_content, check_size, read_text
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.errors import CheckpointError, one_line
 from bd3_scale.files import raise_file_limit

@@ -27,7 +27,7 @@ KIND = re.compile("[a-z][a-z0-9_]*")
 """A kind of what is saved of a parameter: weight, ema, or the name of an optimizer's state."""
 
 
-class Runs(NamedTuple):
+class ContiguousRuns(NamedTuple):
     """Stretches of consecutive elements; int64 arrays of equal length, sorted by `start`."""
 
     start: np.ndarray
@@ -37,7 +37,7 @@ class Runs(NamedTuple):
     """First element, in the region."""
 
 
-class Pieces(NamedTuple):
+class CopyPlan(NamedTuple):
     """The elements that two regions share, as copies; int64 arrays of equal length, all ascending and disjoint."""
 
     length: np.ndarray
@@ -134,19 +134,19 @@ class Region:
         """Elements [start, stop) of this region."""
         return Region(self.shape, self.dim, self.offset, self.size, self.start + start, self.start + stop)
 
-    def runs(self) -> Runs:
+    def runs(self) -> ContiguousRuns:
         """The region as stretches of the flattened full tensor, in order."""
         if self.numel == 0:
             empty = np.zeros(0, dtype=np.int64)
-            return Runs(empty, empty, empty)
+            return ContiguousRuns(empty, empty, empty)
         if self.size == self._extents[self.dim] or self._outer == 1:
             # The slice is one stretch of the full tensor.
-            return Runs(*(np.array([value], dtype=np.int64) for value in (self._full(self.start), self.numel, 0)))
+            return ContiguousRuns(*(np.array([value], dtype=np.int64) for value in (self._full(self.start), self.numel, 0)))
         rows = np.arange(self.start // self._row, (self.stop - 1) // self._row + 1, dtype=np.int64)
         begin = np.maximum(rows * self._row, self.start)
         end = np.minimum((rows + 1) * self._row, self.stop)
         full = (rows * self._extents[self.dim] + self.offset) * self._inner + (begin - rows * self._row)
-        return Runs(full, end - begin, begin - self.start)
+        return ContiguousRuns(full, end - begin, begin - self.start)
 
     def select(self, full: torch.Tensor) -> torch.Tensor:
         """The region's elements of the full tensor, 1-D: the definition of a region (a view where the elements are neighbours)."""
@@ -158,14 +158,14 @@ def kind_order(kind: str) -> tuple[int, str]:
     return {"weight": 0, "ema": 2}.get(kind, 1), kind
 
 
-def intersect(source: Region, target: Region) -> Pieces:
+def intersect(source: Region, target: Region) -> CopyPlan:
     """The elements that two regions of one tensor share. Raises ValueError for regions of different shapes."""
     if source.shape != target.shape:
         raise ValueError(f"regions of different tensors: {list(source.shape)} and {list(target.shape)}")
     (source_first, source_last), (target_first, target_last) = source.span, target.span
     if source_last <= target_first or target_last <= source_first:
         empty = np.zeros(0, dtype=np.int64)
-        return Pieces(empty, empty, empty)
+        return CopyPlan(empty, empty, empty)
     a, b = source.runs(), target.runs()
     a_end, b_end = a.start + a.length, b.start + b.length
     # Both are sorted and disjoint, so the runs of b that meet run i of a are b[first[i]:last[i]].
@@ -176,7 +176,7 @@ def intersect(source: Region, target: Region) -> Pieces:
     j = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
     begin = np.maximum(a.start[i], b.start[j])
     end = np.minimum(a_end[i], b_end[j])
-    return Pieces(end - begin, a.local[i] + (begin - a.start[i]), b.local[j] + (begin - b.start[j]))
+    return CopyPlan(end - begin, a.local[i] + (begin - a.start[i]), b.local[j] + (begin - b.start[j]))
 
 
 def tiling_fault(shape: Sequence[int], regions: Sequence[Region]) -> str | None:

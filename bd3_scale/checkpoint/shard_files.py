@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bd3_scale.checkpoint.fragments import Fragment, copy_pieces
 from bd3_scale.checkpoint.index import FileRecord, part_key
-from bd3_scale.checkpoint.region import Pieces
-from bd3_scale.checkpoint.slices import Fragment, copy_pieces
+from bd3_scale.checkpoint.region import CopyPlan
 from bd3_scale.errors import CheckpointError
 
 CHUNK = 1 << 24
@@ -173,7 +173,7 @@ class ShardReader:
             begins[key] = 8 + length + begin
         return begins
 
-    def read(self, key: str, pieces: Pieces, target: torch.Tensor) -> None:
+    def read(self, key: str, pieces: CopyPlan, target: torch.Tensor) -> None:
         """target[pieces.target] = part[pieces.source]; target is 1-D, contiguous, fp32, on the host. Reads these ranges only."""
         if len(pieces.length) == 0:
             return
@@ -192,7 +192,7 @@ class ShardReader:
                 continue
             buffer = torch.empty(end - begin, dtype=torch.float32)
             self._fill_elements(buffer, at)
-            copy_pieces(buffer, target, Pieces(length[first:last], source[first:last] - begin, pieces.target[first:last]))
+            copy_pieces(buffer, target, CopyPlan(length[first:last], source[first:last] - begin, pieces.target[first:last]))
 
     def _fill_elements(self, target: torch.Tensor, at: int) -> None:
         values = target.detach().numpy()

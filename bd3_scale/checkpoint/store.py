@@ -31,11 +31,11 @@ from typing import Any
 
 import bd3_scale
 from bd3_scale.checkpoint import index_process
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import INDEX_NAME, RECIPE_NAME, FileRecord, normalise_run
 from bd3_scale.checkpoint.parts import pack, state_name
 from bd3_scale.checkpoint.reader import STEP_NAME, Checkpoint, newest_whole, step_folders, step_name
 from bd3_scale.checkpoint.shard_files import check_size, read_text, write_shard, write_text
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.errors import CheckpointError, UserError
 from bd3_scale.files import sync_directory
@@ -261,7 +261,7 @@ def _explain(error: BaseException, communicator: Communicator) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{where}{error.strerror or error}; {CURES.get(error.errno or 0, 'mend that or set another run.dir')}"
+        return f"{where}{error.strerror or error}; {CURES.get(error.errno or 0, 'fix that or set another run.dir')}"
     return f"{where}{type(error).__name__}: {error}"
 
 

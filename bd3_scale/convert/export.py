@@ -195,7 +195,7 @@ def _whole(out: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, out)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror or error}); {CURES.get(error.errno or 0, 'mend that')}") from error
+        raise CheckpointError(f"{out} cannot be written ({error.strerror or error}); {CURES.get(error.errno or 0, 'fix that')}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.convert.source import Source
 from bd3_scale.errors import CheckpointError
 

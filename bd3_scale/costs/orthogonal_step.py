@@ -1,4 +1,4 @@
-"""What Muon moves and computes in a step, from the recipe alone: hidden matrices go to an owner each and back (`engines/matrix_owners.py`).
+"""What Muon moves and computes in a step, from the recipe alone: hidden matrices go to an owner each and back (matrix_owners.py).
 
 Of a matrix of n elements among k ranks of which the owner holds the share h, 2 w n (1 - h) bytes move; w: 2 in bf16, else 4. Spread
 over the k ranks each sends 2 w n (1 - h) / k. t: tensor ranks, d: data-parallel ranks that share what ZeRO divides; h is

@@ -24,7 +24,7 @@ import numpy as np
 from bd3_scale.data.lock import exclusive
 from bd3_scale.data.manifest import FileEntry
 from bd3_scale.errors import DataError
-from bd3_scale.recipe.environment import launched
+from bd3_scale.launcher import launched
 
 _mine: set[Path] = set()
 """What this process has left for others."""

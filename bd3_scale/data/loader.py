@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bd3_scale.batches import Shares
 from bd3_scale.data.order import WHOLE, Share
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe.batches import at_least, batch_schedule
-from bd3_scale.recipe.environment import launched
-from bd3_scale.recipe.shares import Shares
+from bd3_scale.launcher import launched
+from bd3_scale.recipe.stages import at_least, batch_schedule
 
 
 class Order(Protocol):

@@ -25,8 +25,8 @@ from bd3_scale.data.preparation.documentation import documentation
 from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import DataError
-from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
+from bd3_scale.recipe.stages import batch_schedule
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.rendezvous import meet, reach
 from bd3_scale.distributed.waiting import waiting_for
 from bd3_scale.files import raise_file_limit
-from bd3_scale.recipe.environment import launched
+from bd3_scale.launcher import launched
 from bd3_scale.recipe.schema import ParallelConfig
 
 ORDER = "tp-cp-ep-dp-pp"
@@ -51,7 +51,7 @@ class Layout:
     """A name that no other world of this job has; empty where the world was not joined by `start`."""
 
     @property
-    def leader(self) -> bool:
+    def is_main_rank(self) -> bool:
         """The one rank that logs, prints and decides."""
         return self.rank == 0
 
@@ -72,7 +72,7 @@ class Layout:
             dist.barrier()
 
     @property
-    def speaks(self) -> bool:
+    def reports_for_replica(self) -> bool:
         """Whether this rank has its replica's answers: the first tensor rank of the last stage."""
         return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline - 1
 
@@ -86,7 +86,7 @@ class Layout:
     def sum_of_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the replicas, on every rank, of what the ranks that speak hold."""
         if self.world_size > 1:
-            value = value if self.speaks else torch.zeros_like(value)
+            value = value if self.reports_for_replica else torch.zeros_like(value)
             dist.all_reduce(value)
         return value
 

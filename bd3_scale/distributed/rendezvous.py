@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from bd3_scale.distributed.waiting import Waiting, waiting_for
 from bd3_scale.errors import TrainingError, one_line
-from bd3_scale.recipe.environment import launched
+from bd3_scale.launcher import launched
 
 PAUSE = 0.05
 """Seconds between two looks into the store."""

@@ -1,13 +1,13 @@
 """One small interface for training: forward-backward, step, evaluate, and the full-precision state by name.
 
 The loop, the EMA and the checkpoints see a rank's state as a list of flat fp32 tensors (`masters`, with their optimizer's
-states) and a list of `Place`s that says which region of which canonical parameter lies where in them. Behind it stand
+states) and a list of `MasterSlice`s that says which region of which canonical parameter lies where in them. Behind it stand
 DeepSpeed's ZeRO 0-3 (`zero_engine.py`) and, driven by megatron-core's schedules (`pipeline_engine.py`), its distributed optimizer
 (`megatron_engine.py`) and torch's `fully_shard` (`fsdp_engine.py`).
 
 Invariants: the gradient is the gradient of sum(weighted nll) / (global data tokens of the step), whatever the layout;
 parameters carry their canonical names; every element of the unsharded state is owned by exactly one rank of a replica
-(`Place.owned`), however many hold it; nothing here copies the whole state.
+(`MasterSlice.owned`), however many hold it; nothing here copies the whole state.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_scale.checkpoint.fragments import Fragment, share
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment, share
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.adamw import SkippingAdamW
-from bd3_scale.engines.matrix_owners import Piece
-from bd3_scale.engines.muon import Held, Muon
-from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.model.initialise import fill
 from bd3_scale.model.layers import full_shape
+from bd3_scale.optimizers.adamw import SkippingAdamW
+from bd3_scale.optimizers.matrix_owners import Piece
+from bd3_scale.optimizers.muon import Held, Muon
+from bd3_scale.optimizers.settings import OptimizerSettings
 from bd3_scale.recipe.optimizers import is_hidden
 from bd3_scale.recipe.schema import ModelConfig
 
 
 @dataclass(frozen=True)
-class Place:
+class MasterSlice:
     """`masters[master][offset : offset + numel]`, flattened, holds `region` of the canonical parameter `name`."""
 
     name: str
@@ -56,8 +56,8 @@ class Engine(ABC):
     layout: Layout
     settings: OptimizerSettings
     masters: list[Tensor]
-    """fp32 weights that this rank updates, in the order of its places."""
-    places: list[Place]
+    """fp32 weights that this rank updates, in the order of its slices."""
+    slices: list[MasterSlice]
 
     @abstractmethod
     def forward_backward(self, micro_batches: Sequence[Any], tokens: int) -> Tensor:
@@ -66,7 +66,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> Tensor:
-        """Clip, update (or leave the step out, see adamw.py), and return the global gradient norm before clipping."""
+        """Clip, update (or leave the step out, see optimizers/adamw.py), and return the global gradient norm before clipping."""
 
     @abstractmethod
     def evaluate(self, micro_batches: Sequence[Any]) -> list[Tensor | None]:
@@ -110,17 +110,17 @@ class Engine(ABC):
         return total
 
     def bind_optimizer(self, holders: dist.ProcessGroup | None, each_alone: bool = False) -> None:
-        """Tell an optimizer that needs whole matrices where they lie; to be called when masters and places are known. `holders`: the ranks
+        """Tell an optimizer that needs whole matrices where they lie; to be called when masters and slices are known. `holders`: the ranks
         that together hold one copy of everything; `each_alone`: whether the optimizer is called for one master at a time. Collective."""
         if not isinstance(self.adam, Muon):
             return
         held: list[Held] = [(master, []) for master in self.masters]
-        for place in self.places:
-            if is_hidden(place.name):
-                whole = place.region.size == place.region.shape[place.region.dim]
-                key = place.name, self.layout.tensor_rank if whole else 0  # tensor ranks may each hold all of it
-                held[place.master][1].append((place.offset, Piece(key, place.region)))
-        steps = [[one] for one in held] if each_alone else [[one for one in held if one[1]]]
+        for one in self.slices:
+            if is_hidden(one.name):
+                whole = one.region.size == one.region.shape[one.region.dim]
+                key = one.name, self.layout.tensor_rank if whole else 0  # tensor ranks may each hold all of it
+                held[one.master][1].append((one.offset, Piece(key, one.region)))
+        steps = [[each] for each in held] if each_alone else [[each for each in held if each[1]]]
         self.adam.bind(steps, holders, self.layout.device)
 
     @abstractmethod
@@ -133,8 +133,8 @@ class Engine(ABC):
         made around a network without weights, so that no rank ever holds more of it than it keeps."""
         for master in self.masters:
             master.zero_()
-        for place in self.places:
-            fill(self.masters[place.master].view(-1)[place.offset : place.offset + place.numel], place.name, place.region, config, seed)
+        for one in self.slices:
+            fill(self.masters[one.master].view(-1)[one.offset : one.offset + one.numel], one.name, one.region, config, seed)
         self.publish()
 
     def fragments(self, ema: Sequence[Tensor] | None = None) -> list[Fragment]:
@@ -152,9 +152,9 @@ class Engine(ABC):
         if ema is not None:
             held = [{**kinds, "ema": average} for kinds, average in zip(held, ema, strict=True)]
         return [
-            (Fragment(kind, place.name, place.region, flat.detach().view(-1)[place.offset : place.offset + place.numel]), place.owned)
-            for place in self.places
-            for kind, flat in held[place.master].items()
+            (Fragment(kind, one.name, one.region, flat.detach().view(-1)[one.offset : one.offset + one.numel]), one.owned)
+            for one in self.slices
+            for kind, flat in held[one.master].items()
         ]
 
     def resume(self, step: int, rule: Mapping[str, Any] | None = None) -> None:
@@ -162,7 +162,7 @@ class Engine(ABC):
         the optimizer's clock to the updates that were made, publish the weights, and make sure that no hyper-parameter was lost."""
         if rule is not None:
             self.adam.rule.load(rule)
-        self.adam.resume(self.masters, updates=step - self.adam.rule.left_out_so_far)
+        self.adam.resume(self.masters, updates=step - self.adam.rule.skipped_so_far)
         self.publish()
         decays = {group["weight_decay"] for group in self.adam.param_groups if group["params"]}
         assert decays <= {self.settings.weight_decay, 0.0}, f"the optimizer lost the weight decay of its groups: {decays}"
@@ -174,18 +174,18 @@ def owns(parameter: Any, layout: Layout) -> bool:
     return (divided or layout.tensor_rank == 0) and not getattr(parameter, "shared", False)
 
 
-def place(name: str, parameter: Tensor, layout: Layout, start: int, stop: int, master: int, offset: int) -> list[Place]:
-    """Elements [start, stop) of this rank's flattened parameter as places: one, or none where all of them are padding."""
+def master_slices(name: str, parameter: Tensor, layout: Layout, start: int, stop: int, master: int, offset: int) -> list[MasterSlice]:
+    """Elements [start, stop) of this rank's flattened parameter as slices: one, or none where all of them are padding."""
     shape, dimension = full_shape(parameter, layout.tensor)
     owned = owns(parameter, layout)
     if dimension < 0:
-        return [Place(name, Region(shape, 0, 0, shape[0], start, stop), master, offset, owned)]
+        return [MasterSlice(name, Region(shape, 0, 0, shape[0], start, stop), master, offset, owned)]
     first = layout.tensor_rank * parameter.shape[dimension]
     size = min(parameter.shape[dimension], shape[dimension] - first)
     stop = min(stop, parameter.numel() // parameter.shape[dimension] * size)
     if size <= 0 or start >= stop:
         return []
-    return [Place(name, Region(shape, dimension, first, size, start, stop), master, offset, owned)]
+    return [MasterSlice(name, Region(shape, dimension, first, size, start, stop), master, offset, owned)]
 
 
 def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, device: torch.device) -> Tensor:

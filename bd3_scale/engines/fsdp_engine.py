@@ -29,10 +29,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import Place, owns, place
-from bd3_scale.engines.optimizers import OptimizerSettings
+from bd3_scale.engines.engine import MasterSlice, master_slices, owns
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.optimizers.settings import OptimizerSettings
 
 
 class FsdpEngine(ScheduledEngine):
@@ -77,7 +77,7 @@ class FsdpEngine(ScheduledEngine):
         self._held = [held for held in self._held if held[2].numel()]  # the last ranks have no row of the smallest
         self.masters = [master for _, _, master in self._held]
         self.owned = [master for _, outline, master in self._held if owns(outline, layout)]
-        self.places = list(self._find_places())
+        self.slices = list(self._find_slices())
         groups = settings.groups()
         for name, outline, master in self._held:
             groups[settings.group_of(name, outline.dim())]["params"].append(master)
@@ -175,12 +175,12 @@ class FsdpEngine(ScheduledEngine):
             unit.set_modules_to_backward_prefetch([before])
         return [*units, root]
 
-    def _find_places(self) -> Iterator[Place]:
+    def _find_slices(self) -> Iterator[MasterSlice]:
         rank = self.layout.data_rank % self.shard
         for index, (name, outline, master) in enumerate(self._held):
             rows = -(-outline.shape[0] // self.shard)
             start = rank * rows * (outline.numel() // outline.shape[0])
-            yield from place(name, outline, self.layout, start, start + master.numel(), index, 0)
+            yield from master_slices(name, outline, self.layout, start, start + master.numel(), index, 0)
 
 
 def data_mesh(layout: Layout, shard: int) -> DeviceMesh:

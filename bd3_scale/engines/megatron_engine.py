@@ -22,12 +22,12 @@ from torch import Tensor
 from bd3_scale.costs.sizes import bucket_elements
 from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.adamw import SkippingAdamW
-from bd3_scale.engines.engine import Place, owns, place
+from bd3_scale.engines.engine import MasterSlice, master_slices, owns
 from bd3_scale.engines.gathers import Gathers
-from bd3_scale.engines.optimizers import OptimizerSettings
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.optimizers.adamw import SkippingAdamW
+from bd3_scale.optimizers.settings import OptimizerSettings
 
 
 class MegatronEngine(ScheduledEngine):
@@ -61,7 +61,7 @@ class MegatronEngine(ScheduledEngine):
         self.gathers = Gathers(self.chunks, self.transformers) if zero == 1 else None
         self.named = [(name, p) for chunk in self.transformers for name, p in chunk.named_parameters()]
         self.adam = self._make_adam()
-        self.places = list(self._find_places())
+        self.slices = list(self._find_slices())
         self.bind_optimizer(self._holders)
         self.owned = [master for master, parameter in self._masters if owns(parameter, layout)]
 
@@ -171,11 +171,11 @@ class MegatronEngine(ScheduledEngine):
             self.distributed.optimizer = adam
         return adam
 
-    def _find_places(self) -> Iterator[Place]:
+    def _find_slices(self) -> Iterator[MasterSlice]:
         names = {id(parameter): name for name, parameter in self.named}
         for index, (_, parameter) in enumerate(self._masters):
             start, stop = 0, parameter.numel()
             if self.distributed is not None:
                 part = self.distributed._get_model_param_range_map(parameter)["param"]
                 start, stop = part.start, part.end
-            yield from place(names[id(parameter)], parameter, self.layout, start, stop, index, 0)
+            yield from master_slices(names[id(parameter)], parameter, self.layout, start, stop, index, 0)

@@ -166,7 +166,7 @@ class ScheduledEngine(Engine):
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=virtual if interleaved else None,
-            sequence_parallel=self.transformers[0].linears.sequence,
+            sequence_parallel=self.transformers[0].factory.sequence,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype == torch.bfloat16,

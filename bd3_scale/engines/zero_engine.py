@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from bd3_scale.costs.sizes import LARGEST_BUCKET
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.engine import Engine, Place, clip, global_norm, owns, place
-from bd3_scale.engines.optimizers import OptimizerSettings
+from bd3_scale.engines.engine import Engine, MasterSlice, clip, global_norm, master_slices, owns
 from bd3_scale.engines.zero_device import install, norm_on_device
 from bd3_scale.engines.zero_start import divide, without_broadcast
+from bd3_scale.optimizers.settings import OptimizerSettings
 
 
 class MegatronGroups:
-    """megatron.core.parallel_state in the words DeepSpeed asks its `mpu` in (it no longer has three of the names)."""
+    """Adapter: DeepSpeed's `mpu` interface on megatron-core's parallel_state, three of whose names changed."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -64,7 +64,7 @@ class ZeroEngine(Engine):
         with without_broadcast():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config, mpu=groups)
         self.masters = self._find_masters()
-        self.places = list(self._find_places())
+        self.slices = list(self._find_slices())
         # Under ZeRO 3 DeepSpeed updates one master after the other.
         self.bind_optimizer(parallel_state.get_tensor_model_parallel_group() if zero == 0 else dist.group.WORLD, each_alone=zero == 3)
 
@@ -147,21 +147,21 @@ class ZeroEngine(Engine):
         names = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups")
         return next(getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name))
 
-    def _find_places(self) -> Iterator[Place]:
+    def _find_slices(self) -> Iterator[MasterSlice]:
         for index, (name, parameter) in enumerate(self.engine.module.named_parameters()):
             if self.zero == 0:
-                yield from place(name, parameter, self.layout, 0, parameter.numel(), index, 0)
+                yield from master_slices(name, parameter, self.layout, 0, parameter.numel(), index, 0)
             elif self.zero == 3:
                 group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
                 start = size * parallel_state.get_data_parallel_rank()
                 stop = min(start + size, parameter.ds_numel)  # the last rank's share is padded
                 if start < stop:
-                    yield from place(name, _with_shape(parameter), self.layout, start, stop, group, offset)
+                    yield from master_slices(name, _with_shape(parameter), self.layout, start, stop, group, offset)
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                 offset = mapping.hp_fragment_address.start
-                yield from place(name, parameter, self.layout, start, start + size, mapping.param_group_index, offset)
+                yield from master_slices(name, parameter, self.layout, start, start + size, mapping.param_group_index, offset)
 
 
 def _with_shape(parameter: Any) -> Any:

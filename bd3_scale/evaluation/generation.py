@@ -72,7 +72,7 @@ def counted_calls(network: Any) -> Iterator[list[int]]:
 
 def generate_texts(
     loaded: LoadedNetwork,
-    here: Layout,
+    layout: Layout,
     *,
     samples: int,
     batch: int,
@@ -87,9 +87,9 @@ def generate_texts(
     """
     if samples < 1 or batch < 1:
         raise RecipeError(f"samples is {samples} and the batch size {batch}, but both must be at least 1")
-    starts = range(here.data_rank * batch, samples, here.data * batch)
+    starts = range(layout.data_rank * batch, samples, layout.data * batch)
     mine: list[Text] = []
-    with tqdm(total=len(starts), unit="batch", disable=None if progress and here.leader else True) as bar:
+    with tqdm(total=len(starts), unit="batch", disable=None if progress and layout.is_main_rank else True) as bar:
         for start in starts:
             count = min(batch, samples - start)
             with counted_calls(loaded.network) as calls:
@@ -103,7 +103,7 @@ def generate_texts(
                 judged = (None, None) if score is None else (score.nll, score.tokens)
                 mine.append(Text(row, seed, text, tokens.tolist(), stop, calls[0], entropy, *judged))
             bar.update()
-    gathered = here.all_gather(mine if here.speaks else [])
+    gathered = layout.all_gather(mine if layout.reports_for_replica else [])
     return sorted((text for share in gathered for text in share), key=lambda text: text.row)
 
 

@@ -18,12 +18,12 @@ from lm_eval.api.registry import register_model  # type: ignore[import-not-found
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-not-found,unused-ignore]
 from tqdm import tqdm
 
-from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 from bd3_scale.evaluation.continuation import continuation_log_likelihood
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.generation.sampler import generate
 from bd3_scale.generation.token_sampling import SamplingOptions
+from bd3_scale.launcher import launched
 
 
 @register_model("bd3_scale")
@@ -45,7 +45,7 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         """`draws` of noise per continuation, `batch_size` of them at a time; `max_gen_toks` where a task does not say."""
         super().__init__()
-        if recipes.world_size_of_environment() > 1:
+        if launched().world_size > 1:
             raise RecipeError("the harness adapter runs in one process; start it without torchrun")
         if not str(batch_size).isdecimal() or max_batch_size is not None:
             raise RecipeError(f"batch_size is {batch_size!r} but must be a number, without max_batch_size; set batch_size=8")

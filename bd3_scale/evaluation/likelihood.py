@@ -97,7 +97,7 @@ def require_likelihood(loaded: LoadedNetwork) -> None:
 def evaluate_likelihood(
     loaded: LoadedNetwork,
     rows: Rows,
-    here: Layout,
+    layout: Layout,
     *,
     count: int | None = None,
     draws: int = 1,
@@ -123,9 +123,9 @@ def evaluate_likelihood(
     total = len(rows) if count is None else min(count, len(rows))
     if total == 0:
         raise DataError("there are no rows to evaluate; name another split")
-    mine = np.arange(here.data_rank, total, here.data, dtype=np.int64)
+    mine = np.arange(layout.data_rank, total, layout.data, dtype=np.int64)
     values = np.zeros(len(mine))
-    with tqdm(total=len(mine) * draws, unit="row", disable=None if progress and here.leader else True) as bar:
+    with tqdm(total=len(mine) * draws, unit="row", disable=None if progress and layout.is_main_rank else True) as bar:
         for first in range(0, len(mine), micro_batch):
             part = slice(first, first + micro_batch)
             tokens = rows.rows(mine[part])
@@ -136,6 +136,6 @@ def evaluate_likelihood(
                 bar.update(len(tokens))
     gathered = np.empty(total)
     # Tensor peers score the same rows: one of them speaks for the replica.
-    for share in here.all_gather((mine, values) if here.speaks else (mine[:0], values[:0])):
+    for share in layout.all_gather((mine, values) if layout.reports_for_replica else (mine[:0], values[:0])):
         gathered[share[0]] = share[1]
     return Likelihood(gathered, objective.scored_tokens_per_row, draws, exact)

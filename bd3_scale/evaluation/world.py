@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.store import locate
 from bd3_scale.collective_errors import together
-from bd3_scale.distributed import layout
+from bd3_scale.distributed import layout as layouts
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.load_model import LoadedNetwork, check_tensor_ranks, load_network, read_recipe
+from bd3_scale.launcher import launched
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ParallelConfig
 
@@ -34,10 +34,10 @@ def load_replicas(
     `load_network` raises, and RecipeError where the number of processes is no multiple of `tensor` or the network cannot be
     divided by it.
     """
-    here = _join(read_recipe(Checkpoint(locate(path))), tensor, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    layout = _join(read_recipe(Checkpoint(locate(path))), tensor, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     # Others may have looked before or after `latest` was moved.
-    found = together(here, lambda: str(locate(path)), str)[0]
-    return load_network(found, weights=weights, device=device), here
+    found = together(layout, lambda: str(locate(path)), str)[0]
+    return load_network(found, weights=weights, device=device), layout
 
 
 def _join(recipe: Recipe, tensor: int | None, device: str) -> Layout:
@@ -46,10 +46,10 @@ def _join(recipe: Recipe, tensor: int | None, device: str) -> Layout:
         if tensor not in (None, divided):
             raise RecipeError(f"tensor is {tensor}, but the world that was joined divides networks by {divided}; set --tensor {divided}")
         place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-        return layout.current(ParallelConfig(tensor=divided), place)
-    world_size = dist.get_world_size() if dist.is_initialized() else recipes.world_size_of_environment()
+        return layouts.current(ParallelConfig(tensor=divided), place)
+    world_size = dist.get_world_size() if dist.is_initialized() else launched().world_size
     tensor = 1 if tensor is None else tensor
     if tensor < 1 or world_size % tensor:
         raise RecipeError(f"tensor is {tensor} but must divide the number of processes, {world_size}; set --tensor 1")
     check_tensor_ranks(recipe, tensor)
-    return layout.start(ParallelConfig(tensor=tensor, timeout=recipe.parallel.timeout), device)
+    return layouts.start(ParallelConfig(tensor=tensor, timeout=recipe.parallel.timeout), device)

@@ -21,7 +21,7 @@ heard: list[int] = []
 
 
 @contextmanager
-def leaving_at_once(leader: bool, last: bool = False) -> Iterator[None]:
+def exit_on_early_signal(leader: bool, last: bool = False) -> Iterator[None]:
     """While nobody listens, SIGTERM and SIGUSR1 end this process with status 0. In the main thread.
 
     `last`: nothing comes after it but the end of the process (with torch a second or more), which signals do not change any more.

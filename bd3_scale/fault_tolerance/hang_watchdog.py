@@ -1,9 +1,9 @@
 """Turns a hang into an error: a rank whose main thread does nothing for too long ends the job, and every rank leaves its stacks behind.
 
-The guard (rank_monitor.py) finds ranks that are dead or stopped; here the process lives and beats, but its main thread waits: for a
+The monitor (rank_monitor.py) finds ranks that are dead or stopped; here the process lives and beats, but its main thread waits: for a
 collective that another rank does not enter, for a file system, for a lock. How long is too long follows the run: `parallel.hang` times the
 longest piece of work that it has done, once it has done some of the kind. Invariants: the time is counted only from the first beat of a
-`Pulse` to the end of the `with`, so that start-up and the end of a run may take what they need; time in which the whole process was
+`HeartbeatFile` to the end of the `with`, so that start-up and the end of a run may take what they need; time in which the whole process was
 stopped does not count; it fires before collectives time out by themselves (which with NCCL ends the process without a word).
 """
 
@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.fault_tolerance.heartbeat_file import Pulse
-from bd3_scale.fault_tolerance.rank_monitor import CURE, Guard, end_process
+from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
+from bd3_scale.fault_tolerance.rank_monitor import CURE, RankMonitor, end_process
 from bd3_scale.recipe.schema import ParallelConfig
 
 SHARE_OF_TIMEOUT = 0.9
@@ -39,8 +39,10 @@ class Watchdog:
     """`with Watchdog(...):` around work that beats. `tell` gets one line, in the watchdog's thread, once. `seconds`: the limit at most;
     `times`: that of the longest piece of work (0: `seconds` alone)."""
 
-    def __init__(self, pulse: Pulse, seconds: float, stacks: Path, rank: int, tell: Callable[[str], None], times: float = 0) -> None:
-        self.pulse, self.seconds, self.stacks, self.rank, self._tell, self.times = pulse, seconds, stacks, rank, tell, times
+    def __init__(
+        self, heartbeat: HeartbeatFile, seconds: float, stacks: Path, rank: int, tell: Callable[[str], None], times: float = 0
+    ) -> None:
+        self.heartbeat, self.seconds, self.stacks, self.rank, self._tell, self.times = heartbeat, seconds, stacks, rank, tell, times
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -56,8 +58,8 @@ class Watchdog:
         """Write the stacks of all threads of this rank to `stacks`/rank-NNNNN.txt."""
         self.stacks.mkdir(parents=True, exist_ok=True)
         with open(self.stacks / f"rank-{self.rank:05d}.txt", "w") as file:
-            pulse = self.pulse
-            file.write(f"rank {self.rank}: {pulse.count} pieces of work done, the last at step {pulse.step} ({pulse.doing})\n")
+            heartbeat = self.heartbeat
+            file.write(f"rank {self.rank}: {heartbeat.count} pieces of work done, the last at step {heartbeat.step} ({heartbeat.doing})\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if torch.cuda.is_initialized() and dist.is_initialized():
@@ -66,7 +68,7 @@ class Watchdog:
 
     def limit(self) -> float:
         """Seconds for which the work under way may take."""
-        usual = self.pulse.usual() if self.times else None
+        usual = self.heartbeat.usual() if self.times else None
         return self.seconds if usual is None else min(self.seconds, max(LEAST, self.times * usual))
 
     def _watch(self) -> None:
@@ -75,26 +77,26 @@ class Watchdog:
         while not self._closing.wait(interval):
             now = time.monotonic()
             passed, before = min(now - before, 2 * interval), now  # a process that was stopped was not idle
-            still = still + passed if self.pulse.count == seen and seen else 0.0
-            seen = self.pulse.count
+            still = still + passed if self.heartbeat.count == seen and seen else 0.0
+            seen = self.heartbeat.count
             if still >= (limit := self.limit()):
                 cure = "parallel.timeout" if limit == self.seconds else f"parallel.hang (times what a step has taken, {self.times:g})"
                 self._tell(
-                    f"rank {self.rank} has done nothing for {still:.0f} s (step {self.pulse.step}, {self.pulse.doing}), which is a hang; "
-                    f"the stacks of all ranks are in {self.stacks}; raise {cure} where it was only slow"
+                    f"rank {self.rank} has done nothing for {still:.0f} s (step {self.heartbeat.step}, {self.heartbeat.doing}), "
+                    f"which is a hang; the stacks of all ranks are in {self.stacks}; raise {cure} where it was only slow"
                 )
                 return
 
 
-def watchdog(pulse: Pulse, layout: Layout, parallel: ParallelConfig, stacks: Path, guard: Guard | None) -> Watchdog:
+def watchdog(heartbeat: HeartbeatFile, layout: Layout, parallel: ParallelConfig, stacks: Path, monitor: RankMonitor | None) -> Watchdog:
     """The watchdog of a training: with other ranks it speaks through the guard, which lets all of them leave their stacks."""
 
     def alone(line: str) -> None:
         made.dump()
         end_process(f"bd3_scale: error: {line}; {CURE}", 0.0)
 
-    tell = alone if guard is None or layout.world_size == 1 else guard.complain
-    made = Watchdog(pulse, SHARE_OF_TIMEOUT * parallel.timeout, stacks, layout.rank, tell, times=parallel.hang)
+    tell = alone if monitor is None or layout.world_size == 1 else monitor.complain
+    made = Watchdog(heartbeat, SHARE_OF_TIMEOUT * parallel.timeout, stacks, layout.rank, tell, times=parallel.hang)
     if layout.device.type == "cuda":
         stacks.mkdir(parents=True, exist_ok=True)  # NCCL, where it ends the process by itself, writes there, too
     return made

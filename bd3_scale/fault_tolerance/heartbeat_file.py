@@ -23,7 +23,7 @@ KNOWN_AFTER = {"train": 10, "validate": 1}
 """Pieces of a kind of work after which it is known how long they take; of others (a save waits for the disk) it never is."""
 
 
-class Pulse:
+class HeartbeatFile:
     """`beat()` is called by the main thread whenever it has done a piece of work (a step, some rows of a validation)."""
 
     def __init__(

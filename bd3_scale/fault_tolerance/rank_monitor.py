@@ -35,7 +35,7 @@ from typing import Self
 import torch.distributed as dist
 
 from bd3_scale.errors import TrainingError, UserError, one_line
-from bd3_scale.recipe.environment import launched
+from bd3_scale.launcher import launched
 
 LONGEST_INTERVAL = 5.0
 """Seconds between two readings of the others' heartbeats at most; a rank's own beats are a second apart, or less."""
@@ -48,7 +48,7 @@ CURE = "the run continues from the last checkpoint with the same command"
 LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 """Words in the RuntimeError of a collective whose other side is gone (gloo raises no class of its own)."""
 
-_guards: Counter[int] = Counter()
+_monitors: Counter[int] = Counter()
 """Guards made so far in this process, per rank: all ranks make theirs in the same order, so equal numbers belong together."""
 
 
@@ -79,12 +79,12 @@ class Work:
     """The step."""
     collectives: Callable[[], dict[str, int]] = dict
     """Group -> collectives that this rank has entered in it."""
-    last_words: Callable[[], None] = lambda: None
+    on_verdict: Callable[[], None] = lambda: None
     """Called before this process is ended by a verdict (on whichever rank)."""
 
 
-class Guard:
-    """`with Guard(rank, world_size, patience) as guard:` around everything between joining the world and leaving it.
+class RankMonitor:
+    """`with RankMonitor(rank, world_size, patience) as monitor:` around everything between joining the world and leaving it.
 
     `patience`: seconds of silence after which a rank is dead. Inside, an exception of a collective becomes a TrainingError that names
     the dead rank; any other exception is announced to the other ranks and goes on. `world`: its name, since a restart by the launcher
@@ -119,8 +119,8 @@ class Guard:
         self.verdict = ""
         self._closing, self._failure = threading.Event(), ""
         self._thread: threading.Thread | None = None
-        _guards[rank] += 1
-        self._prefix = f"bd3_scale/guard/{world}/{_guards[rank]}"
+        _monitors[rank] += 1
+        self._prefix = f"bd3_scale/guard/{world}/{_monitors[rank]}"
 
     def __enter__(self) -> Self:
         if self.world_size > 1:
@@ -205,7 +205,7 @@ class Guard:
                 # The store may be on this host and end with it: leave the other hosts the time to read the verdict.
                 linger = self.interval + 1 if len(self._local) < self.world_size else 0.0
                 with contextlib.suppress(Exception):  # a full disk must not keep this process from ending
-                    self._work.last_words()
+                    self._work.on_verdict()
                 self._end(f"bd3_scale: error: {self.verdict}{self._failure}" if loud else None, linger)
                 return
 

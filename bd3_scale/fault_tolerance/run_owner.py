@@ -94,18 +94,18 @@ def own(folder: Path, layout: Layout) -> Owner:
             answers.append(("", error))
 
     taking = threading.Thread(target=take, name="owner", daemon=True)
-    if layout.leader:
+    if layout.is_main_rank:
         taking.start()
     answer = None
     while answer is None:
-        if layout.leader:
+        if layout.is_main_rank:
             taking.join(ROUND)
         answer = layout.broadcast(answers[0] if answers else None)
     token, failure = answer
     if failure is not None:
         with on_all_ranks():
             raise failure
-    return Owner(folder, token, beats=layout.leader)
+    return Owner(folder, token, beats=layout.is_main_rank)
 
 
 def own_alone(folder: Path) -> Owner:
@@ -120,7 +120,7 @@ def _taken(folder: Path, launchers: list[str]) -> str:
     try:
         return _take(folder, launchers)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}); mend that or set another run.dir") from error
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}); fix that or set another run.dir") from error
 
 
 def _take(folder: Path, launchers: list[str]) -> str:

@@ -73,7 +73,7 @@ class StopRequest:
         self._late = self._late or self._over
         if self.requested is None:
             self.requested, self._at = signal.Signals(number).name, now
-            if self.layout.leader:
+            if self.layout.is_main_rank:
                 # Not print: a handler may run in the middle of another print.
                 text = f"\nbd3_scale: {self.requested}: stopping after this step and saving; Ctrl-C again stops at once\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
@@ -84,7 +84,7 @@ class StopRequest:
         """Whether all ranks stop here; once true, always. Every rank calls it as often as the others."""
         if self._deadline is not None and self.requested is None and time.monotonic() > self._deadline:
             self.requested = "run.time_limit"
-            if self.layout.leader:
+            if self.layout.is_main_rank:
                 print("\nbd3_scale: run.time_limit: stopping after this step and saving", file=sys.stderr, flush=True)
         if self._agreed:
             return True
@@ -107,7 +107,7 @@ class StopRequest:
         leaves = self._together(told=self.requested is not None and not self._agreed)
         early_exit.listening.clear()
         if leaves or (self._late and self.layout.world_size > 1):
-            early_exit.leave(self.requested or "another rank", self.layout.leader)
+            early_exit.leave(self.requested or "another rank", self.layout.is_main_rank)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

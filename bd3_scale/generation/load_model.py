@@ -19,15 +19,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bd3_scale import recipe as recipes
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import RECIPE_NAME
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.checkpoint.store import locate
 from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
-from bd3_scale.model.layers import Linears, full_shape
+from bd3_scale.launcher import launched
+from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
@@ -100,7 +101,7 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text)
     objective = schedule.at(max(0, checkpoint.step - 1), _interval(checkpoint))
     model = replace(recipe.model, attention="auto")  # a matter of the device, which may be another than that of the training
-    network = Transformer(model, tokenizer.model_vocabulary_size, tokenizer.mask_id, Linears(tensor))
+    network = Transformer(model, tokenizer.model_vocabulary_size, tokenizer.mask_id, TensorParallelFactory(tensor))
     parameters = network.named_parameters()
     checkpoint.load_into([part for name, value in parameters for part in _of_tensor_rank(kind, name, value, tensor)], peers)
     precision = torch.bfloat16 if recipes.resolve_precision(recipe, place.type) == "bf16" else torch.float32
@@ -155,7 +156,7 @@ def _device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # Whoever joins the world takes the device of its local rank.
-    index = torch.cuda.current_device() if dist.is_initialized() else recipes.launched().local_rank
+    index = torch.cuda.current_device() if dist.is_initialized() else launched().local_rank
     devices = torch.cuda.device_count()
     if index >= devices:
         raise RecipeError(
@@ -188,7 +189,7 @@ def _join_world(recipe: Recipe, place: torch.device) -> None:
 
     if dist.is_initialized() and parallel_state.model_parallel_is_initialized():
         return
-    tensor = dist.get_world_size() if dist.is_initialized() else recipes.world_size_of_environment()
+    tensor = dist.get_world_size() if dist.is_initialized() else launched().world_size
     check_tensor_ranks(recipe, tensor)
     layout.start(ParallelConfig(tensor=tensor, timeout=recipe.parallel.timeout), place.type)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.launcher import launched
 from bd3_scale.launching.node import JOINABLE
 from bd3_scale.recipe import Recipe
 
@@ -37,10 +38,10 @@ def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
         return
     from bd3_scale.distributed.waiting import Waiting, say
     from bd3_scale.fault_tolerance.early_exit import leave
-    from bd3_scale.fault_tolerance.heartbeat_file import Pulse
+    from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
     from bd3_scale.fault_tolerance.stop_request import seconds_left
 
-    told = recipes.launched()
+    told = launched()
     leader, world = told.rank == 0, told.world_size
     sizes = f"{' or '.join(map(str, fitting[:SHOWN]))}{' or more' if len(fitting) > SHOWN else ''}"
     text = f"{world} ranks do not fit this recipe ({str(misfit).split('; ')[0]}), {sizes} would: waiting for nodes to join"
@@ -50,14 +51,14 @@ def wait_for_nodes(recipe: Recipe, device: str, misfit: RecipeError) -> None:
     if leader:
         say(text)
     folder = Path(recipe.run.dir)
-    step, pulse, owner = _step_of(folder), Pulse(None, recipe.total_steps, world), None
+    step, heartbeat, owner = _step_of(folder), HeartbeatFile(None, recipe.total_steps, world), None
     if leader and folder.is_dir():
         from bd3_scale.fault_tolerance.run_owner import own_alone
 
         owner = own_alone(folder)
-        pulse = Pulse(folder, recipe.total_steps, world, may_write=owner.check)
+        heartbeat = HeartbeatFile(folder, recipe.total_steps, world, may_write=owner.check)
     while True:
-        pulse.beat(step, "wait")
+        heartbeat.beat(step, "wait")
         left = seconds_left(recipe.run.time_limit)
         if left is not None and left <= 0:
             if owner is not None:
@@ -76,7 +77,7 @@ def larger_worlds() -> list[int]:
     told = torchrun.of_this_rank()
     if told is None or told.backend == "static":
         return []
-    nodes, per_node = int(os.environ["GROUP_WORLD_SIZE"]), recipes.launched().local_world_size
+    nodes, per_node = int(os.environ["GROUP_WORLD_SIZE"]), launched().local_world_size
     return [count * per_node for count in range(nodes + 1, told.most + 1)]
 
 

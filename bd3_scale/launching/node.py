@@ -143,7 +143,7 @@ class Node:
             return UNFINISHED, f"stopped ({self.asked or 'another node, or run.time_limit'}) and not finished; the same command goes on"
         if now.checkpoint != self.before.checkpoint:
             return UNFINISHED, f"failed with status {status} after {now.checkpoint.strip()} was saved; the same command goes on from there"
-        return status, f"failed with status {status} and without a new checkpoint; mend the cause, which stands above or in the logs"
+        return status, f"failed with status {status} and without a new checkpoint; fix the cause, which stands above or in the logs"
 
 
 def _elastic(arguments: list[str]) -> bool:

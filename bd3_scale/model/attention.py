@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bd3_scale.model.attention_kernels import attend
-from bd3_scale.model.layers import HeadNorm, Linears
+from bd3_scale.model.layers import HeadNorm, TensorParallelFactory
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:
-    from bd3_scale.model.transformer import Shared
+    from bd3_scale.model.transformer import ForwardContext
 
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of torch's kernels: all but cuDNN's, which makes a plan for each shape that it meets, and a cache that grows has a new one every time."""
@@ -48,15 +48,15 @@ class Attention(nn.Module):
     """Rows that ask, [query rows, batch, hidden], and x [rows, batch, hidden], of which keys and values come -> as those that ask;
     under tensor parallelism each rank attends with its heads."""
 
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    def __init__(self, config: ModelConfig, factory: TensorParallelFactory) -> None:
         super().__init__()
         self.head_size = config.head_size
         bias = config.attention_bias != "none"
-        self.query = linears.column(config.hidden, config.heads * config.head_size, bias)
-        self.key_value = linears.key_value(config.hidden, config.kv_heads, config.head_size, bias)
+        self.query = factory.column(config.hidden, config.heads * config.head_size, bias)
+        self.key_value = factory.key_value(config.hidden, config.kv_heads, config.head_size, bias)
         self.query_norm = HeadNorm(config) if config.query_key_norm else None
         self.key_norm = HeadNorm(config) if config.query_key_norm else None
-        self.output = linears.row(config.heads * config.head_size, config.hidden, config.attention_bias == "all")
+        self.output = factory.row(config.heads * config.head_size, config.hidden, config.attention_bias == "all")
 
     def project(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q of the rows that ask, k and v of all: [rows, batch, heads of this rank, d], not yet rotated."""
@@ -66,13 +66,13 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def forward(self, asking: Tensor, x: Tensor, shared: Shared, mask: Any, selected: SelectedRows | None = None) -> Tensor:
+    def forward(self, asking: Tensor, x: Tensor, shared: ForwardContext, mask: Any, selected: SelectedRows | None = None) -> Tensor:
         """`asking`: the first rows of x; or, [n, hidden], those that are `selected`. `mask`: FlexAttention's for that many rows."""
         rotary, stream = shared.rotary, shared.stream
         q, k, v = self.project(asking, x)
-        q, k, v = stream.together(q) if selected is None else selected.spread(q), stream.together(k), stream.together(v)
+        q, k, v = stream.gather_halves(q) if selected is None else selected.spread(q), stream.gather_halves(k), stream.gather_halves(v)
         out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, shared.kernel, shared.segments, mask).flatten(2)
-        return self.output(stream.apart(out) if selected is None else selected.collect(out))
+        return self.output(stream.split_halves(out) if selected is None else selected.collect(out))
 
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the cached rows and to these. Returns (output, rotated k, v) of these rows; nothing is stored."""

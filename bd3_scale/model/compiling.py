@@ -1,4 +1,4 @@
-"""torch.compile as it is used here: whole or not at all.
+"""What surrounds the layers: torch.compile, whole or not at all, and activation checkpointing.
 
 What Dynamo cannot trace it leaves out without a word, and a function that it has compiled `recompile_limit` times (8) it runs as
 plain Python from then on; FlexAttention then holds the whole matrix of scores. Both are errors here: a layer is one graph, from its
@@ -15,11 +15,15 @@ Invariant: whatever differs from layer to layer or from step to step reaches com
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+COMPILE_MODES = {"blocks": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""torch's name of what `training.compile` says. No CUDA graphs: they hold addresses, which micro-batches under way, recomputation and
+ZeRO 3 change."""
 BACKEND = "inductor"
 """torch.compile's."""
 VARIANTS = 256
@@ -56,3 +60,32 @@ def of_any_size(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
     if not torch.compiler.is_compiling():
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
     return tensor
+
+
+RECOMPUTED = {"attention": "attention_half", "mlp": "mlp_half", "layer": "forward"}
+"""`training.recompute` -> the method of a block whose inputs alone are kept."""
+
+
+def wrap_blocks(blocks: Iterable[nn.Module], *, recompute: str, compile: str, backend: str | None = None) -> None:
+    """Compile each layer, then recompute it in the backward (activation checkpointing). (Tensor before, ZeRO after.)
+
+    Compiled code is recomputed whole, by running it again: inside of it the compiler would choose what is kept. It is methods that
+    are compiled, not modules, so that an engine's hooks around a layer stay outside. `backend`: as in `compiled_whole`.
+    """
+    parts = ("attention_half", "mlp_half") if recompute in ("attention", "mlp") else ("forward",)
+    for block in blocks:
+        for part in parts:
+            method = getattr(block, part)
+            if compile != "none":
+                method = compiled_whole(method, COMPILE_MODES[compile], backend)
+            setattr(block, part, _recomputed(method) if RECOMPUTED.get(recompute) == part else method)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*arguments: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*arguments)
+        # Dropout is keyed, not drawn: a recomputation needs no generator state.
+        return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return run

@@ -1,6 +1,6 @@
 """The parts of a layer: megatron-core's tensor-parallel linears and embedding, norms, MLPs, conditioning, dropout.
 
-The linears come from a `Linears` factory, which holds the tensor-parallel group: the modules here read like
+The linears come from a `TensorParallelFactory` factory, which holds the tensor-parallel group: the modules here read like
 single-device code and are divided by whoever makes the factory. Every weight is made empty; `initialise.py` fills it
 as a function of (seed, canonical name), so that the values do not depend on the layout.
 """
@@ -106,12 +106,12 @@ class SharedKeyValue(nn.Module):
     The gradient of weight and bias on a rank is the part of that rank: whoever trains must sum it over the tensor ranks.
     """
 
-    def __init__(self, hidden: int, kv_heads: int, head_size: int, linears: Linears, bias: bool = False) -> None:
+    def __init__(self, hidden: int, kv_heads: int, head_size: int, factory: TensorParallelFactory, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(2 * kv_heads * head_size, hidden, dtype=linears.config.params_dtype))
-        self.bias = nn.Parameter(torch.empty(2 * kv_heads * head_size, dtype=linears.config.params_dtype)) if bias else None
-        self.sequence = linears.sequence
-        head = linears.tensor_rank * kv_heads // linears.tensor
+        self.weight = nn.Parameter(torch.empty(2 * kv_heads * head_size, hidden, dtype=factory.config.params_dtype))
+        self.bias = nn.Parameter(torch.empty(2 * kv_heads * head_size, dtype=factory.config.params_dtype)) if bias else None
+        self.sequence = factory.sequence
+        head = factory.tensor_rank * kv_heads // factory.tensor
         self.mine = slice(head * 2 * head_size, (head + 1) * 2 * head_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class SharedKeyValue(nn.Module):
         return F.linear(x, self.weight[self.mine], None if self.bias is None else self.bias[self.mine])
 
 
-class Linears:
+class TensorParallelFactory:
     """Makes the linears and the embedding of a model for one tensor-parallel group of megatron.core.parallel_state.
 
     `sequence`: between the linears each rank holds its part of the rows (see `sequence_shards.py`). `vocabulary_multiple`: ids per
@@ -247,11 +247,11 @@ class LearnedPositions(nn.Module):
 class MLP(nn.Module):
     """GELU (tanh form) or SwiGLU, with the gate and the value of one hidden unit side by side in the fused weight."""
 
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    def __init__(self, config: ModelConfig, factory: TensorParallelFactory) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        self.up = linears.column(config.hidden, config.mlp_size * (2 if self.gated else 1), bias=config.mlp_bias)
-        self.down = linears.row(config.mlp_size, config.hidden, bias=config.mlp_bias)
+        self.up = factory.column(config.hidden, config.mlp_size * (2 if self.gated else 1), bias=config.mlp_bias)
+        self.down = factory.row(config.mlp_size, config.hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bd3_scale.costs.sizes import positions_per_chunk
 from bd3_scale.model.cross_entropy import FusedCrossEntropy
-from bd3_scale.model.layers import Linears
+from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.recipe.schema import ModelConfig
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -39,29 +39,31 @@ weighted sum with respect to the logits, which may be gone)."""
 class Head(nn.Module):
     """The output layer. Its weight is its own [V / tensor, hidden] or the embedding's."""
 
-    def __init__(self, config: ModelConfig, linears: Linears, vocabulary: int, mask_id: int, embedding: nn.Parameter | None) -> None:
+    def __init__(
+        self, config: ModelConfig, factory: TensorParallelFactory, vocabulary: int, mask_id: int, embedding: nn.Parameter | None
+    ) -> None:
         super().__init__()
         if embedding is None:
-            self.weight, self.bias = linears.head(config.hidden, vocabulary, config.head_bias)
+            self.weight, self.bias = factory.head(config.hidden, vocabulary, config.head_bias)
         else:
             self.weight = embedding
-            self.bias = linears.head(1, vocabulary, True)[1] if config.head_bias else None
+            self.bias = factory.head(1, vocabulary, True)[1] if config.head_bias else None
         if mask_id != vocabulary - 1:
             raise ValueError(f"MASK is {mask_id} but must be the last of the {vocabulary} ids")
-        self.linears, self.vocabulary = linears, vocabulary
-        self.first_id = linears.tensor_rank * linears.padded(vocabulary) // linears.tensor
+        self.factory, self.vocabulary = factory, vocabulary
+        self.first_id = factory.tensor_rank * factory.padded(vocabulary) // factory.tensor
         # MASK and the padding behind it, as ids of this rank.
         self.impossible = max(0, mask_id - self.first_id)
-        self.config, self.fused = config, FusedCrossEntropy(self.first_id, linears.tensor > 1)
+        self.config, self.fused = config, FusedCrossEntropy(self.first_id, factory.tensor > 1)
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, normalised: bool = True) -> Any:
         """hidden [n, hidden]. With targets and weights [n]: (weighted sum, nll [n] without gradient), fp32; not `normalised`: score
         entropies instead of nll. Without: logits [n, V], fp32, -inf at MASK, the same on every tensor rank."""
         if targets is None or weights is None:
-            logits = self.linears.whole_logits(_logits(hidden, self.weight, self.bias, self.impossible))
+            logits = self.factory.whole_logits(_logits(hidden, self.weight, self.bias, self.impossible))
             return logits[:, : self.vocabulary].float()
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
-        hidden = self.linears.before_head(hidden)
+        hidden = self.factory.before_head(hidden)
         loss: ChunkLoss = self.fused
         fused = normalised and self.config.head_loss == "fused"
         if not fused:
@@ -76,7 +78,7 @@ class Head(nn.Module):
         held = (here >= 0) & (here < logits.shape[-1])
         target = logits.gather(-1, here.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
         part = logits.exp().sum(-1) / words - torch.where(held, target, 0.0)
-        return (reduce_from_tensor_model_parallel_region(part) if self.linears.tensor > 1 else part) + (math.log(words) - 1.0)
+        return (reduce_from_tensor_model_parallel_region(part) if self.factory.tensor > 1 else part) + (math.log(words) - 1.0)
 
 
 def _by_autograd(

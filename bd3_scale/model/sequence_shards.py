@@ -4,7 +4,7 @@ Without sequence parallelism every rank holds all rows and everything here is th
 ranks holds an equal part of *both* stream halves: rank r has rows [r L/R, (r+1) L/R) of the noisy half, then its R-th of
 the clean half (which may be shorter, see `attention_mask`). So the ranks stay equally busy where only the noisy half goes on (last
 layer, head), and gathering the noisy rows alone gives them in order. What the linears gather from all ranks lies rank by
-rank ("gathered order"): `together` puts it half by half, as the mask and the rotary positions have it, and `apart` is its
+rank ("gathered order"): `gather_halves` puts it half by half, as the mask and the rotary positions have it, and `split_halves` is its
 inverse.
 
 Invariant: for every R the rows are the same rows with the same positions, dropout and mask; only their place differs.
@@ -51,17 +51,17 @@ class Stream:
 
     def in_gathered_order(self, tokens: Tensor) -> Tensor:
         """Tokens [batch, all rows] -> [batch, all rows] in gathered order, so that rank r's rows are the r-th part."""
-        return self.apart(tokens.t()).t()
+        return self.split_halves(tokens.t()).t()
 
-    def together(self, gathered: Tensor) -> Tensor:
+    def gather_halves(self, gathered: Tensor) -> Tensor:
         """Gathered order [n, ...] -> half by half. n: all rows, or the scored ones (then the two orders are the same)."""
         if self.ranks == 1 or len(gathered) == self.pattern.scored_rows:
             return gathered
         scored, clean = gathered.unflatten(0, (self.ranks, self.rows)).split([self.scored, self.clean], 1)
         return torch.cat([scored.flatten(0, 1), clean.flatten(0, 1)])
 
-    def apart(self, rows: Tensor) -> Tensor:
-        """The inverse of `together`."""
+    def split_halves(self, rows: Tensor) -> Tensor:
+        """The inverse of `gather_halves`."""
         if self.ranks == 1 or len(rows) == self.pattern.scored_rows:
             return rows
         halves = rows.split([self.pattern.scored_rows, self.pattern.clean_rows])

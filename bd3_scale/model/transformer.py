@@ -26,11 +26,11 @@ from bd3_scale.model.layers import (
     DropoutWords,
     KeyedDropout,
     LearnedPositions,
-    Linears,
     Modulation,
     NoiseCondition,
     Norm,
     RowGroups,
+    TensorParallelFactory,
     dropout_channels,
     dropout_keys,
     modulate,
@@ -59,7 +59,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Shared:
+class ForwardContext:
     """What all layers of one forward use."""
 
     rotary: Rotary
@@ -86,24 +86,26 @@ class Shared:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with adaLN each branch is shifted, scaled and gated."""
 
-    def __init__(self, config: ModelConfig, linears: Linears, index: int) -> None:
+    def __init__(self, config: ModelConfig, factory: TensorParallelFactory, index: int) -> None:
         super().__init__()
         self.attention_norm = Norm(config)
-        self.attention = Attention(config, linears)
+        self.attention = Attention(config, factory)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP(config, linears)
+        self.mlp = MLP(config, factory)
         self.modulation = Modulation(config, 6) if config.conditioning == "adaln" else None
         self.attention_dropout = KeyedDropout(config.dropout, 0)
         self.mlp_dropout = KeyedDropout(config.dropout, 1)
 
-    def forward(self, x: Tensor, shared: Shared, last: bool, words: DropoutWords | None) -> Tensor:
+    def forward(self, x: Tensor, shared: ForwardContext, last: bool, words: DropoutWords | None) -> Tensor:
         """x [rows, batch, hidden] -> the same; in the `last` layer only the scored rows, or, [n, hidden], the selected ones."""
         modulation = self._modulation(shared.condition)
         rows = shared.handed_on(last)
         x = self.attention_half(x, modulation[:3], shared, last, words)
         return self.mlp_half(x if rows.selected is None else of_any_size(x, 0), modulation[3:], rows, words)
 
-    def attention_half(self, x: Tensor, modulation: tuple[Tensor, ...], shared: Shared, last: bool, words: DropoutWords | None) -> Tensor:
+    def attention_half(
+        self, x: Tensor, modulation: tuple[Tensor, ...], shared: ForwardContext, last: bool, words: DropoutWords | None
+    ) -> Tensor:
         """x -> x + attention(norm(x)); `modulation`: (shift, scale, gate), or nothing without adaLN."""
         rows = shared.handed_on(last)
         normed = modulated(self.attention_norm(x), modulation, shared.every.groups)
@@ -158,29 +160,29 @@ class Transformer(nn.Module):
     until `initialise` or a checkpoint fills them."""
 
     def __init__(
-        self, config: ModelConfig, vocabulary: int, mask_id: int, linears: Linears | None = None, layers: range | None = None
+        self, config: ModelConfig, vocabulary: int, mask_id: int, factory: TensorParallelFactory | None = None, layers: range | None = None
     ) -> None:
         super().__init__()
-        self.config, self.linears = config, linears or Linears()
+        self.config, self.factory = config, factory or TensorParallelFactory()
         self.kernel = config.attention
         layers = range(config.layers) if layers is None else layers
         self.layers = layers
         self.first, self.last = layers.start == 0, layers.stop == config.layers
         if self.first or (self.last and config.tied_head):
-            self.embedding = self.linears.embedding(vocabulary, config.hidden)
+            self.embedding = self.factory.embedding(vocabulary, config.hidden)
         self.positions = LearnedPositions(config) if self.first and config.positions == "learned" else None
-        self.blocks = nn.ModuleDict({str(index): Block(config, self.linears, index) for index in layers})
+        self.blocks = nn.ModuleDict({str(index): Block(config, self.factory, index) for index in layers})
         adaptive = config.conditioning == "adaln"
         self.condition = NoiseCondition(config) if adaptive else None
         if self.last:
             self.final_norm = Norm(config)
             self.final_modulation = Modulation(config, 2) if adaptive else None
-            self.head = Head(config, self.linears, vocabulary, mask_id, self.embedding.weight if config.tied_head else None)
+            self.head = Head(config, self.factory, vocabulary, mask_id, self.embedding.weight if config.tied_head else None)
 
     def forward(self, inputs: NetworkInputs, x: Tensor | None = None) -> Any:
         """The last stage (and the whole network): the objective's sum over the micro-batch, (sum of weight * nll as fp32
         scalar, nll fp32 [n] without gradient). Other stages: hidden states for the next one, whose `x` they are."""
-        stream = self.linears.stream(inputs.pattern)
+        stream = self.factory.stream(inputs.pattern)
         rows = stream.row_ids(inputs.tokens.device)
         if x is None:
             tokens = inputs.tokens if inputs.simplex is not None else stream.in_gathered_order(inputs.tokens)
@@ -189,18 +191,18 @@ class Transformer(nn.Module):
         levels, pattern = inputs.noise_levels, inputs.pattern
         by_block = levels is not None and levels.dim() == 2
         condition = self._condition(F.pad(levels, (0, 1)) if levels is not None and by_block else levels, x)  # clean rows are at 0
-        each, groups = None if condition is None else self.linears.shared_by_rows(condition), None
+        each, groups = None if condition is None else self.factory.shared_by_rows(condition), None
         if each is not None and by_block:
             each, groups = _of_groups(each, stream)
         every = Rows(stream.rows, groups)
         scored = self._scored(every, stream, inputs)
-        shared = Shared(rotary, stream, each, every, scored, self.kernel, *self._masks(inputs), inputs.segments)
+        shared = ForwardContext(rotary, stream, each, every, scored, self.kernel, *self._masks(inputs), inputs.segments)
         words = self._dropout_words(inputs, rows, scored.selected)
         for (block, is_last), word in zip(self._layers(), words, strict=True):
             x = block(x, shared, is_last, word)
         if not self.last:
             return x
-        x = self.linears.all_rows(x)
+        x = self.factory.all_rows(x)
         if not inputs.sparse:
             x = x.transpose(0, 1).flatten(0, 1)[inputs.selected]
         place: tuple[Tensor, ...] = (inputs.selected // pattern.scored_rows,)
@@ -292,7 +294,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty cache for `capacity` rows of `batch` sequences, on the network's device."""
         weight, config = self.embedding.weight, self.config
-        kv_heads = max(1, config.kv_heads // self.linears.tensor)
+        kv_heads = max(1, config.kv_heads // self.factory.tensor)
         return KeyValueCache(config.layers, batch, capacity, kv_heads, config.head_size, weight.dtype, weight.device)
 
     def _condition(self, noise_levels: Tensor | None, x: Tensor) -> Tensor | None:

@@ -22,9 +22,9 @@ from functools import lru_cache
 from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.orthogonal_step import orthogonal_flops
 from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices
+from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import Device
 from bd3_scale.planning.passes import Passes, attention_half, embedding_passes, final_norm, head_passes, mlp_half
-from bd3_scale.planning.situation import Situation
 
 TILE = 128
 """Rows of a tile of queries, and of keys, that attention kernels visit whole."""
@@ -91,17 +91,17 @@ class LayerLimits:
     kernels: float
 
 
-def layer_limits(case: Situation, batch: Batch, last: bool) -> LayerLimits:
-    """`batch`: the expected micro-batch in a phase of the run (`Situation.batch`); `last`: of the network's last layer."""
-    device, training = case.device, case.recipe.training
-    peak, shares = device.peak(case.precision), attention_shares(case, batch)
+def layer_limits(cluster: ClusterPlan, batch: Batch, last: bool) -> LayerLimits:
+    """`batch`: the expected micro-batch in a phase of the run (`ClusterPlan.batch`); `last`: of the network's last layer."""
+    device, training = cluster.device, cluster.recipe.training
+    peak, shares = device.peak(cluster.precision), attention_shares(cluster, batch)
     compiled = training.compile != "none"
     linears, passes, kernels = Part("linears", 0.0, 0.0), Passes(), 0.0
     attention = Part("attention", 0.0, 0.0)
     for half, found in (("attention", attention_half(batch, last, compiled)), ("mlp", mlp_half(batch, last, compiled))):
         again = int(training.recompute in (half, "layer"))
         products = list(half_products(batch, last, half))
-        once = sum(product_seconds(device, case.precision, batch.weight, *one) for one in products)
+        once = sum(product_seconds(device, cluster.precision, batch.weight, *one) for one in products)
         flops = sum(2.0 * rows * inputs * outputs for rows, inputs, outputs in products)
         linears += Part("linears", once, (2 + again) * once, (3 + again) * flops)
         passes += found + Passes(0, again * found.forward, 0, again * found.forward_kernels)
@@ -114,10 +114,10 @@ def layer_limits(case: Situation, batch: Batch, last: bool) -> LayerLimits:
     return LayerLimits(linears, attention, passes, kernels + passes.kernels)
 
 
-def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequence[LayerLimits]) -> StageLimits:
+def stage_limits(cluster: ClusterPlan, batch: Batch, pipeline_rank: int, layers: Sequence[LayerLimits]) -> StageLimits:
     """`layers`: of any layer but the network's last, and of that one (`layer_limits`)."""
-    config, device, reached = case.recipe.model, case.device, case.device.reached
-    held = case.stages_of(pipeline_rank)
+    config, device, reached = cluster.recipe.model, cluster.device, cluster.device.reached
+    held = cluster.stages_of(pipeline_rank)
     first, last = held[0].start == 0, held[-1].stop == config.layers
     count = sum(len(chunk) for chunk in held)
     middle, end = count - last, int(last)
@@ -126,26 +126,26 @@ def stage_limits(case: Situation, batch: Batch, pipeline_rank: int, layers: Sequ
     kernels = middle * layers[0].kernels + end * layers[1].kernels
     parts = [linears, attention, _moved(device, "elementwise of the layers", passes)]
     if last:
-        loss = head_passes(batch, case.vocabulary) + final_norm(batch, compiled=False)
-        shape = (batch.selected, config.hidden, -(-case.vocabulary // batch.tensor))
-        seconds = product_seconds(device, case.precision, batch.weight, *shape)
+        loss = head_passes(batch, cluster.vocabulary) + final_norm(batch, compiled=False)
+        shape = (batch.selected, config.hidden, -(-cluster.vocabulary // batch.tensor))
+        seconds = product_seconds(device, cluster.precision, batch.weight, *shape)
         parts.append(Part("head's products", 3 * seconds, 0.0, 6.0 * shape[0] * shape[1] * shape[2]))
         parts.append(_moved(device, "head's loss", loss))
         kernels += loss.kernels + 3
     if first:
-        looked_up = embedding_passes(batch, case.vocabulary)
+        looked_up = embedding_passes(batch, cluster.vocabulary)
         parts.append(_moved(device, "embedding", looked_up))
         kernels += looked_up.kernels
-        if flops := simplex_flops(case, batch):
-            seconds = flops / (reached.product * device.peak(case.precision))
+        if flops := simplex_flops(cluster, batch):
+            seconds = flops / (reached.product * device.peak(cluster.precision))
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
-    accumulated, updated, started = update_bytes(case, pipeline_rank)
+    accumulated, updated, started = update_bytes(cluster, pipeline_rank)
     update = _moved(device, "optimizer, clip, EMA", Passes(updated))
-    if case.recipe.training.optimizer == "muon":
-        flops = orthogonal_flops(case.recipe, held, case.sharers)
-        update += Part(update.name, flops / (reached.product * device.peak(case.precision)), 0.0, flops)
+    if cluster.recipe.training.optimizer == "muon":
+        flops = orthogonal_flops(cluster.recipe, held, cluster.sharers)
+        update += Part(update.name, flops / (reached.product * device.peak(cluster.precision)), 0.0, flops)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
-    compiled = case.recipe.training.compile != "none"
+    compiled = cluster.recipe.training.compile != "none"
     host = reached.launch * (kernels + started) + reached.layer[compiled] * count
     return StageLimits(tuple(parts), update, host)
 
@@ -187,23 +187,23 @@ def visited_tiles(pattern: AttentionPattern, query_rows: int) -> int:
     return int(found["kv_num_blocks"].sum() + found["full_kv_num_blocks"].sum())
 
 
-def attention_shares(case: Situation, batch: Batch) -> tuple[float, float]:
+def attention_shares(cluster: ClusterPlan, batch: Batch) -> tuple[float, float]:
     """Of the peak, by the kernel of this micro-batch: forward, backward."""
-    reached, wide = case.device.reached, batch.config.head_size > 64
+    reached, wide = cluster.device.reached, batch.config.head_size > 64
     if batch.kernel != "flex":
         return reached.sdpa[wide]
     forward, backward = reached.flash[wide]
     return forward * reached.flex[0], backward * reached.flex[1]
 
 
-def simplex_flops(case: Situation, batch: Batch) -> float:
+def simplex_flops(cluster: ClusterPlan, batch: Batch) -> float:
     """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
-    if not case.recipe.objective.traits.on_simplex:
+    if not cluster.recipe.objective.traits.on_simplex:
         return 0.0
-    return 2.0 * batch.config.hidden * (case.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
+    return 2.0 * batch.config.hidden * (cluster.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
 
 
-def update_bytes(case: Situation, pipeline_rank: int) -> tuple[float, float, int]:
+def update_bytes(cluster: ClusterPlan, pipeline_rank: int) -> tuple[float, float, int]:
     """(bytes of a micro-batch, bytes of a step, kernels of a micro-batch) on one rank of a stage: of a gradient one for
     each parameter, and for fsdp, three for each group that is reduced, and gathered. w: bytes of a weight that computes, d: data-parallel
     ranks that share what ZeRO divides. Of a parameter:
@@ -216,11 +216,11 @@ def update_bytes(case: Situation, pipeline_rank: int) -> tuple[float, float, int
 
     DeepSpeed's row was counted on a stub of the CUDA driver: 18 and 82 bytes for one rank under ZeRO 1 in bf16.
     """
-    recipe, parallel = case.recipe, case.recipe.parallel
-    chunks = case.units_of(pipeline_rank)
+    recipe, parallel = cluster.recipe, cluster.recipe.parallel
+    chunks = cluster.units_of(pipeline_rank)
     sizes, groups = [size for chunk in chunks for size in chunk.sizes], sum(len(chunk.groups) for chunk in chunks)
-    n, tensors, w = float(sum(sizes)), len(sizes), 2 if case.precision == "bf16" else 4
-    d = case.sharers if parallel.zero else 1
+    n, tensors, w = float(sum(sizes)), len(sizes), 2 if cluster.precision == "bf16" else 4
+    d = cluster.sharers if parallel.zero else 1
     cast = w + 4 if w < 4 else 0
     each = 4 + 8 + 28 + (12 if recipe.training.ema else 0)
     engine = parallel.resolved_engine

@@ -31,72 +31,73 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.parameter_shapes import parameter_shapes
-from bd3_scale.distributed import layout
+from bd3_scale.distributed import layout as layouts
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.build import apply_outside, build_engine
-from bd3_scale.engines.ema import ExponentialAverage
+from bd3_scale.engines.build import build_engine
 from bd3_scale.errors import TrainingError, one_line
 from bd3_scale.model import attention_kernels
-from bd3_scale.model.layers import Linears, full_shape
+from bd3_scale.model.compiling import wrap_blocks
+from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
-from bd3_scale.planning.situation import Situation
+from bd3_scale.optimizers.ema import ExponentialAverage
+from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.recipe import Recipe
 
 NARROW_VOCABULARY = 257
 
 
-def rehearse(case: Situation) -> list[str]:
+def rehearse(cluster: ClusterPlan) -> list[str]:
     """A line for people for each part that passed. Raises TrainingError for the first that does not; needs a process without a
     process group."""
     if dist.is_initialized():
         raise RuntimeError("a rehearsal makes worlds of its own, and this process is in one")
-    case = replace(case, recipe=_for_this_machine(case.recipe))
+    cluster = replace(cluster, recipe=_for_this_machine(cluster.recipe))
     lines = []
-    for rank, name in ranks_of_interest(case).items():
+    for rank, name in ranks_of_interest(cluster).items():
         began = time.perf_counter()
-        with _explained(rank, case.world_size), fake_world(case, rank) as here:
-            _check_layout(case, here)
-            built = build_stages(case, here)
-            shape = run_stages(case, here, built)
+        with _explained(rank, cluster.world_size), fake_world(cluster, rank) as layout:
+            _check_layout(cluster, layout)
+            built = build_stages(cluster, layout)
+            shape = run_stages(cluster, layout, built)
             lines.append(
-                f"rank {rank} of {case.world_size} ({name}): layers {_layers(case, here)}, "
-                f"{sum(p.numel() for chunk in _own(here, built) for p in chunk.parameters()):,} parameters, hidden states {shape}, "
+                f"rank {rank} of {cluster.world_size} ({name}): layers {_layers(cluster, layout)}, "
+                f"{sum(p.numel() for chunk in _own(layout, built) for p in chunk.parameters()):,} parameters, hidden states {shape}, "
                 f"{time.perf_counter() - began:.1f} s"
             )
     # DeepSpeed 3 compares the ranks by broadcasts, which a fake world only answers rightly on rank 0.
-    deepspeed_3 = case.recipe.parallel.zero == 3 and case.recipe.parallel.resolved_engine == "deepspeed"
-    for rank in [0] if deepspeed_3 else [0, case.world_size - 1]:
+    deepspeed_3 = cluster.recipe.parallel.zero == 3 and cluster.recipe.parallel.resolved_engine == "deepspeed"
+    for rank in [0] if deepspeed_3 else [0, cluster.world_size - 1]:
         began = time.perf_counter()
-        with _explained(rank, case.world_size):
-            kind = run_engine(case, rank)
+        with _explained(rank, cluster.world_size):
+            kind = run_engine(cluster, rank)
         lines.append(f"rank {rank}: two steps of {kind} with a narrow network, {time.perf_counter() - began:.1f} s")
-        if case.world_size == 1:
+        if cluster.world_size == 1:
             break
     return lines
 
 
-def ranks_of_interest(case: Situation) -> dict[int, str]:
+def ranks_of_interest(cluster: ClusterPlan) -> dict[int, str]:
     """{rank: what it stands for}. Ranks are numbered with the tensor rank fastest, then data, then pipeline (`layout.ORDER`)."""
-    parallel = case.recipe.parallel
-    stage = case.world_size // parallel.pipeline
+    parallel = cluster.recipe.parallel
+    stage = cluster.world_size // parallel.pipeline
     found = {0: "first"}
     if parallel.tensor > 1:
         found[parallel.tensor - 1] = "tensor peer"
     if parallel.pipeline > 2:
         found[parallel.pipeline // 2 * stage] = "middle stage"
-    return found | {case.world_size - 1: "last"} if case.world_size > 1 else found
+    return found | {cluster.world_size - 1: "last"} if cluster.world_size > 1 else found
 
 
 @contextlib.contextmanager
-def fake_world(case: Situation, rank: int) -> Iterator[Layout]:
+def fake_world(cluster: ClusterPlan, rank: int) -> Iterator[Layout]:
     """This process as `rank` of the world, with the groups of the layout."""
     try:
-        dist.init_process_group("fake", rank=rank, world_size=case.world_size, store=FakeStore())
-        yield layout.start(case.recipe.parallel, "cpu")
+        dist.init_process_group("fake", rank=rank, world_size=cluster.world_size, store=FakeStore())
+        yield layouts.start(cluster.recipe.parallel, "cpu")
     finally:
-        layout.stop()
+        layouts.stop()
 
 
 @contextlib.contextmanager
@@ -119,73 +120,72 @@ def _for_this_machine(recipe: Recipe) -> Recipe:
     return replace(recipe, model=model, training=replace(recipe.training, compile="none"))
 
 
-def _check_layout(case: Situation, here: Layout) -> None:
+def _check_layout(cluster: ClusterPlan, layout: Layout) -> None:
     """The numbers of the layout are those that its order of ranks has."""
-    parallel = case.recipe.parallel
-    rest, tensor_rank = divmod(here.rank, parallel.tensor)
-    pipeline_rank, data_rank = divmod(rest, case.replicas)
-    found = here.tensor_rank, here.data_rank, here.pipeline_rank, here.data
-    if found != (tensor_rank, data_rank, pipeline_rank, case.replicas):
+    parallel = cluster.recipe.parallel
+    rest, tensor_rank = divmod(layout.rank, parallel.tensor)
+    pipeline_rank, data_rank = divmod(rest, cluster.replicas)
+    found = layout.tensor_rank, layout.data_rank, layout.pipeline_rank, layout.data
+    if found != (tensor_rank, data_rank, pipeline_rank, cluster.replicas):
         raise ValueError(
-            f"tensor, data, pipeline rank and replicas are {found}, expected {(tensor_rank, data_rank, pipeline_rank, case.replicas)}"
+            f"tensor, data, pipeline rank and replicas are {found}, expected {(tensor_rank, data_rank, pipeline_rank, cluster.replicas)}"
         )
 
 
 # -- Stages at their real size -----------------------------------------------------------------------------------------
 
 
-def build_stages(case: Situation, here: Layout) -> list[Transformer]:
+def build_stages(cluster: ClusterPlan, layout: Layout) -> list[Transformer]:
     """All chunks of the pipeline as this tensor rank holds them, with fake weights; together they are the whole network."""
-    recipe, tensor = case.recipe, here.tensor
+    recipe, tensor = cluster.recipe, layout.tensor
     built: list[Transformer] = []
     together: set[str] = set()
-    for layers in case.chunks:
+    for layers in cluster.chunks:
         with FakeTensorMode():
-            chunk = Transformer(
-                recipe.model, case.vocabulary, case.vocabulary - 1, Linears(tensor, sequence=recipe.parallel.sequence), layers
-            )
-        expected = parameter_shapes(recipe.model, case.vocabulary, layers, tensor)
+            factory = TensorParallelFactory(tensor, sequence=recipe.parallel.sequence)
+            chunk = Transformer(recipe.model, cluster.vocabulary, cluster.vocabulary - 1, factory, layers)
+        expected = parameter_shapes(recipe.model, cluster.vocabulary, layers, tensor)
         found = {name: full_shape(p, tensor) for name, p in chunk.named_parameters()}
         if found != {name: (one.shape, one.divided) for name, one in expected.items()}:
             raise ValueError(f"layers {layers.start} to {layers.stop - 1} hold other parameters than the plan counts")
         together |= found.keys()
         built.append(chunk)
-    if missing := parameter_shapes(recipe.model, case.vocabulary).keys() - together:
+    if missing := parameter_shapes(recipe.model, cluster.vocabulary).keys() - together:
         raise ValueError(f"no stage holds {', '.join(sorted(missing))}")
     return built
 
 
-def _own(here: Layout, built: list[Transformer]) -> list[Transformer]:
-    return built[here.pipeline_rank :: here.pipeline]
+def _own(layout: Layout, built: list[Transformer]) -> list[Transformer]:
+    return built[layout.pipeline_rank :: layout.pipeline]
 
 
-def _layers(case: Situation, here: Layout) -> str:
+def _layers(cluster: ClusterPlan, layout: Layout) -> str:
     return " and ".join(
-        f"{chunk.start}-{chunk.stop - 1}" for chunk in pipeline_stages.of_rank(case.chunks, here.pipeline, here.pipeline_rank)
+        f"{chunk.start}-{chunk.stop - 1}" for chunk in pipeline_stages.of_rank(cluster.chunks, layout.pipeline, layout.pipeline_rank)
     )
 
 
-def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[int]:
+def run_stages(cluster: ClusterPlan, layout: Layout, built: list[Transformer]) -> list[int]:
     """A micro-batch through the rank's own stages, forwards and backwards; the first rank runs all stages, each on what the one before
     hands on, for every block size of the run. Returns the shape of the hidden states that stages exchange."""
-    recipe = case.recipe
+    recipe = cluster.recipe
     start = 0
     shape: list[int] = []
-    for phase in case.phases:
-        objective = _objective(case, start, case.device.type)  # in the cluster's shapes
+    for phase in cluster.phases:
+        objective = _objective(cluster, start, cluster.device.type)  # in the cluster's shapes
         start += phase.steps
-        if here.rank > 0 and start < case.recipe.total_steps:
+        if layout.rank > 0 and start < cluster.recipe.total_steps:
             continue
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            rows = case.shares(phase).micro_batch
-            inputs = _inputs(objective, rows, case.vocabulary, recipe.run.seed)
+            rows = cluster.shares(phase).micro_batch
+            inputs = _inputs(objective, rows, cluster.vocabulary, recipe.run.seed)
             tensors: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
             fake = replace(inputs, **tensors)
             # As megatron-core's schedules have it: rows of the stream on this rank, micro-batch, hidden.
-            batch = case.batch(phase)
+            batch = cluster.batch(phase)
             shape = [batch.held(batch.computed(False)) // rows, rows, recipe.model.hidden]
             handed: Tensor | None = None
-            for chunk in built if here.rank == 0 else _own(here, built):
+            for chunk in built if layout.rank == 0 else _own(layout, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()
                 handed = _forward_backward(chunk, fake, received, shape, recipe.training.recompute)
         attention_kernels.forget_masks()  # they were made without data
@@ -194,7 +194,7 @@ def run_stages(case: Situation, here: Layout, built: list[Transformer]) -> list[
 
 def _forward_backward(chunk: Transformer, inputs: NetworkInputs, received: Tensor | None, shape: list[int], recompute: str) -> Tensor:
     chunk.train()
-    apply_outside(chunk.blocks.values(), recompute=recompute, compile="none")
+    wrap_blocks(chunk.blocks.values(), recompute=recompute, compile="none")
     output = chunk(inputs, received)
     if chunk.last:
         output[0].backward()
@@ -213,8 +213,8 @@ def _forward_backward(chunk: Transformer, inputs: NetworkInputs, received: Tenso
     return output
 
 
-def _objective(case: Situation, step: int, device: str = "cpu") -> Objective:
-    return ObjectiveSchedule.of(case.recipe, case.vocabulary - 1, document_end=0, device=device).at(step)
+def _objective(cluster: ClusterPlan, step: int, device: str = "cpu") -> Objective:
+    return ObjectiveSchedule.of(cluster.recipe, cluster.vocabulary - 1, document_end=0, device=device).at(step)
 
 
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:
@@ -225,40 +225,40 @@ def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 
 # -- The engine, narrow ------------------------------------------------------------------------------------------------
 
 
-def narrow(case: Situation) -> Situation:
+def narrow(cluster: ClusterPlan) -> ClusterPlan:
     """The situation with the same layers, heads, stages and ranks, and as little of everything else as the rules allow."""
-    recipe = case.recipe
+    recipe = cluster.recipe
     tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
     model = replace(
         recipe.model, context=8 * tensor, hidden=2 * recipe.model.heads, head_width=2, mlp_hidden=2 * tensor, conditioning_size=4
     )
-    shares = case.shares()
+    shares = cluster.shares()
     micro_batches, rows = min(shares.micro_batches, 2 * pipeline), min(shares.micro_batch, 2)
     return replace(
-        case,
+        cluster,
         recipe=replace(
             recipe,
             model=model,
             objective=replace(recipe.objective, block_size=8 if recipe.objective.traits.in_blocks else None),
-            training=replace(recipe.training, global_batch=rows * micro_batches * case.replicas, precision=case.precision),
-            parallel=replace(recipe.parallel, micro_batch=rows, stage_layers=[len(chunk) for chunk in case.chunks]),
+            training=replace(recipe.training, global_batch=rows * micro_batches * cluster.replicas, precision=cluster.precision),
+            parallel=replace(recipe.parallel, micro_batch=rows, stage_layers=[len(chunk) for chunk in cluster.chunks]),
         ),
         vocabulary=NARROW_VOCABULARY,
     )
 
 
-def run_engine(case: Situation, rank: int) -> str:
+def run_engine(cluster: ClusterPlan, rank: int) -> str:
     """Two steps of the real engine as `rank`; what is in received buffers is anybody's guess, so no number is looked at. Returns
     the engine's name."""
-    small = narrow(case)
+    small = narrow(cluster)
     recipe = small.recipe
-    with fake_world(small, rank) as here:
+    with fake_world(small, rank) as layout:
         objective = _objective(small, 0)
-        engine = build_engine(recipe, here, small.vocabulary, small.vocabulary - 1)
+        engine = build_engine(recipe, layout, small.vocabulary, small.vocabulary - 1)
         average = ExponentialAverage(engine.masters, recipe.training.ema, engine.publish, engine.settle) if recipe.training.ema else None
         batch, rows = recipe.training.global_batch, small.shares().micro_batch
-        share = batch // here.data
-        first = here.data_rank * share
+        share = batch // layout.data
+        first = layout.data_rank * share
         for step in range(2):
             inputs = [
                 _inputs(objective, rows, small.vocabulary, recipe.run.seed, start, batch) for start in range(first, first + share, rows)

@@ -9,6 +9,7 @@ from bd3_scale.costs.flops import ParameterCount, count_parameters
 from bd3_scale.costs.pipeline_stages import Phase
 from bd3_scale.costs.state_memory import checkpoint_bytes
 from bd3_scale.data.preparation.packing import texts_end_at
+from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.estimate import (
     Pace,
     RankMemory,
@@ -23,7 +24,6 @@ from bd3_scale.planning.estimate import (
     traffic_of,
 )
 from bd3_scale.planning.limits import Part, attention_shares
-from bd3_scale.planning.situation import Situation
 
 CURE = "raise parallel.zero, tensor or pipeline, lower parallel.micro_batch, or set training.recompute=layer; --search lists what fits"
 
@@ -112,70 +112,70 @@ class Plan:
         return values
 
 
-def make_plan(case: Situation, mfu: float | None = None, rate: float | None = None) -> Plan:
+def make_plan(cluster: ClusterPlan, mfu: float | None = None, rate: float | None = None) -> Plan:
     """`mfu`: share of its peak that a device is taken to reach while it computes (None: every part at its limit); `rate`: price of a
     device for an hour."""
-    recipe, parallel = case.recipe, case.recipe.parallel
-    memory = [rank_memory(case, rank) for rank in range(parallel.pipeline)]
+    recipe, parallel = cluster.recipe, cluster.recipe.parallel
+    memory = [rank_memory(cluster, rank) for rank in range(parallel.pipeline)]
     fullest = max(range(parallel.pipeline), key=lambda rank: memory[rank].total)
-    peak = case.world_size * case.device.peak(case.precision)
+    peak = cluster.world_size * cluster.device.peak(cluster.precision)
     phases, flops = [], 0.0
-    for phase in case.phases:
-        per_token = row_flops(case, phase).model / recipe.model.context
-        slowest = pace(case, phase, mfu)
-        step = step_at(case, phase, slowest)
+    for phase in cluster.phases:
+        per_token = row_flops(cluster, phase).model / recipe.model.context
+        slowest = pace(cluster, phase, mfu)
+        step = step_at(cluster, phase, slowest)
         per_step = phase.rows * recipe.model.context * per_token
-        reached, parts = per_step / (step.total * peak), _parts(case, phase, slowest)
+        reached, parts = per_step / (step.total * peak), _parts(cluster, phase, slowest)
         phases.append(PhasePlan(phase.steps, phase.rows, phase.block_size, per_token, step, step.total, reached, parts))
         flops += phase.steps * per_step
     total = recipe.batches.samples_before(recipe.total_steps)
     seconds = sum(phase.steps * phase.step_seconds for phase in phases)
-    hours = seconds / 3600 * case.world_size
-    steps, tokens, shares = recipe.total_steps, total * recipe.model.context, case.shares()
-    counted = count_parameters(recipe.model, case.vocabulary)
-    saved = checkpoint_bytes(recipe, case.vocabulary)
-    on_node = min(case.device.per_node, case.world_size)
-    busiest = max(range(parallel.pipeline), key=lambda rank: sum(one.sent for one in traffic_of(case, case.longest, rank)))
+    hours = seconds / 3600 * cluster.world_size
+    steps, tokens, shares = recipe.total_steps, total * recipe.model.context, cluster.shares()
+    counted = count_parameters(recipe.model, cluster.vocabulary)
+    saved = checkpoint_bytes(recipe, cluster.vocabulary)
+    on_node = min(cluster.device.per_node, cluster.world_size)
+    busiest = max(range(parallel.pipeline), key=lambda rank: sum(one.sent for one in traffic_of(cluster, cluster.longest, rank)))
     return Plan(
         name=recipe.run.name,
-        world_size=case.world_size,
-        device=case.device.name,
-        precision=case.precision,
+        world_size=cluster.world_size,
+        device=cluster.device.name,
+        precision=cluster.precision,
         parameters=counted,
         total_parameters=counted.total,
-        vocabulary=case.vocabulary,
+        vocabulary=cluster.vocabulary,
         layout={
             "tensor": parallel.tensor,
             "sequence": parallel.sequence,
             "pipeline": parallel.pipeline,
             "virtual_stages": parallel.virtual_stages,
-            "data": case.replicas,
+            "data": cluster.replicas,
             "zero": parallel.zero,
             "engine": parallel.resolved_engine,
-            "shard": case.sharers if parallel.zero else 1,
+            "shard": cluster.sharers if parallel.zero else 1,
             "micro_batch": shares.micro_batch,
             "micro_batches": shares.micro_batches,
             "recompute": recipe.training.recompute,
         },
-        stage_layers=[[len(layers) for layers in case.stages_of(rank)] for rank in range(parallel.pipeline)],
+        stage_layers=[[len(layers) for layers in cluster.stages_of(rank)] for rank in range(parallel.pipeline)],
         steps=steps,
         tokens=tokens,
-        tokens_per_step=case.longest.rows * recipe.model.context,
+        tokens_per_step=cluster.longest.rows * recipe.model.context,
         shares=str(shares),
         filler=shares.filler,
         flops=flops,
-        flops_ratio=flops / (total * autoregressive_flops(case)),
+        flops_ratio=flops / (total * autoregressive_flops(cluster)),
         memory=memory,
         fullest=fullest,
-        usable=case.device.usable,
-        fits=memory[fullest].total <= case.device.usable,
-        bubble=bubble_fraction(case),
+        usable=cluster.device.usable,
+        fits=memory[fullest].total <= cluster.device.usable,
+        bubble=bubble_fraction(cluster),
         traffic=[
-            Moved(one.group, one.operation, one.ranks, one.bytes, one.sent, one.sent / bandwidth(case, one.group))
-            for one in traffic_of(case, case.longest, busiest)
+            Moved(one.group, one.operation, one.ranks, one.bytes, one.sent, one.sent / bandwidth(cluster, one.group))
+            for one in traffic_of(cluster, cluster.longest, busiest)
         ],
         assumed_mfu=mfu,
-        assumptions=_assumptions(case) if mfu is None else "",
+        assumptions=_assumptions(cluster) if mfu is None else "",
         phases=phases,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
@@ -183,25 +183,25 @@ def make_plan(case: Situation, mfu: float | None = None, rate: float | None = No
         price=None if rate is None else hours * rate,
         checkpoint_bytes=saved,
         texts=texts_end_at(recipe.data.row_special, recipe.model.context),
-        host_bytes=on_node * -(-saved // (parallel.tensor * parallel.pipeline * (case.sharers if parallel.zero else 1))),
+        host_bytes=on_node * -(-saved // (parallel.tensor * parallel.pipeline * (cluster.sharers if parallel.zero else 1))),
     )
 
 
-def _parts(case: Situation, phase: Phase, slowest: Pace) -> list[Part]:
+def _parts(cluster: ClusterPlan, phase: Phase, slowest: Pace) -> list[Part]:
     """Of a step: those of its micro-batches, and the optimizer's."""
     if slowest.limits is None:
         return []
-    return [*(part.times(case.shares(phase).micro_batches) for part in slowest.limits.parts), slowest.limits.update]
+    return [*(part.times(cluster.shares(phase).micro_batches) for part in slowest.limits.parts), slowest.limits.update]
 
 
-def _assumptions(case: Situation) -> str:
-    device, batch = case.device, case.batch(case.longest)
-    reached, peak = device.reached, device.peak(case.precision)
+def _assumptions(cluster: ClusterPlan) -> str:
+    device, batch = cluster.device, cluster.batch(cluster.longest)
+    reached, peak = device.reached, device.peak(cluster.precision)
     kernels = []
-    for name, phase in {case.batch(phase).kernel: phase for phase in case.phases}.items():
-        forward, backward = attention_shares(case, case.batch(phase))
+    for name, phase in {cluster.batch(phase).kernel: phase for phase in cluster.phases}.items():
+        forward, backward = attention_shares(cluster, cluster.batch(phase))
         kernels.append(f"{name} {forward:.0%} forward and {backward:.0%} backward, on the tiles that are visited")
-    compiled = case.recipe.training.compile != "none"
+    compiled = cluster.recipe.training.compile != "none"
     return (
         f"products {reached.product:.0%} of {peak / 1e12:.4g} TFLOP/s and their operands moved once; attention of heads of "
         f"{batch.config.head_size}: {'; '.join(kernels)}; memory {reached.memory:.0%} of {device.bandwidth / 1e12:.3g} TB/s; "

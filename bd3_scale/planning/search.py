@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bd3_scale.batches import Shares
+from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.estimate import bubble_fraction, rank_memory, step_time
-from bd3_scale.planning.situation import Situation
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.rules import works
 from bd3_scale.recipe.schema import ParallelConfig
-from bd3_scale.recipe.shares import Shares
 from bd3_scale.recipe.suggestions import Case, as_yaml, divisors
 
 
@@ -32,48 +32,48 @@ class Found:
     bubble: float
 
 
-def search(case: Situation, mfu: float | None = None, most: int = 10) -> list[Found]:
+def search(cluster: ClusterPlan, mfu: float | None = None, most: int = 10) -> list[Found]:
     """The `most` best layouts that fit; empty where none does."""
-    tried: list[tuple[float, int, Situation]] = []
-    for recipe in _recipes(case):
-        other = replace(case, recipe=recipe)
+    tried: list[tuple[float, int, ClusterPlan]] = []
+    for recipe in _recipes(cluster):
+        other = replace(cluster, recipe=recipe)
         tried.append((sum(phase.steps * step_time(other, phase, mfu).total for phase in other.phases), len(tried), other))
     found: list[Found] = []
     for seconds, _, other in sorted(tried):  # what is slower than the best that fit need not be counted
         if len(found) >= most and seconds > found[-1].seconds:
             break
         memory = max(rank_memory(other, rank).total for rank in range(other.recipe.parallel.pipeline))
-        if memory <= case.device.usable:
-            found.append(Found(_overrides(other.recipe, case.recipe.parallel), memory, seconds, bubble_fraction(other)))
+        if memory <= cluster.device.usable:
+            found.append(Found(_overrides(other.recipe, cluster.recipe.parallel), memory, seconds, bubble_fraction(other)))
     return sorted(found, key=lambda one: (one.seconds, one.memory))[:most]
 
 
-def _recipes(case: Situation) -> Iterator[Recipe]:
+def _recipes(cluster: ClusterPlan) -> Iterator[Recipe]:
     """Every layout worth trying that the rules allow."""
-    recipe, world = case.recipe, case.world_size
+    recipe, world = cluster.recipe, cluster.world_size
     for tensor in divisors(world):
-        if recipe.model.heads % tensor or tensor > case.device.per_node:
+        if recipe.model.heads % tensor or tensor > cluster.device.per_node:
             continue
         for pipeline in divisors(world // tensor):
             if pipeline > recipe.model.layers:
                 continue
-            for layout in _layouts(case, tensor, pipeline):
+            for layout in _layouts(cluster, tensor, pipeline):
                 for recompute in ("none", "mlp", "attention", "layer"):
                     tried = replace(recipe, parallel=layout, training=replace(recipe.training, recompute=recompute))
-                    if works(Case(tried, world, case.device.type, case.precision)):
+                    if works(Case(tried, world, cluster.device.type, cluster.precision)):
                         yield tried
 
 
-def _layouts(case: Situation, tensor: int, pipeline: int) -> Iterator[ParallelConfig]:
-    whole = Shares(case.recipe.batches.largest, case.world_size // (tensor * pipeline))
+def _layouts(cluster: ClusterPlan, tensor: int, pipeline: int) -> Iterator[ParallelConfig]:
+    whole = Shares(cluster.recipe.batches.largest, cluster.world_size // (tensor * pipeline))
     # Doubling: half the forwards each time, with the rows that they then have, which may be fewer.
     largest = [2**power for power in range(whole.share.bit_length())]
     micro_batches = sorted({replace(whole, largest=rows).micro_batch for rows in largest})
-    base = replace(case.recipe.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
-    sequence = tensor > 1 and case.recipe.model.context % tensor == 0
-    virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= case.recipe.model.layers] if pipeline > 1 else [1]
-    replicas = case.world_size // (tensor * pipeline)
-    on_node = case.device.per_node // tensor  # data-parallel ranks, as these are neighbours
+    base = replace(cluster.recipe.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
+    sequence = tensor > 1 and cluster.recipe.model.context % tensor == 0
+    virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= cluster.recipe.model.layers] if pipeline > 1 else [1]
+    replicas = cluster.world_size // (tensor * pipeline)
+    on_node = cluster.device.per_node // tensor  # data-parallel ranks, as these are neighbours
     ways: list[tuple[int, str, int | None]] = [(0, "auto", None), (1, "auto", None)]
     for zero in (2, 3) if replicas > 1 else ():
         ways += [(zero, "auto", None)] + ([(zero, "fsdp", None)] if pipeline == 1 else [])

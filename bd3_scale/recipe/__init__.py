@@ -7,7 +7,7 @@ or an impossible combination is a `RecipeError` of one line that names the key, 
 changed; nothing here touches torch.distributed.
 """
 
-from bd3_scale.recipe.environment import launched, resolve_device, resolve_precision, world_size_of_environment
+from bd3_scale.recipe.environment import resolve_device, resolve_precision
 from bd3_scale.recipe.load import load
 from bd3_scale.recipe.resume_check import compare
 from bd3_scale.recipe.schema import KEYS, Recipe
@@ -20,11 +20,9 @@ __all__ = [
     "as_dictionary",
     "compare",
     "flatten",
-    "launched",
     "load",
     "resolve_device",
     "resolve_precision",
     "to_yaml",
     "validate",
-    "world_size_of_environment",
 ]

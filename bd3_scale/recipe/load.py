@@ -34,7 +34,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     except IsADirectoryError:
         raise RecipeError(f"recipe {path} is a folder; name the YAML file inside it") from None
     except Exception as error:  # YAML errors have no common base that OmegaConf exports
-        raise RecipeError(f"recipe {path} is not valid YAML: {_one_line(error)}; mend the line named") from None
+        raise RecipeError(f"recipe {path} is not valid YAML: {_one_line(error)}; fix that line") from None
     if not isinstance(text, DictConfig):
         raise RecipeError(f"recipe {path} must hold sections such as `model:` and `training:`, not {type(text).__name__}")
     for item in overrides or []:

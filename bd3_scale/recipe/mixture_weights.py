@@ -10,7 +10,7 @@ DIGITS = 4
 
 
 def weights_problem(weights: Sequence[float]) -> str | None:
-    """What is wrong with the weights of a mixture and how to mend it; None: nothing."""
+    """What is wrong with the weights of a mixture and how to fix it; None: nothing."""
     if not all(0 < weight < float("inf") for weight in weights):
         return f"weights {list(weights)} must all be above 0; leave out what is not to be read"
     if sum(map(exact_weight, weights)) != 1 or not all(map(exact_weight, weights)):

@@ -1,7 +1,7 @@
 """The optimizers by name: the states that each keeps of a parameter, as recipes, checkpoints, costs and engines know them.
 
 A state is a fp32 tensor of the parameter's shape, which a checkpoint holds under the state's name (torch's), beside the weight. Without
-torch; `engines/optimizers.py` builds them. Hidden matrices are the linears inside of the layers; all else (embedding, head, learned
+torch; `optimizers/settings.py` builds them. Hidden matrices are the linears inside of the layers; all else (embedding, head, learned
 positions, adaLN, norms, biases) is other.
 
 Invariant: states of a name never change, because checkpoints hold them.

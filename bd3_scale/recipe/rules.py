@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe.batches import at_least
 from bd3_scale.recipe.mixture_weights import weights_problem
 from bd3_scale.recipe.rules_device import DEVICE_RULES
 from bd3_scale.recipe.rules_run import RUN_RULES
 from bd3_scale.recipe.schema import KEYS, DataConfig
+from bd3_scale.recipe.stages import at_least
 from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml, divisors, fitting_micro_batches, nearest, nearest_layout
 
 if TYPE_CHECKING:

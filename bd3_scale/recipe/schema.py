@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bd3_scale.recipe.batches import BatchSchedule, batch_schedule
+from bd3_scale.batches import BatchSchedule, Shares
 from bd3_scale.recipe.keys import facts_of, key, section
 from bd3_scale.recipe.objective_kinds import SELECTED_MULTIPLE, Kind, block_sizes, kind_named
 from bd3_scale.recipe.optimizers import OPTIMIZERS
-from bd3_scale.recipe.shares import Shares
+from bd3_scale.recipe.stages import batch_schedule
 
 
 @dataclass
@@ -236,7 +236,7 @@ class TrainingConfig:
     [from sample, rows], ...]: as many from the first step on before which so many samples (rows) were consumed. What counts steps (warmup,
     schedule, decay, every, ema) goes on counting steps."""
     optimizer: str = key("adamw", choices=tuple(OPTIMIZERS))
-    """muon: momentum made orthogonal for the linears inside of the layers (engines/muon.py), AdamW for everything else. Both use the
+    """muon: momentum made orthogonal for the linears inside of the layers (optimizers/muon.py), AdamW for everything else. Both use the
     same learning rate and weight decay."""
     momentum: float = key(0.95, change="amend")
     """Muon's, in [0, 1)."""
@@ -339,7 +339,7 @@ class ParallelConfig:
     """Sequence parallelism (needs tensor > 1): norms, dropout and residuals divided over the tensor ranks along the rows."""
     micro_batch: int | None = key(1, above=0)
     """The most rows per forward on one replica; its share of training.global_batch is computed in as few forwards as that allows, of
-    equally many rows (recipe/shares.py). null: the whole share at once."""
+    equally many rows (batches.py). null: the whole share at once."""
     timeout: int = key(1800, above=0)
     """Seconds after which a collective that does not finish is an error."""
     hang: int = key(20, least=0)

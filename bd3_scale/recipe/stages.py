@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+from bd3_scale.batches import BatchPhase, BatchSchedule
 from bd3_scale.errors import RecipeError
 
 
@@ -32,6 +33,39 @@ def stages(key: str, value: Any, *, counted: str, number: str, least: str, examp
         if later <= earlier:
             raise RecipeError(f"{key} has {counted} {later} after {counted} {earlier}; put the {counted}s in ascending order")
     return tuple(found)
+
+
+def batch_schedule(value: Any) -> BatchSchedule:
+    """What `training.global_batch` says. Raises RecipeError for anything else."""
+    phases: list[BatchPhase] = []
+    step, samples = 0, 0
+    for start, rows in _batch_stages(value):
+        if phases:
+            more = max(0, -(-(start - samples) // phases[-1].rows))
+            step, samples = step + more, samples + more * phases[-1].rows
+            if phases[-1].step == step:
+                phases.pop()  # the samples of its updates already reach this one
+        if not phases or phases[-1].rows != rows:
+            phases.append(BatchPhase(step, samples, rows))
+    return BatchSchedule(tuple(phases))
+
+
+def at_least(value: Any, rows: int) -> Any:
+    """`value` of `training.global_batch` with no batch below `rows`."""
+    raised = [[start, max(rows, size)] for start, size in _batch_stages(value)]
+    kept = [stage for index, stage in enumerate(raised) if index == 0 or stage[1] != raised[index - 1][1]]
+    return kept if len(kept) > 1 else kept[0][1]
+
+
+def _batch_stages(value: Any) -> tuple[tuple[int, int], ...]:
+    return stages(
+        "training.global_batch",
+        value,
+        counted="sample",
+        number="rows",
+        least="a batch has at least one row",
+        example="[[0, 64], [1000000, 128], [4000000, 256]]",
+    )
 
 
 def _whole(value: Any) -> bool:

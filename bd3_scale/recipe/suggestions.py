@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from bd3_scale.recipe.batches import at_least
+from bd3_scale.batches import Shares
 from bd3_scale.recipe.schema import ParallelConfig
-from bd3_scale.recipe.shares import Shares
+from bd3_scale.recipe.stages import at_least
 
 if TYPE_CHECKING:
     from bd3_scale.recipe.schema import Recipe

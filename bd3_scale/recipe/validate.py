@@ -10,10 +10,10 @@ from typing import Any
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe import rules
-from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.environment import resolve_precision
 from bd3_scale.recipe.rules_objective import check_objective, check_tuner
 from bd3_scale.recipe.schema import KEYS, Recipe
+from bd3_scale.recipe.stages import batch_schedule
 from bd3_scale.recipe.suggestions import as_text, as_yaml
 from bd3_scale.recipe.text import flatten
 

@@ -55,7 +55,7 @@ class Reporter:
         self.plots_wait_until = 0.0
         self.wandb = wandb
         """What checkpoints keep."""
-        if layout.leader:
+        if layout.is_main_rank:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(to_yaml(recipe))
             self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
@@ -100,7 +100,7 @@ class Reporter:
         pace: Callable[[Callable[[str], None]], dict[str, float]] = lambda tell: {},
     ) -> dict[str, Any]:
         """Write a training line of the steps since the last one; collective over the replicas. `flops_per_token`: see `Meter.read`;
-        `skipped`: counts of `StepRule`; `pace`: see `Pace.read`."""
+        `skipped`: counts of `SkipStepRule`; `pace`: see `Pace.read`."""
         tokens = self.recipe.tokens_before(step)
         values = self.meter.read(tokens, reduce, flops_per_token)
         _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()

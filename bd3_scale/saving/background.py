@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import normalise_run
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.collective_errors import Communicator, Solo
 from bd3_scale.errors import CheckpointError
 from bd3_scale.recipe.schema import CheckpointConfig

@@ -74,7 +74,7 @@ def fetch_latest(
         if not isinstance(error.__cause__, OSError) and temporary is not None and communicator.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # damaged there: nothing to go on with
         raise CheckpointError(
-            f"the checkpoint at {url} cannot be continued from: {error}; mend that, or set checkpoint.remote=null to begin without it"
+            f"the checkpoint at {url} cannot be continued from: {error}; fix that, or set checkpoint.remote=null to begin without it"
         ) from error
 
 

@@ -16,13 +16,13 @@ from bd3_scale.data.open import Data
 from bd3_scale.data.unigram import unigram_perplexity
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
-from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.engines.engine import Engine
 from bd3_scale.engines.kernel_probe import probe_recipe
-from bd3_scale.fault_tolerance.heartbeat_file import Pulse
+from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
 from bd3_scale.fault_tolerance.pace import Pace
 from bd3_scale.fault_tolerance.run_owner import Owner, own
 from bd3_scale.fault_tolerance.stop_request import StopRequest, seconds_left
+from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import Recipe
 from bd3_scale.reporting.reporter import Reporter
 from bd3_scale.saving.background import Saver
@@ -54,7 +54,7 @@ class Parts:
     """Perplexity that a model must beat; see `_unigram`."""
     stop: StopRequest
     report: Reporter
-    pulse: Pulse
+    heartbeat: HeartbeatFile
     pace: Pace
     saver: Saver
 
@@ -81,14 +81,14 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
         data.validation, layout, rows=recipe.validation.rows, micro_batch=recipe.micro_batch(layout.data), seed=recipe.run.seed
     )
     stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
-    unigram = _unigram(data, recipe.validation.rows) if layout.leader else None
+    unigram = _unigram(data, recipe.validation.rows) if layout.is_main_rank else None
     report = Reporter(recipe, layout, folder, first_step=step, wandb=state.wandb, may_write=owner.check)
     report.probed(probed)
     if found is not None:
         report.continued(step, found.amendments, found.remarks)
     for remark in filter(None, (shares.remark for shares in recipe.every_shares(layout.data))):
         report.say(remark)
-    pulse = Pulse(folder if layout.leader else None, recipe.total_steps, layout.world_size, may_write=owner.check)
+    heartbeat = HeartbeatFile(folder if layout.is_main_rank else None, recipe.total_steps, layout.world_size, may_write=owner.check)
     whole = recipe.training.compile != "none"
     pace = Pace(layout, [part for net in engine.networks for part in ([net] if whole else net.blocks.values())])
     saver = Saver(
@@ -116,7 +116,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
         unigram=unigram,
         stop=stop,
         report=report,
-        pulse=pulse,
+        heartbeat=heartbeat,
         pace=pace,
         saver=saver,
     )

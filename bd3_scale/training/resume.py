@@ -21,7 +21,7 @@ from bd3_scale.data.order import place_of
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.distributed.waiting import Waiting
 from bd3_scale.errors import CheckpointError, RecipeError, UserError, on_all_ranks, without_credentials
-from bd3_scale.fault_tolerance.heartbeat_file import Pulse
+from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
 from bd3_scale.fault_tolerance.run_owner import FOLDER as OWNER
 from bd3_scale.generation.load_model import read_recipe
 from bd3_scale.recipe import Recipe
@@ -77,7 +77,7 @@ def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Found | No
 def _on_leader(layout: Layout, action: Callable[[], Path | None]) -> Path | None:
     """What the leader finds, or its error, on all ranks."""
     answer: tuple[Path | None, UserError | None] = (None, None)
-    if layout.leader:
+    if layout.is_main_rank:
         try:
             answer = (action(), None)
         except UserError as error:
@@ -144,11 +144,12 @@ def _fallen_back(error: CheckpointError, older: Path) -> str:
 
 def _fetched(recipe: Recipe, folder: Path, layout: Layout) -> Path | None:
     """A new cluster goes on with what the old one uploaded; a watcher sees that the run lives meanwhile."""
-    pulse, waiting = Pulse(folder if layout.leader else None, recipe.total_steps, layout.world_size), Waiting(speaks=layout.leader)
+    heartbeat = HeartbeatFile(folder if layout.is_main_rank else None, recipe.total_steps, layout.world_size)
+    waiting = Waiting(speaks=layout.is_main_rank)
     shown = without_credentials(recipe.checkpoint.remote)
 
     def beat(done: int, total: int) -> None:
-        pulse.beat(0, "fetch")
+        heartbeat.beat(0, "fetch")
         waiting.look(lambda: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of the checkpoint are here, from {shown}")
 
     assert recipe.checkpoint.remote is not None

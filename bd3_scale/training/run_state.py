@@ -28,7 +28,7 @@ class RunState:
     wandb: str | None = None
     """The id of the run there."""
     step_rule: Mapping[str, Any] | None = None
-    """See `StepRule.state`; None where no step was saved yet."""
+    """See `SkipStepRule.state`; None where no step was saved yet."""
     amendments: Sequence[Mapping[str, Any]] = ()
     """See `resume.Found`."""
     unfinished_validation: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from bd3_scale.recipe.environment import launched
+from bd3_scale.launcher import launched
 
 
 def threads_of_a_process(asked: int | None, environment: Mapping[str, str], cores: int) -> int | None:

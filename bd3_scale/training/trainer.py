@@ -32,7 +32,7 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         self.recipe, self.layout, self.state, self.vocabulary = parts.recipe, parts.layout, parts.state, parts.vocabulary
         self.engine, self.ema, self.objectives, self.feed = parts.engine, parts.ema, parts.objectives, parts.feed
-        self.report, self.saver, self.pulse, self.pace = parts.report, parts.saver, parts.pulse, parts.pace
+        self.report, self.saver, self.heartbeat, self.pace = parts.report, parts.saver, parts.heartbeat, parts.pace
         self.validator, self.unigram, self.stop, self.owner = parts.validator, parts.unigram, parts.stop, parts.owner
         self.batches = parts.recipe.batches  # read from the key once, not at every step
         self.step, self.samples, self.total_steps = parts.step, parts.samples, parts.recipe.total_steps
@@ -57,7 +57,7 @@ class Trainer:
         while self.step < self.total_steps and not self.stop.agreed():
             loss, norm = self.update()
             self.report.add(loss, norm)
-            self.pulse.beat(self.step, "train")
+            self.heartbeat.beat(self.step, "train")
             if self.due(recipe.tracking.every):
                 self.log()
             if self.due(recipe.validation.every) or interval_tuner.due(recipe.tuner, self.step):
@@ -84,9 +84,9 @@ class Trainer:
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
         recipe = self.recipe
-        start, self.pulse.waits = time.perf_counter(), True
+        start, self.heartbeat.waits = time.perf_counter(), True
         taken = self.feed.take(self.step, self.samples)
-        self.pulse.waits = False
+        self.heartbeat.waits = False
         self.pace.begin_step(time.perf_counter() - start)
         batch = self.batches.rows_at(self.step)
         loss = self.engine.forward_backward(taken.inputs, batch * taken.objective.scored_tokens_per_row)
@@ -94,7 +94,7 @@ class Trainer:
         before = self.tuning
         self._advance(self.step + 1)
         if self.tuning is not before or self.batches.begins(self.step):
-            self.pulse.forget()
+            self.heartbeat.forget()
         self.samples += batch
         if self.ema is not None:
             self.ema.update(self.step)
@@ -134,7 +134,7 @@ class Trainer:
     def validate(self) -> None:
         """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
         start, config, objective = time.perf_counter(), self.recipe.tuner, self.objectives.at(self.step)
-        self.pulse.beat(self.step, "validate")
+        self.heartbeat.beat(self.step, "validate")
         given = objective, self.engine.evaluate, self._stop_in_validation
         statistics = None
         with self.ema.swapped() if self.ema is not None else nullcontext():
@@ -161,12 +161,12 @@ class Trainer:
         interval_tuner.agreed(self.layout.all_gather(choice.interval))
         if self.objectives.take(choice, self.step):
             self.engine.adam.rule.forget()
-        self.pulse.forget()
+        self.heartbeat.forget()
         self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
 
     def save(self) -> None:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
-        self.pulse.beat(self.step, "save")
+        self.heartbeat.beat(self.step, "save")
         state = replace(self.state, tuner=self.tuning, step_rule=self.engine.adam.rule.state())
         copy_of = self.engine.copy_of if self.recipe.checkpoint.compare_replicas and self.layout.data > 1 else None
         seconds = self.saver.save(
@@ -189,13 +189,13 @@ class Trainer:
         self.feed.close()
         self.report.close()
         self.engine.close()
-        self.pulse.beat(self.step, "stopped" if stopped else "finished")
-        if self.layout.leader:
+        self.heartbeat.beat(self.step, "stopped" if stopped else "finished")
+        if self.layout.is_main_rank:
             self.owner.release()
         self.stop.close()  # last: a signal that came too late for the loop may end the process here
 
     def _stop_in_validation(self) -> bool:
-        self.pulse.beat(self.step, "validate")
+        self.heartbeat.beat(self.step, "validate")
         return self.stop.agreed()
 
     @property

@@ -63,7 +63,7 @@ class Validator:
         validation = self._pass(objective, evaluate, interrupted, collect)
         if validation is None:
             return None, None
-        mine = parts if self.layout.speaks else parts[:1]
+        mine = parts if self.layout.reports_for_replica else parts[:1]
         return validation, interval_statistics([part for share in self.layout.all_gather(mine) for part in share])
 
     def _pass(
@@ -86,7 +86,7 @@ class Validator:
                     moments = moments + Moments.of(row_nelbo(one, nll))
                     collect(one, nll, indices)
         # Tensor peers score the same rows: one of them speaks for the replica.
-        mean, error = mean_and_standard_error(self.layout.all_gather(moments if self.layout.speaks else Moments()))
+        mean, error = mean_and_standard_error(self.layout.all_gather(moments if self.layout.reports_for_replica else Moments()))
         if not objective.traits.has_likelihood_bound:
             return CrossEntropy(mean, error, self.total)
         return Validation(mean, error, perplexity(mean), self.total)

@@ -15,11 +15,12 @@ from bd3_scale import train
 from bd3_scale.distributed import layout
 from bd3_scale.errors import UserError
 from bd3_scale.fault_tolerance import agreement
+from bd3_scale.launcher import launched
 from tests.distributed.worlds import join, leave, plan, write
 
 
 def main() -> None:
-    rank, world_size = int(os.environ["RANK"]), recipes.world_size_of_environment()
+    rank, world_size = int(os.environ["RANK"]), launched().world_size
     said: dict[str, list[str]] = {}
     # Where the guards of the trainings meet.
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

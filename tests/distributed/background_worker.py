@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bd3_scale import train
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import FileRecord
-from bd3_scale.checkpoint.slices import Fragment
 
 original = store.write_shard
 

@@ -17,8 +17,9 @@ from bd3_scale import recipe as recipes
 from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
-from bd3_scale.engines.ema import ExponentialAverage
+from bd3_scale.launcher import launched
 from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.optimizers.ema import ExponentialAverage
 from tests.distributed.worlds import join, leave, plan, write
 
 sizes.SMALLEST_BUCKET = 1000
@@ -46,7 +47,7 @@ class Case:
 
     def __init__(self, path: str, overrides: list[str]) -> None:
         self.recipe = recipes.load(path, overrides)
-        recipes.validate(self.recipe, recipes.world_size_of_environment(), "cpu")
+        recipes.validate(self.recipe, launched().world_size, "cpu")
         self.here = layout.start(self.recipe.parallel, "cpu")
         self.objective = ObjectiveSchedule(self.recipe.objective, self.recipe.model.context, VOCABULARY - 1).at(0)
         self.engine: Any = build_engine(self.recipe, self.here, VOCABULARY, VOCABULARY - 1)

@@ -22,13 +22,14 @@ from bd3_scale.costs.sizes import PERSISTENT
 from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
-from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.engines.engine import Engine
+from bd3_scale.launcher import launched
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.optimizers.ema import ExponentialAverage
+from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
-from bd3_scale.planning.situation import Situation
 from tests.alive import Alive
 from tests.distributed.worlds import results_of_ranks
 
@@ -61,7 +62,7 @@ def alive(before: dict[int, int]) -> int:
 
 def measure(path: str, overrides: list[str]) -> dict[str, int]:
     recipe = recipes.load(path, overrides)
-    world_size = recipes.world_size_of_environment()
+    world_size = launched().world_size
     recipes.validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     before = storages()
@@ -98,21 +99,21 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     NetworkInputs.to = move
     step = 2
     activations = under_way(engine, here.pipeline, run)
-    case = Situation(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
-    planned = rank_memory(case, here.pipeline_rank)
-    stages = case.stages_of(here.pipeline_rank)
-    buckets = state_bytes(recipe, stages, VOCABULARY, here.data, "cpu", case.precision == "bf16").buckets
-    expected = planned.activations + exchange_bytes(case.batch(), recipe.parallel, here.pipeline_rank)
+    cluster = ClusterPlan(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
+    planned = rank_memory(cluster, here.pipeline_rank)
+    stages = cluster.stages_of(here.pipeline_rank)
+    buckets = state_bytes(recipe, stages, VOCABULARY, here.data, "cpu", cluster.precision == "bf16").buckets
+    expected = planned.activations + exchange_bytes(cluster.batch(), recipe.parallel, here.pipeline_rank)
     if fsdp:  # the weights that are still gathered where a forward ends
         chunks = [units_of(recipe.model, VOCABULARY, layers, here.tensor) for layers in stages]
         groups = [group for chunk in chunks for group in (chunk.groups if recipe.parallel.zero == 2 else [chunk.rest])]
         kept = recipe.parallel.zero == 2 or here.pipeline == 1
-        expected += case.batch().weight * sum(whole(group, case.sharers) for group in groups) * kept
+        expected += cluster.batch().weight * sum(whole(group, cluster.sharers) for group in groups) * kept
         if here.pipeline > 1:  # the fullest forward follows a backward, with its gradients and what it sent last
-            expected += planned.gradients + sum(4 * whole(chunk.embedding or chunk.rest, case.sharers) for chunk in chunks)
+            expected += planned.gradients + sum(4 * whole(chunk.embedding or chunk.rest, cluster.sharers) for chunk in chunks)
     elif recipe.parallel.zero == 3:  # the weights that were gathered for the forward
         sizes = [size for layers in stages for size in units_of(recipe.model, VOCABULARY, layers, here.tensor).sizes]
-        expected += case.batch().weight * sum(size for size in sizes if size > PERSISTENT)
+        expected += cluster.batch().weight * sum(size for size in sizes if size > PERSISTENT)
     engine.close()
     return {"state": most, "planned_state": planned.state + buckets, "activations": activations, "planned_activations": expected}
 

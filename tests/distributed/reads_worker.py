@@ -63,7 +63,7 @@ def count(path: str, overrides: list[str]) -> tuple[dict[str, int], int]:
             (engine, "step"),
             (self.ema, "update"),
             (self.report, "add"),
-            (self.pulse, "beat"),
+            (self.heartbeat, "beat"),
         ):
             setattr(owner, name, reads.within(getattr(owner, name)))
 

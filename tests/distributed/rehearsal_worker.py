@@ -28,8 +28,8 @@ from bd3_scale.engines.build import build_engine
 from bd3_scale.errors import UserError
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.planning import rehearsal
+from bd3_scale.planning.cluster_plan import ClusterPlan, cluster_plan
 from bd3_scale.planning.devices import device_named
-from bd3_scale.planning.situation import Situation, situation
 
 VOCABULARY = 2003
 OPERATIONS = {
@@ -97,12 +97,12 @@ def _group(ranks: list[int]) -> str:
 def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict[str, Any]:
     recipe = recipes.load(path, overrides)
     recipes.validate(recipe, world_size, "cpu")
-    case = Situation(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
-    with rehearsal.fake_world(case, rank) as here, contextlib.redirect_stdout(io.StringIO()):
-        objective = rehearsal._objective(case, 0)
-        engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
-        batch, rows = recipe.training.global_batch, case.shares().micro_batch
-        share = batch // here.data
+    cluster = ClusterPlan(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
+    with rehearsal.fake_world(cluster, rank) as layout, contextlib.redirect_stdout(io.StringIO()):
+        objective = rehearsal._objective(cluster, 0)
+        engine = build_engine(recipe, layout, VOCABULARY, VOCABULARY - 1)
+        batch, rows = recipe.training.global_batch, cluster.shares().micro_batch
+        share = batch // layout.data
         inputs = [rehearsal._inputs(objective, rows, VOCABULARY, 0, start, batch) for start in range(0, share, rows)]
         for _ in range(2):  # in the first, ZeRO 3 only learns what is needed when
             with Count() as count:
@@ -111,9 +111,9 @@ def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict
         selected = [len(one.selected) for one in inputs]
         formula: Counter[str] = Counter()
         for number in selected:  # so that the formula has each micro-batch as it is
-            one = replace(case.batch(), selected=number)
+            one = replace(cluster.batch(), selected=number)
             for moved in step_traffic(
-                recipe, case.stages_of(here.pipeline_rank), VOCABULARY, one, here.data, len(inputs), here.pipeline_rank
+                recipe, cluster.stages_of(layout.pipeline_rank), VOCABULARY, one, layout.data, len(inputs), layout.pipeline_rank
             ):
                 formula[f"{moved.group} {moved.operation}"] += moved.bytes
         engine.close()
@@ -142,7 +142,7 @@ def rehearse(path: str, world_size: int, overrides: list[str], broken: bool) -> 
         with mock.patch.object(Transformer, "forward", short) if broken else contextlib.nullcontext():
             # A tokenizer of the user's own is not here: BERT's has as many ids.
             vocabulary = None if recipe.data.tokenizer in ("gpt2", "bytes") else 30523
-            lines = rehearsal.rehearse(situation(recipe, world_size, device_named("h100", world_size), vocabulary))
+            lines = rehearsal.rehearse(cluster_plan(recipe, world_size, device_named("h100", world_size), vocabulary))
     except UserError as error:
         assert not dist.is_initialized()
         return {"error": str(error), "kind": type(error).__name__}

@@ -18,8 +18,9 @@ from bd3_scale import recipe as recipes
 from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
+from bd3_scale.launcher import launched
+from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import device_named
-from bd3_scale.planning.situation import Situation
 from tests.distributed.worlds import results_of_ranks
 
 VOCABULARY = 12288
@@ -35,9 +36,9 @@ def resident(kind: str) -> int:
 def held_after(recipe: recipes.Recipe, here: layout.Layout) -> tuple[int, int]:
     """Bytes of state that a rank has been given when its engine is made, and of whole weights that gloo, but not NCCL, copies to gather
     them in one piece. Moments come later; so do DeepSpeed's gradients, but under ZeRO 3 and of bf16 weights under ZeRO 1."""
-    case = Situation(recipe, here.world_size, device_named("cpu", here.world_size), VOCABULARY)
-    bf16, parallel = case.precision == "bf16", recipe.parallel
-    state = state_bytes(recipe, case.stages_of(here.pipeline_rank), VOCABULARY, here.data, "cpu", bf16)
+    cluster = ClusterPlan(recipe, here.world_size, device_named("cpu", here.world_size), VOCABULARY)
+    bf16, parallel = cluster.precision == "bf16", recipe.parallel
+    state = state_bytes(recipe, cluster.stages_of(here.pipeline_rank), VOCABULARY, here.data, "cpu", bf16)
     at_once = parallel.resolved_engine == "megatron" or parallel.zero == 3 or (parallel.zero == 1 and bf16)
     copied = state.parameters if parallel.resolved_engine == "deepspeed" and parallel.zero in (1, 2) else 0
     return state.parameters + state.masters + (state.gradients if at_once else 0), copied
@@ -49,7 +50,7 @@ def _timeout(group: dist.ProcessGroup) -> float:
 
 def measure(path: str, overrides: list[str]) -> dict:
     recipe = recipes.load(path, overrides)
-    recipes.validate(recipe, recipes.world_size_of_environment(), "cpu")
+    recipes.validate(recipe, launched().world_size, "cpu")
     here = layout.start(recipe.parallel, "cpu")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now
@@ -58,7 +59,7 @@ def measure(path: str, overrides: list[str]) -> dict:
     most = resident("VmHWM") - before
     held = sum(master.untyped_storage().nbytes() for master in engine.masters)
     layer = 4 * (12 * recipe.model.hidden**2)
-    elements = sum(place.numel for place in engine.places if place.owned)
+    elements = sum(place.numel for place in engine.slices if place.owned)
     timeouts = sorted({_timeout(group) for group in dist.distributed_c10d._world.pg_map})
     connected = sum(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process().net_connections("tcp"))
     engine.close()

@@ -16,8 +16,8 @@ import torch
 
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import load_network

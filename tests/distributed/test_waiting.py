@@ -19,10 +19,10 @@ from tests.distributed.launch import ROOT
 RANK = """
 import sys
 from bd3_scale.distributed import waiting
-from bd3_scale.fault_tolerance.early_exit import leaving_at_once
+from bd3_scale.fault_tolerance.early_exit import exit_on_early_signal
 waiting.FIRST = 0.2
 from bd3_scale.distributed.rendezvous import meet, reach
-with leaving_at_once(leader=True):
+with exit_on_early_signal(leader=True):
     store, rank, world_size = reach(120)
     print("world", meet(store, rank, world_size, 120), flush=True)
     store.add("left", 1)  # rank 0 holds the store and leaves last

@@ -15,6 +15,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.data import loader
 from bd3_scale.distributed import layout
+from bd3_scale.launcher import launched
 from tests.distributed.worlds import worlds
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     original = loader.Loader.take
     for path, overrides, name in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, recipes.world_size_of_environment(), "cpu")
+        recipes.validate(recipe, launched().world_size, "cpu")
         here = layout.start(recipe.parallel, "cpu")
         with open(Path(sys.argv[2]) / f"{name}-{here.rank}.jsonl", "a") as trace:
 

@@ -10,6 +10,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
+from bd3_scale.launcher import launched
 from bd3_scale.model import compiling
 from tests.distributed.worlds import worlds
 
@@ -20,7 +21,7 @@ compiling.BACKEND = "aot_eager"  # the same graphs as Inductor's, without a C++ 
 def main() -> None:
     for path, overrides in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, recipes.world_size_of_environment(), "cpu")
+        recipes.validate(recipe, launched().world_size, "cpu")
         here = layout.start(recipe.parallel, "cpu")
         train.train(recipe, here)
         here.barrier()

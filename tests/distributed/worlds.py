@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bd3_scale import recipe as recipes
 from bd3_scale.distributed import layout
+from bd3_scale.launcher import launched
 
 
 def plan() -> Any:
@@ -27,7 +27,7 @@ def plan() -> Any:
 
 def join(name: object, timeout: float | None = None) -> dist.FileStore:
     """Meet the ranks of this launch in a world called `name`. `timeout`: seconds that its collectives may take."""
-    rank, world_size = int(os.environ.get("RANK", "0")), recipes.world_size_of_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), launched().world_size
     store = dist.FileStore(f"{sys.argv[1]}.{name}.store", world_size)
     limit = None if timeout is None else datetime.timedelta(seconds=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)

@@ -169,7 +169,7 @@ def written(case: Case, backward: bool, sources: list[str]) -> list[str]:
     module, inputs = graph(case, backward)
     mode = inputs[0].fake_mode  # type: ignore[attr-defined]
     settings = torch._inductor.config.patch(force_disable_caches=True, compile_threads=1)
-    with mode, settings, torch._guards.tracing(torch._guards.TracingContext(mode)):
+    with mode, settings, torch._monitors.tracing(torch._monitors.TracingContext(mode)):
         torch._inductor.compile_fx.compile_fx_inner(module, inputs)
     return [source for source in sources if "triton_heuristics.template" in source]
 

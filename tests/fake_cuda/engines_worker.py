@@ -22,8 +22,8 @@ import torch
 from bd3_scale.distributed import layout, megatron_on_cpu
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
-from bd3_scale.engines.ema import ExponentialAverage
 from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from bd3_scale.reporting.metrics import Meter

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_scale.engines.adamw import StepRule
 from bd3_scale.engines.zero_device import norm_on_device
+from bd3_scale.optimizers.adamw import SkipStepRule
 from bd3_scale.reporting.metrics import Meter
 from tests.fake_cuda.device import DEVICE, fake_cuda
 from tests.fake_cuda.engines_worker import ENGINES, MICRO_BATCHES
@@ -71,9 +71,9 @@ def test_whatever_deepspeed_answers_as_a_norm_is_on_the_device(found: Any) -> No
     with fake_cuda() as device:
         if isinstance(found, torch.Tensor):
             found = torch.ones((), device=DEVICE, dtype=torch.bfloat16)
-        meter, rule = Meter(DEVICE, 0, None), StepRule(3.0, DEVICE)
+        meter, rule = Meter(DEVICE, 0, None), SkipStepRule(3.0, DEVICE)
         for norm in (torch.ones((), device=DEVICE), norm_on_device(found, DEVICE)):
-            assert rule.leave_out(norm).is_cuda
+            assert rule.should_skip(norm).is_cuda
             meter.add(torch.zeros((), device=DEVICE), norm)
         assert not device.waits
         device.answer = 1

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.engines.build import apply_outside
 from bd3_scale.generation.sampler import generate
 from bd3_scale.generation.token_sampling import SamplingOptions
-from bd3_scale.model.layers import Linears
+from bd3_scale.model.compiling import wrap_blocks
+from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
@@ -65,13 +65,13 @@ def of(case: str, **more: Any) -> tuple[Transformer, Objective]:
     """The network, on the host, and the objective, in the shapes that it has on CUDA."""
     model, objective = CASES[case]
     config = ModelConfig(context=L, layers=2, hidden=64, heads=4, **model, **more)
-    linears = Linears(vocabulary_multiple=VOCABULARY_MULTIPLE["cuda"])
+    factory = TensorParallelFactory(vocabulary_multiple=VOCABULARY_MULTIPLE["cuda"])
     settings = {key: value for key, value in objective.items() if key != "documents"}
     built = ObjectiveSchedule(
         ObjectiveConfig(**settings), L, WORDS,
         pad_to=SELECTED_MULTIPLE["cuda"], row_multiple=ROW_MULTIPLE["cuda"], document_end=3 if "documents" in objective else None,
     ).at(0)  # fmt: skip
-    return Transformer(config, WORDS + 1, WORDS, linears), built
+    return Transformer(config, WORDS + 1, WORDS, factory), built
 
 
 def rows(count: int = BATCH) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_a_step(case: str, dtype: str, record_property: Callable[[str, object], 
 @pytest.mark.parametrize("recompute", ["attention", "mlp", "layer"])
 def test_a_step_with_recomputation(recompute: str) -> None:
     network, objective = of("bd3, L' = 16, adaLN, dropout")
-    apply_outside(network.blocks.values(), recompute=recompute, compile="none")
+    wrap_blocks(network.blocks.values(), recompute=recompute, compile="none")
     inputs = objective.training_inputs(rows(), np.arange(BATCH), 0, 0, BATCH)
     with fake_cuda() as device:
         network.to(DEVICE, torch.bfloat16)
@@ -124,7 +124,7 @@ def test_a_step_in_two_stages(case: str) -> None:
     """What the first hands on is on the device; the second hands back a gradient of its type."""
     whole, objective = of(case)
     inputs = objective.training_inputs(rows(), np.arange(BATCH), 0, 0, BATCH)
-    first, second = (Transformer(whole.config, WORDS + 1, WORDS, whole.linears, layers) for layers in (range(1), range(1, 2)))
+    first, second = (Transformer(whole.config, WORDS + 1, WORDS, whole.factory, layers) for layers in (range(1), range(1, 2)))
 
     def both() -> None:
         handed = first(inputs.to(DEVICE, non_blocking=True))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.engines.build import apply_outside
+from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import ObjectiveSchedule
@@ -83,7 +83,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(rows: int, record_prop
     found = []
     for choice in ("blocks", "none"):
         network = drawn(config).to(DEVICE, torch.bfloat16)
-        apply_outside(network.blocks.values(), recompute="none", compile=choice)
+        wrap_blocks(network.blocks.values(), recompute="none", compile=choice)
         loss = network(given)[0] / (rows * length)
         loss.backward()
         found.append((loss.detach().double().cpu(), {key: value.grad.double().cpu() for key, value in network.named_parameters()}))

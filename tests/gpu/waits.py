@@ -76,7 +76,7 @@ class Waits:
                 (trainer.engine, ("forward_backward", "step")),
                 (trainer.ema, ("update",)),
                 (trainer.report, ("add",)),
-                (trainer.pulse, ("beat",)),
+                (trainer.heartbeat, ("beat",)),
             )
             for owner, names in owners:
                 for name in names:

@@ -1,4 +1,4 @@
-"""Each check says what is wrong and how to mend it; a whole visit ends with a verdict; nothing secret is shown, nothing stays behind."""
+"""Each check says what is wrong and how to fix it; a whole visit ends with a verdict; nothing secret is shown, nothing stays behind."""
 
 from __future__ import annotations
 

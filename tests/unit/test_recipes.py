@@ -14,10 +14,10 @@ from bd3_scale import recipe as recipes
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.planning.cluster_plan import cluster_plan
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.report import make_plan
 from bd3_scale.planning.search import search
-from bd3_scale.planning.situation import situation
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -71,9 +71,11 @@ def test_recipe_shrunk_learns_a_batch(path: Path, world_of_one: object) -> None:
 def test_recipe_of_a_cluster_is_as_fast_as_the_planner_knows(name: str) -> None:
     """Within a tenth of the best layout for its devices, over the whole schedule of block sizes; the one that shows every kind of
     division at once, where all layouts compute equally fast."""
-    case = situation(recipes.load(ROOT / "recipes" / f"{name}.yaml"), WORLD_SIZES[name], device_named("h100", WORLD_SIZES[name]), 50258)
+    cluster = cluster_plan(
+        recipes.load(ROOT / "recipes" / f"{name}.yaml"), WORLD_SIZES[name], device_named("h100", WORLD_SIZES[name]), 50258
+    )
     mfu = 0.4 if name == "owt_7b" else None
-    plan, best = make_plan(case, mfu), search(case, mfu, most=1)[0]
+    plan, best = make_plan(cluster, mfu), search(cluster, mfu, most=1)[0]
     assert plan.fits and plan.seconds < 1.1 * best.seconds, f"{plan.seconds / 86400:.2f} days, {best}"
     days, flops = DAYS_AND_FLOPS.get(name, (1.0, 1.2))
     assert plan.seconds < days * 86400 and plan.flops_ratio < flops

@@ -14,9 +14,9 @@ import torch
 
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.generate import generate_tokens

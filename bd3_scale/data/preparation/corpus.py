@@ -106,7 +106,7 @@ def texts(files: Iterable[Path], text_key: str = "text", *, by_line: bool = Fals
             for text in found:
                 yield text, before + place.read
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend the file or leave it out") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}); fix the file or leave it out") from None
         before += path.stat().st_size
 
 
@@ -178,7 +178,7 @@ def _json_texts(lines: Iterator[str], path: Path, key: str) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise DataError(f'{path}: line {number} is not an object with a string under "{key}"; mend the line or give --text-key')
+            raise DataError(f'{path}: line {number} is not an object with a string under "{key}"; fix the line or give --text-key')
         yield text
 
 
@@ -219,7 +219,7 @@ def _tables(path: Path, key: str, kind: str, place: _Place) -> Iterator[str]:
             for text in batch.column(batch.schema.get_field_index(key)).to_pylist():
                 done += 1
                 if not isinstance(text, str):
-                    raise DataError(f"{path}: row {done} has no text under {key!r}; mend the file or give --text-key")
+                    raise DataError(f"{path}: row {done} has no text under {key!r}; fix the file or give --text-key")
                 yield text
             place.read = size * done // rows if rows else min(size, place.read + batch.nbytes)
     except pyarrow.ArrowException as error:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment, share
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment, share
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint import index_process
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import FileRecord, build, render
 from bd3_scale.checkpoint.parts import pack, state_name
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.errors import CheckpointError
 
 RANKS = 3

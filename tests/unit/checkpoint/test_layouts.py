@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment, share
 from bd3_scale.checkpoint.index import part_key
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.shard_files import ShardReader
-from bd3_scale.checkpoint.slices import Fragment, share
 from bd3_scale.errors import CheckpointError
 
 NAMES = [

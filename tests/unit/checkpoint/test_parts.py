@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.index import FileRecord, build, parse, render
 from bd3_scale.checkpoint.parts import Parts, _expanded, _progressions, encode, pack, sort, state_name
 from bd3_scale.checkpoint.region import Region, intersect
-from bd3_scale.checkpoint.slices import Fragment
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 

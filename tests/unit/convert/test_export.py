@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.data.tokenizer import load_tokenizer

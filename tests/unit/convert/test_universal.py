@@ -10,9 +10,9 @@ import torch
 
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
+from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.checkpoint.slices import Fragment
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.engines.zero_engine import _import_deepspeed

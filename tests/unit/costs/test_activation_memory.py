@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bd3_scale.costs import activation_memory
 from bd3_scale.costs.activation_memory import Batch, kept_bytes, most_bytes, under_way
-from bd3_scale.engines.build import apply_outside
+from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, ScoreEntropy
@@ -55,7 +55,7 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
     model = Transformer(config, V, V - 1)
     initialise(model, config, seed=0)
     model = model.to(torch.bfloat16 if bf16 else torch.float32).train()
-    apply_outside(model.blocks.values(), recompute=recompute, compile="none")
+    wrap_blocks(model.blocks.values(), recompute=recompute, compile="none")
     objective = {
         "bd3": lambda: BlockDiffusion(V - 1, CONTEXT, 16),
         "mdlm": lambda: MaskedDiffusion(V - 1, CONTEXT),

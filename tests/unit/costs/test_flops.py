@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.costs.flops import count_flops, count_parameters, peak_flops, training_flops_per_token
 from bd3_scale.costs.sizes import SINUSOIDS
-from bd3_scale.engines.build import apply_outside
+from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.table import BlockDiffusion, NetworkInputs
@@ -188,7 +188,7 @@ def test_recomputation_adds_a_forward_of_the_layers_and_not_of_the_head(config: 
     share, ran, expected = len(inputs.selected) / (config.context - 1), {}, {}
     for recompute in ("none", "attention", "mlp", "layer"):
         model = network(config)
-        apply_outside(model.blocks.values(), recompute=recompute, compile="none")
+        wrap_blocks(model.blocks.values(), recompute=recompute, compile="none")
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             model(inputs)[0].backward()
         ran[recompute] = counter.get_total_flops()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bd3_scale.costs.parameter_shapes import parameter_shapes, units_of
-from bd3_scale.model.layers import Linears, full_shape
+from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -60,7 +60,7 @@ def test_the_table_is_the_network(world_of_one: object) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_units_have_the_padding_of_the_network(tied: bool, world_of_one: object) -> None:
     config = ModelConfig(context=16, layers=2, hidden=32, heads=4, tied_head=tied, head_bias=True)
-    network = Transformer(config, V, V - 1, Linears(vocabulary_multiple=8))
+    network = Transformer(config, V, V - 1, TensorParallelFactory(vocabulary_multiple=8))
     assert sorted(units_of(config, V, range(2), 1, 8).sizes) == sorted(parameter.numel() for parameter in network.parameters())
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.engines import build, kernel_probe
+from bd3_scale.engines import kernel_probe
 from bd3_scale.engines.kernel_probe import OPTIONS, Shape, as_line, probe_recipe, survey
 from bd3_scale.errors import RecipeError, TrainingError
-from bd3_scale.model import attention_kernels
+from bd3_scale.model import attention_kernels, compiling
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe import KEYS, Recipe
 
@@ -115,11 +115,11 @@ def test_options_are_choices_of_a_recipe_and_modes_those_of_torch(monkeypatch: p
     from torch._inductor import list_mode_options
 
     assert all(value in KEYS[key].choices for key, value in OPTIONS)
-    assert ("none", *build.COMPILE_MODES) == KEYS["training.compile"].choices
-    assert set(build.COMPILE_MODES.values()) <= set(list_mode_options())
+    assert ("none", *compiling.COMPILE_MODES) == KEYS["training.compile"].choices
+    assert set(compiling.COMPILE_MODES.values()) <= set(list_mode_options())
     assert list_mode_options("max-autotune-no-cudagraphs").get("max_autotune") is True
-    for choice, mode in [("none", None), *build.COMPILE_MODES.items()]:
+    for choice, mode in [("none", None), *compiling.COMPILE_MODES.items()]:
         said: list[str] = []
-        monkeypatch.setattr(build, "compiled_whole", lambda method, mode, backend, said=said: said.append(mode) or method)
-        build.apply_outside([torch.nn.Linear(2, 2)], recompute="none", compile=choice)
+        monkeypatch.setattr(compiling, "compiled_whole", lambda method, mode, backend, said=said: said.append(mode) or method)
+        compiling.wrap_blocks([torch.nn.Linear(2, 2)], recompute="none", compile=choice)
         assert said == ([] if mode is None else [mode])

@@ -33,9 +33,9 @@ def test_texts_are_those_of_their_seed_and_row_whatever_the_batch(
     objective: dict[str, Any], options: dict[str, Any], checkpoint: Checkpoints
 ) -> None:
     """And the calls that a hook on the network counts are those that the sampler reports, else this would raise."""
-    loaded, here = load_replicas(checkpoint(**objective), device="cpu")
-    single = generate_texts(loaded, here, samples=5, batch=1, seed=3, **options)
-    batched = generate_texts(loaded, here, samples=5, batch=2, seed=3, **options)
+    loaded, layout = load_replicas(checkpoint(**objective), device="cpu")
+    single = generate_texts(loaded, layout, samples=5, batch=1, seed=3, **options)
+    batched = generate_texts(loaded, layout, samples=5, batch=2, seed=3, **options)
     assert [text.row for text in single] == list(range(5)) and len({text.text for text in single}) > 1
     assert [text.tokens for text in single] == [text.tokens for text in batched]
     again = generate_tokens(loaded, batch=1, seed=single[3].seed, first_row=single[3].row, **options)
@@ -71,8 +71,8 @@ def test_the_numbers_of_a_table() -> None:
 
 
 def test_results_can_be_read_and_shown_beside_others(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    loaded, here = load_replicas(checkpoint(kind="ar"), device="cpu")
-    texts = generate_texts(loaded, here, samples=3, batch=3, seed=0, judge=load_judge(checkpoint(kind="ar"), loaded.device), length=12)
+    loaded, layout = load_replicas(checkpoint(kind="ar"), device="cpu")
+    texts = generate_texts(loaded, layout, samples=3, batch=3, seed=0, judge=load_judge(checkpoint(kind="ar"), loaded.device), length=12)
     document = summary(texts)
     write_results(tmp_path / "first", texts, document)
     write_results(tmp_path / "second", [made(0, [9, 1], "length", None, None)], {"samples": 1}, beside=[tmp_path / "first"])

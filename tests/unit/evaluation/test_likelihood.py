@@ -22,9 +22,9 @@ Checkpoints = Callable[..., Path]
 
 def test_next_token_likelihood_is_that_of_the_chain_rule(checkpoint: Checkpoints, data: Path) -> None:
     """Row by row, token by token, each predicted by a forward on the tokens before it."""
-    loaded, here = load_replicas(checkpoint(kind="ar"), device="cpu")
+    loaded, layout = load_replicas(checkpoint(kind="ar"), device="cpu")
     with open_rows(data, "validation", loaded) as rows:
-        result = evaluate_likelihood(loaded, rows, here, count=3, micro_batch=2)
+        result = evaluate_likelihood(loaded, rows, layout, count=3, micro_batch=2)
         tokens = torch.from_numpy(rows.rows(np.arange(3)).astype(np.int64))
     expected = torch.zeros(3, dtype=torch.float64)
     for stop in range(1, tokens.shape[1]):
@@ -39,10 +39,10 @@ def test_next_token_likelihood_is_that_of_the_chain_rule(checkpoint: Checkpoints
 
 @pytest.mark.parametrize("objective", [{"block_size": 4}, {"kind": "mdlm"}])
 def test_draws_are_averaged_and_nothing_depends_on_the_micro_batch(objective: dict, checkpoint: Checkpoints, data: Path) -> None:
-    loaded, here = load_replicas(checkpoint(**objective), device="cpu")
+    loaded, layout = load_replicas(checkpoint(**objective), device="cpu")
     with open_rows(data, "validation", loaded) as rows:
-        first, second = (evaluate_likelihood(loaded, rows, here, seed=seed).row_nelbo for seed in (5, 6))
-        both = evaluate_likelihood(loaded, rows, here, seed=5, draws=2, micro_batch=3)
+        first, second = (evaluate_likelihood(loaded, rows, layout, seed=seed).row_nelbo for seed in (5, 6))
+        both = evaluate_likelihood(loaded, rows, layout, seed=5, draws=2, micro_batch=3)
         assert len(first) == len(rows) > 20 and not np.allclose(first, second)
     np.testing.assert_allclose(both.row_nelbo, (first + second) / 2, rtol=1e-6)
     assert not both.exact and both.draws == 2
@@ -50,11 +50,11 @@ def test_draws_are_averaged_and_nothing_depends_on_the_micro_batch(objective: di
 
 def test_the_bound_of_small_blocks_lies_above_the_exact_likelihood_of_one_token_blocks(checkpoint: Checkpoints, data: Path) -> None:
     """L' = 1 masks every token once: no noise, and the same number for any seed."""
-    loaded, here = load_replicas(checkpoint(block_size=1), device="cpu")
+    loaded, layout = load_replicas(checkpoint(block_size=1), device="cpu")
     with open_rows(data, "validation", loaded) as rows:
-        results = [evaluate_likelihood(loaded, rows, here, seed=seed) for seed in (1, 2)]
+        results = [evaluate_likelihood(loaded, rows, layout, seed=seed) for seed in (1, 2)]
         with pytest.raises(RecipeError, match="exact likelihood"):
-            evaluate_likelihood(loaded, rows, here, draws=2)
+            evaluate_likelihood(loaded, rows, layout, draws=2)
     np.testing.assert_array_equal(results[0].row_nelbo, results[1].row_nelbo)
     assert results[0].exact
 

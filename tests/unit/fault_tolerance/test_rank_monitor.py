@@ -1,4 +1,4 @@
-"""The guard of ranks, here as threads of one process over a store of their own: who is named, why, and who is not."""
+"""The monitor of ranks, here as threads of one process over a store of their own: who is named, why, and who is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from bd3_scale.errors import DataError, TrainingError
 from bd3_scale.fault_tolerance import rank_monitor as module
-from bd3_scale.fault_tolerance.rank_monitor import Beat, Guard, Work, is_lost_peer, named_behind
+from bd3_scale.fault_tolerance.rank_monitor import Beat, RankMonitor, Work, is_lost_peer, named_behind
 
 PATIENCE = 1.2
 LIMIT = 30.0
@@ -27,24 +27,24 @@ CLOSED = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connect
 
 
 class World:
-    """A store and the guards around it; `ends` holds what each would have said when it ended its process."""
+    """A store and the monitors around it; `ends` holds what each would have said when it ended its process."""
 
     def __init__(self, size: int = 2) -> None:
         self.server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=datetime.timedelta(seconds=5))
         self.size = size
         self.ends: dict[int, tuple[str | None, float]] = {}
         self.ended: dict[int, threading.Event] = {}
-        self.guards: list[Guard] = []
+        self.monitors: list[RankMonitor] = []
 
-    def guard(self, rank: int, patience: float = PATIENCE, local_ranks: range | None = None) -> Guard:
+    def monitor(self, rank: int, patience: float = PATIENCE, local_ranks: range | None = None) -> RankMonitor:
         self.ended[rank] = threading.Event()
 
         def end(line: str | None, linger: float) -> None:
             self.ends[rank] = line, linger
             self.ended[rank].set()
 
-        made = Guard(rank, self.size, patience, local_ranks=local_ranks or range(self.size), end=end)
-        self.guards.append(made)
+        made = RankMonitor(rank, self.size, patience, local_ranks=local_ranks or range(self.size), end=end)
+        self.monitors.append(made)
         return made
 
     def wait(self, rank: int) -> str:
@@ -54,7 +54,7 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], World]]:
-    monkeypatch.setattr(module, "_guards", Counter())
+    monkeypatch.setattr(module, "_monitors", Counter())
     monkeypatch.setattr(module, "GRACE", 0.2)
     worlds = []
 
@@ -66,28 +66,28 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], World]]:
 
     yield make
     for made in worlds:
-        for guard in made.guards:
-            silence(guard)
+        for monitor in made.monitors:
+            silence(monitor)
 
 
-def silence(guard: Guard) -> None:
+def silence(monitor: RankMonitor) -> None:
     """The thread ends without a word, as that of a process that is no more."""
-    guard._closing.set()
-    if guard._thread is not None:
-        guard._thread.join()
+    monitor._closing.set()
+    if monitor._thread is not None:
+        monitor._thread.join()
 
 
 def test_one_process_has_no_thread() -> None:
     before = threading.active_count()
-    with Guard(0, 1, PATIENCE):
+    with RankMonitor(0, 1, PATIENCE):
         assert threading.active_count() == before
 
 
 def test_ranks_that_leave_in_order_are_not_missed(world: Callable[[int], World]) -> None:
     here = world(3)
-    with here.guard(0):
+    with here.monitor(0):
         for rank in (1, 2):
-            with here.guard(rank):
+            with here.monitor(rank):
                 time.sleep(PATIENCE / 2)
         time.sleep(2 * PATIENCE)
     assert not here.ends
@@ -96,9 +96,9 @@ def test_ranks_that_leave_in_order_are_not_missed(world: Callable[[int], World])
 def test_silent_ranks_are_named_with_their_step(world: Callable[[int], World]) -> None:
     """Two ranks of a lost node; the third, on another host, is told by the leader and lingers as the leader does."""
     here = world(4)
-    with here.guard(0, local_ranks=range(2)), here.guard(1, local_ranks=range(2)), ExitStack() as stack:
+    with here.monitor(0, local_ranks=range(2)), here.monitor(1, local_ranks=range(2)), ExitStack() as stack:
         for rank in (2, 3):
-            lost = here.guard(rank, local_ranks=range(2, 4))
+            lost = here.monitor(rank, local_ranks=range(2, 4))
             stack.enter_context(lost.following(Work(progress=lambda: 17)))
             lost.__enter__()
             silence(lost)
@@ -117,29 +117,29 @@ def test_work_that_ended_in_order_is_let_go_of_and_one_that_failed_has_its_last_
     class Trained:
         step = 7
 
-    guard, said, trained = Guard(0, 1, PATIENCE), list[str](), Trained()
+    monitor, said, trained = RankMonitor(0, 1, PATIENCE), list[str](), Trained()
     seen = weakref.ref(trained)
-    with guard.following(Work(progress=lambda held=trained: held.step, last_words=lambda held=trained: said.append("words"))):
-        assert guard._now().step == 7
+    with monitor.following(Work(progress=lambda held=trained: held.step, on_verdict=lambda held=trained: said.append("words"))):
+        assert monitor._now().step == 7
     del trained
-    assert guard._now().step == 7 and seen() is None
-    with pytest.raises(DataError), guard.following(Work(last_words=lambda: said.append("words"))):
+    assert monitor._now().step == 7 and seen() is None
+    with pytest.raises(DataError), monitor.following(Work(on_verdict=lambda: said.append("words"))):
         raise DataError("x")
-    guard._work.last_words()
+    monitor._work.on_verdict()
     assert said == ["words"]
 
 
 def test_lost_leader_is_noticed_by_all(world: Callable[[int], World]) -> None:
     here = world(3)
-    silence(here.guard(0, local_ranks=range(1)).__enter__())
-    with here.guard(1, local_ranks=range(1, 2)), here.guard(2, local_ranks=range(2, 3)):
+    silence(here.monitor(0, local_ranks=range(1)).__enter__())
+    with here.monitor(1, local_ranks=range(1, 2)), here.monitor(2, local_ranks=range(2, 3)):
         assert all("error: rank 0 (host" in here.wait(rank) for rank in (1, 2))
     assert here.ends[1][0] == here.ends[2][0], "one verdict"
 
 
 def test_rank_that_never_came_is_named(world: Callable[[int], World]) -> None:
     here = world(2)
-    with here.guard(0):
+    with here.monitor(0):
         assert "rank 1 (not heard of yet) has not answered" in here.wait(0)
 
 
@@ -147,10 +147,10 @@ def test_rank_that_never_came_is_named(world: Callable[[int], World]) -> None:
 def test_killed_process_of_this_host_is_named_long_before_its_heartbeat_is_missed(world: Callable[[int], World], store_too: bool) -> None:
     here = world(2)
     process = subprocess.Popen(["sleep", "600"])
-    victim = here.guard(1, patience=600)
+    victim = here.monitor(1, patience=600)
     victim._beat = replace(victim._beat, pid=process.pid)
     victim.__enter__()
-    with here.guard(0, patience=600):
+    with here.monitor(0, patience=600):
         assert not here.ended[0].wait(1.5)
         process.kill()  # a zombie from here on
         if store_too:
@@ -174,8 +174,8 @@ def test_the_rank_that_the_others_wait_for_is_named() -> None:
 
 def test_error_of_a_rank_is_told_to_the_others(world: Callable[[int], World]) -> None:
     here = world(2)
-    with here.guard(0):
-        with pytest.raises(DataError, match=r"^shard 3 is damaged$"), here.guard(1):
+    with here.monitor(0):
+        with pytest.raises(DataError, match=r"^shard 3 is damaged$"), here.monitor(1):
             raise DataError("shard 3 is damaged")
         line = here.wait(0)
     assert "error: rank 1 (host" in line and line.endswith("ended: shard 3 is damaged")
@@ -183,16 +183,16 @@ def test_error_of_a_rank_is_told_to_the_others(world: Callable[[int], World]) ->
 
 def test_failed_collective_becomes_the_name_of_the_dead_rank(world: Callable[[int], World]) -> None:
     here = world(2)
-    silence(here.guard(1).__enter__())
-    with pytest.raises(TrainingError, match=r"^rank 1 \(host .* has not answered"), here.guard(0):
+    silence(here.monitor(1).__enter__())
+    with pytest.raises(TrainingError, match=r"^rank 1 \(host .* has not answered"), here.monitor(0):
         raise CLOSED
     assert "rank 1 (host" in here.wait(0) and here.wait(0).endswith(f"[this rank saw: {CLOSED}]")
 
 
 def test_failed_collective_among_living_ranks_keeps_its_text(world: Callable[[int], World]) -> None:
     here = world(2)
-    with here.guard(0):
-        with pytest.raises(TrainingError, match=r"all ranks answer, but a collective failed: .*Connection closed by peer"), here.guard(1):
+    with here.monitor(0):
+        with pytest.raises(TrainingError, match=r"all ranks answer, but a collective failed: .*Connection closed by peer"), here.monitor(1):
             raise CLOSED
         assert "error: rank 1 (host" in here.wait(0) and "Connection closed by peer" in here.wait(0)
 
@@ -200,7 +200,7 @@ def test_failed_collective_among_living_ranks_keeps_its_text(world: Callable[[in
 def test_rank_that_was_asleep_accuses_nobody(world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch) -> None:
     here, offset = world(2), [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + offset[0], sleep=time.sleep))
-    with here.guard(0), here.guard(1):
+    with here.monitor(0), here.monitor(1):
         for _ in range(3):
             time.sleep(PATIENCE / 2)
             offset[0] += 1000
@@ -210,7 +210,7 @@ def test_rank_that_was_asleep_accuses_nobody(world: Callable[[int], World], monk
 
 def test_lost_store_ends_the_rank_but_a_lost_connection_does_not(world: Callable[[int], World]) -> None:
     another, here = World(), world(2)
-    with here.guard(0) as first, here.guard(1):
+    with here.monitor(0) as first, here.monitor(1):
         first._store = dist.PrefixStore("", dist.TCPStore("127.0.0.1", another.server.port, None, False, wait_for_workers=False))
         del another.server
         time.sleep(3 * PATIENCE)

@@ -86,7 +86,7 @@ def test_the_ranks_hear_of_the_leader_while_it_waits(tmp_path: Path, monkeypatch
         heard.append(value)
         return value
 
-    layout = SimpleNamespace(leader=True, all_gather=lambda value: [value], broadcast=broadcast)
+    layout = SimpleNamespace(is_main_rank=True, all_gather=lambda value: [value], broadcast=broadcast)
     made = own(tmp_path, layout)  # type: ignore[arg-type]
     assert made.lost is None and len(heard) > 2 and heard[:-1] == [None] * (len(heard) - 1)
     made.release()

@@ -22,7 +22,7 @@ from bd3_scale.fault_tolerance.stop_request import SAME_KEY_PRESS, SIGNALS, Stop
 @dataclass
 class Alone:
     world_size: int = 1
-    leader: bool = True
+    is_main_rank: bool = True
 
     def all_gather(self, value: bool) -> list[bool]:
         return [value]
@@ -88,7 +88,7 @@ def test_handlers_are_given_back() -> None:
 
 def test_only_the_leader_speaks(capfd: pytest.CaptureFixture[str]) -> None:
     for leader in (False, True):
-        request = StopRequest(Alone(leader=leader))  # type: ignore[arg-type]
+        request = StopRequest(Alone(is_main_rank=leader))  # type: ignore[arg-type]
         send(signal.SIGUSR1)
         request.close()
         assert ("SIGUSR1: stopping after this step" in capfd.readouterr().err) is leader
@@ -96,7 +96,7 @@ def test_only_the_leader_speaks(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_ranks_leave_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks, a signal reaches one of them: all leave together, and no rank waits for a question it has just asked."""
-    ranks = [StopRequest(Alone(world_size=3, leader=False)) for _ in range(3)]  # type: ignore[arg-type]
+    ranks = [StopRequest(Alone(world_size=3, is_main_rank=False)) for _ in range(3)]  # type: ignore[arg-type]
     asked: list[torch.Tensor] = []  # in order: three flags per round
 
     class Work:
@@ -145,8 +145,8 @@ def test_the_limit_counts_from_the_start_of_the_process_whatever_boot_times_say(
 
 WAITING_FOR_PEERS = """
 import datetime, sys, torch.distributed as dist
-from bd3_scale.fault_tolerance.early_exit import leaving_at_once
-with leaving_at_once(leader=True):
+from bd3_scale.fault_tolerance.early_exit import exit_on_early_signal
+with exit_on_early_signal(leader=True):
     print("waiting", flush=True)
     dist.TCPStore("localhost", 0, 2, True, timeout=datetime.timedelta(seconds=60), wait_for_workers=True)
 """
@@ -182,7 +182,7 @@ LEFT_BY_OTHERS = """
 import os, signal, sys
 from bd3_scale.fault_tolerance import early_exit, stop_request
 class Layout:
-    world_size, leader, calls = 2, False, 0
+    world_size, is_main_rank, calls = 2, False, 0
     def all_gather(self, value):
         self.calls += 1
         if self.calls == calls:
@@ -191,7 +191,7 @@ class Layout:
             raise RuntimeError("Connection closed by peer")
         return [value, value]
 calls, told = int(sys.argv[1]), sys.argv[2]
-with early_exit.leaving_at_once(leader=False):
+with early_exit.exit_on_early_signal(leader=False):
     stop_request.StopRequest(Layout()).close()
     assert told == "other"
 sys.exit(3)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bd3_scale.engines.build import COMPILE_MODES, apply_outside
-from bd3_scale.model.compiling import compiled_whole
+from bd3_scale.model.compiling import COMPILE_MODES, compiled_whole, wrap_blocks
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import BlockDiffusion
@@ -49,7 +48,7 @@ def network(variant: str, **options: Any) -> Transformer:
 
 def compiled(variant: str, recompute: str = "none", backend: str = "eager", **options: Any) -> Transformer:
     model = network(variant, **options)
-    apply_outside(model.blocks.values(), recompute=recompute, compile="blocks", backend=backend)
+    wrap_blocks(model.blocks.values(), recompute=recompute, compile="blocks", backend=backend)
     return model
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from bd3_scale.costs import sizes
 from bd3_scale.model import cross_entropy
 from bd3_scale.model.cross_entropy import FusedCrossEntropy
-from bd3_scale.model.layers import Linears
+from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.loss_head import Head
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -102,7 +102,9 @@ def test_a_divided_vocabulary_is_the_whole_one(ranks: int, monkeypatch: pytest.M
 
 def step(kind: str, backend: str, dtype: torch.dtype, tokens: int) -> list[Tensor]:
     """Loss, nll and gradients of a head, chunk by chunk."""
-    made = Head(ModelConfig(hidden=HIDDEN, head_bias=True, head_loss=kind), Linears(dtype=dtype, vocabulary_multiple=16), 37, 36, None)
+    made = Head(
+        ModelConfig(hidden=HIDDEN, head_bias=True, head_loss=kind), TensorParallelFactory(dtype=dtype, vocabulary_multiple=16), 37, 36, None
+    )
     made.fused = FusedCrossEntropy(0, False, backend)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.model import initialise as module
 from bd3_scale.model.initialise import fill, initial_rows, initialise
-from bd3_scale.model.layers import ColumnLinear, Embedding, Linears, RowLinear, full_shape, parameter_partition
+from bd3_scale.model.layers import ColumnLinear, Embedding, RowLinear, TensorParallelFactory, full_shape, parameter_partition
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -122,7 +122,7 @@ def test_the_seed_is_all_there_is() -> None:
 # -- Real tensor ranks and stages: their own modules, with padding -------------------------------------------------------
 
 
-class OneOf(Linears):
+class OneOf(TensorParallelFactory):
     """What tensor rank `rank` of `tensor` makes, in a world of one: the group says one, so that its sizes are divided here."""
 
     def __init__(self, rank: int, tensor: int, multiple: int) -> None:

@@ -14,11 +14,11 @@ from bd3_scale.model.layers import (
     MLP,
     DropoutWords,
     KeyedDropout,
-    Linears,
     Modulation,
     NoiseCondition,
     Norm,
     SharedKeyValue,
+    TensorParallelFactory,
     dropout_channels,
     dropout_keys,
     full_shape,
@@ -162,23 +162,23 @@ def test_conditioning_is_that_of_the_paper_s_network() -> None:
     torch.testing.assert_close(chunks, (modulation.weight @ condition + modulation.bias).unflatten(0, (6, HIDDEN)))
 
 
-# -- Linears and their division ----------------------------------------------------------------------------------------
+# -- the factory and its divisions ----------------------------------------------------------------------------------------
 
 
 def test_where_parameters_are_divided() -> None:
-    linears, config = Linears(), ModelConfig(hidden=8, heads=2, mlp_bias=True)
-    column, row, embedding, norm = linears.column(8, 12, bias=True), linears.row(12, 8, bias=True), linears.embedding(10, 8), Norm(config)
+    factory, config = TensorParallelFactory(), ModelConfig(hidden=8, heads=2, mlp_bias=True)
+    column, row, embedding, norm = factory.column(8, 12, bias=True), factory.row(12, 8, bias=True), factory.embedding(10, 8), Norm(config)
     divided = {column.weight: 0, column.bias: 0, row.weight: 1, row.bias: -1, embedding.weight: 0, norm.weight: -1}
     for parameter, dimension in divided.items():
         assert parameter_partition(parameter) == (dimension, 1)
     assert column.weight.shape == (12, 8) and row.weight.shape == (8, 12) and embedding.weight.shape == (10, 8)
-    assert Linears(dtype=torch.bfloat16).column(2, 2).weight.dtype == torch.bfloat16
+    assert TensorParallelFactory(dtype=torch.bfloat16).column(2, 2).weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_mlp_units_lie_as_they_are_documented(kind: str) -> None:
     """SwiGLU: the gate and the value of unit i are rows 2i and 2i + 1."""
-    mlp = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24, mlp_bias=True), Linears())
+    mlp = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24, mlp_bias=True), TensorParallelFactory())
     filled(mlp)
     x = torch.randn(7, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
     pre = F.linear(x, mlp.up.weight, mlp.up.bias)
@@ -190,12 +190,12 @@ def test_mlp_units_lie_as_they_are_documented(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_mlp_divided_by_rows_sums_to_the_whole(kind: str, tensor: int) -> None:
     """What `tensor` ranks hold (rows of up, columns of down) are whole units: their outputs sum to the undivided one."""
-    whole = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24, mlp_bias=True), Linears())
+    whole = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24, mlp_bias=True), TensorParallelFactory())
     filled(whole)
     x = torch.randn(7, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
     total = whole.down.bias.expand(7, 3, HIDDEN)
     for rank in range(tensor):
-        part = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24 // tensor, mlp_bias=True), Linears())
+        part = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24 // tensor, mlp_bias=True), TensorParallelFactory())
         with torch.no_grad():
             part.up.weight.copy_(whole.up.weight.chunk(tensor, 0)[rank])
             part.up.bias.copy_(whole.up.bias.chunk(tensor, 0)[rank])
@@ -208,7 +208,7 @@ def test_mlp_divided_by_rows_sums_to_the_whole(kind: str, tensor: int) -> None:
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_attention_divided_by_rows_keeps_heads_together(tensor: int) -> None:
     """Rows r of the query and key/value weights yield the r-th share of the query heads and of the kv heads they read."""
-    attention = Attention(ModelConfig(hidden=64, heads=8, key_value_heads=4), Linears())
+    attention = Attention(ModelConfig(hidden=64, heads=8, key_value_heads=4), TensorParallelFactory())
     filled(attention)
     x = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(1))
     whole = attention.project(x, x)
@@ -225,10 +225,10 @@ def test_attention_divided_by_rows_keeps_heads_together(tensor: int) -> None:
 @pytest.mark.parametrize("multiple", [1, 8, 128])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_vocabulary_is_padded_to_the_least_equal_shares(tensor: int, multiple: int) -> None:
-    linears = Linears(vocabulary_multiple=multiple)
-    linears.tensor = tensor
+    factory = TensorParallelFactory(vocabulary_multiple=multiple)
+    factory.tensor = tensor
     for vocabulary in (1, 2, 258, 1023, 1024, 50_258):
-        padded = linears.padded(vocabulary)
+        padded = factory.padded(vocabulary)
         assert padded % tensor == 0 and padded // tensor % multiple == 0, "each rank the same number, a multiple"
         assert vocabulary <= padded < vocabulary + tensor * multiple, "and no more than needed"
 
@@ -236,30 +236,30 @@ def test_vocabulary_is_padded_to_the_least_equal_shares(tensor: int, multiple: i
 @pytest.mark.parametrize("multiple", [1, 8, 128])
 def test_padding_is_known_and_is_not_part_of_the_parameter(multiple: int) -> None:
     """What is padded by rows says how many are real, and the full shape (which names it in checkpoints) is without padding."""
-    linears = Linears(vocabulary_multiple=multiple)
-    weight, bias = linears.head(8, 11, bias=True)
+    factory = TensorParallelFactory(vocabulary_multiple=multiple)
+    weight, bias = factory.head(8, 11, bias=True)
     assert bias is not None
-    embedding = linears.embedding(11, 8).weight
+    embedding = factory.embedding(11, 8).weight
     for parameter, shape in ((embedding, (11, 8)), (weight, (11, 8)), (bias, (11,))):
-        assert parameter.shape[0] == linears.padded(11) and parameter.real_rows == 11
+        assert parameter.shape[0] == factory.padded(11) and parameter.real_rows == 11
         assert full_shape(parameter, 1) == (shape, 0)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_full_shape_is_that_of_all_parts(tensor: int) -> None:
     """From what one rank holds: divided dimensions times the ranks, others as they are, real rows where ids are padded."""
-    linears = Linears()
+    factory = TensorParallelFactory()
     parts = {
-        linears.column(6, 12).weight: ((12 * tensor, 6), 0),
-        linears.column(6, 12, bias=True).bias: ((12 * tensor,), 0),
-        linears.row(12, 6).weight: ((6, 12 * tensor), 1),
-        linears.row(12, 6, bias=True).bias: ((6,), -1),
+        factory.column(6, 12).weight: ((12 * tensor, 6), 0),
+        factory.column(6, 12, bias=True).bias: ((12 * tensor,), 0),
+        factory.row(12, 6).weight: ((6, 12 * tensor), 1),
+        factory.row(12, 6, bias=True).bias: ((6,), -1),
         Norm(ModelConfig(hidden=6)).weight: ((6,), -1),
-        SharedKeyValue(6, 1, 2, linears).weight: ((4, 6), -1),
+        SharedKeyValue(6, 1, 2, factory).weight: ((4, 6), -1),
     }
     for parameter, expected in parts.items():
         assert full_shape(parameter, tensor) == expected
-    embedding = linears.embedding(5, 6).weight
+    embedding = factory.embedding(5, 6).weight
     embedding.real_rows = 5 * tensor - 3  # of 5 rows on each rank
     assert full_shape(embedding, tensor) == ((5 * tensor - 3, 6), 0)
 
@@ -268,14 +268,14 @@ def test_full_shape_is_that_of_all_parts(tensor: int) -> None:
 def test_shared_key_value_heads_are_those_that_the_query_heads_read(tensor: int, kv_heads: int) -> None:
     """More tensor ranks than key/value heads: rank r's query heads r H/R ... read head (their index) // (H / kv_heads)."""
     heads, head_size, hidden = 8, 3, 10
-    linears, x = Linears(), torch.randn(4, 2, hidden, generator=torch.Generator().manual_seed(1))
-    whole = linears.key_value(hidden, kv_heads, head_size)
+    factory, x = TensorParallelFactory(), torch.randn(4, 2, hidden, generator=torch.Generator().manual_seed(1))
+    whole = factory.key_value(hidden, kv_heads, head_size)
     filled(whole)
     all_heads = whole(x).unflatten(-1, (kv_heads, 2, head_size))
-    linears.tensor = tensor
+    factory.tensor = tensor
     for rank in range(tensor):
-        linears.tensor_rank = rank
-        shared = linears.key_value(hidden, kv_heads, head_size)
+        factory.tensor_rank = rank
+        shared = factory.key_value(hidden, kv_heads, head_size)
         assert isinstance(shared, SharedKeyValue) and shared.weight.shape == whole.weight.shape
         shared.weight.data.copy_(whole.weight.data)
         mine = shared(x).unflatten(-1, (1, 2, head_size))[..., 0, :, :]

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.costs import sizes
-from bd3_scale.model.layers import Linears
+from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.loss_head import Head
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -26,8 +26,8 @@ CHUNKS = pytest.mark.parametrize("chunk", [1, 70 * VOCABULARY, 1 << 24], ids=["c
 
 
 def head(bias: bool, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY, multiple: int = 1) -> Head:
-    linears = Linears(dtype=dtype, vocabulary_multiple=multiple)
-    made = Head(ModelConfig(hidden=HIDDEN, head_bias=bias), linears, vocabulary, vocabulary - 1, None)
+    factory = TensorParallelFactory(dtype=dtype, vocabulary_multiple=multiple)
+    made = Head(ModelConfig(hidden=HIDDEN, head_bias=bias), factory, vocabulary, vocabulary - 1, None)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bd3_scale import recipe as recipes
-from bd3_scale.engines.build import apply_outside
+from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.transformer import Transformer
@@ -111,7 +111,7 @@ def test_recomputed_selected_rows_give_the_same_bits(part: str) -> None:
     found = []
     for recompute in ("none", part):
         model = network("adaln", dropout=0.2)
-        apply_outside(model.blocks.values(), recompute=recompute, compile="none")
+        wrap_blocks(model.blocks.values(), recompute=recompute, compile="none")
         found.append(results(model, inputs_of(OBJECTIVES["sedd"])))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 

@@ -47,7 +47,7 @@ def test_scored_rows_come_first_and_are_shared_equally(pattern: AttentionPattern
     for stream in streams(pattern, ranks):
         assert (stream.row_ids(CPU)[stream.scored :] >= pattern.scored_rows).all()
         natural = torch.arange(pattern.scored_rows)
-        assert torch.equal(stream.together(natural), natural) and torch.equal(stream.apart(natural), natural)
+        assert torch.equal(stream.gather_halves(natural), natural) and torch.equal(stream.split_halves(natural), natural)
 
 
 def test_tokens_in_gathered_order_are_the_ranks_rows_side_by_side(pattern: AttentionPattern, ranks: int) -> None:
@@ -64,8 +64,8 @@ def test_together_is_the_natural_order_and_apart_its_inverse(pattern: AttentionP
     gathered = gathered_ids(pattern, ranks)[:, None, None] * torch.tensor([[1, 10, 100], [2, 20, 200]])
     natural = torch.arange(pattern.rows)[:, None, None] * torch.tensor([[1, 10, 100], [2, 20, 200]])
     for stream in streams(pattern, ranks):
-        assert torch.equal(stream.together(gathered), natural)
-        assert torch.equal(stream.apart(natural), gathered)
+        assert torch.equal(stream.gather_halves(gathered), natural)
+        assert torch.equal(stream.split_halves(natural), gathered)
         noise = torch.randn(pattern.rows, 5, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(stream.together(stream.apart(noise)), noise)
-        assert torch.equal(stream.apart(stream.together(noise)), noise)
+        assert torch.equal(stream.gather_halves(stream.split_halves(noise)), noise)
+        assert torch.equal(stream.split_halves(stream.gather_halves(noise)), noise)

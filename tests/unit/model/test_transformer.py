@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.engines.build import apply_outside
+from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.attention_mask import AttentionPattern, decoding_mask
@@ -272,7 +272,7 @@ def test_recomputed_layers_give_the_same_bits(variant: str, part: str) -> None:
     results = []
     for recompute in ("none", part):
         model = network(variant, dropout=0.2)
-        apply_outside(model.blocks.values(), recompute=recompute, compile="none")
+        wrap_blocks(model.blocks.values(), recompute=recompute, compile="none")
         for _ in range(2):
             total, _ = model(inputs())
             total.backward()

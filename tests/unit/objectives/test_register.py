@@ -22,8 +22,8 @@ from bd3_scale.generation.load_model import load_network
 from bd3_scale.generation.sampler import check
 from bd3_scale.generation.token_sampling import SamplingOptions
 from bd3_scale.objectives.table import OBJECTIVES, BlockDiffusion, register_objective
+from bd3_scale.planning.cluster_plan import cluster_plan
 from bd3_scale.planning.devices import device_named
-from bd3_scale.planning.situation import situation
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
 from bd3_scale.train import train
 from tests.distributed.conftest import RECIPE
@@ -55,7 +55,7 @@ def test_an_objective_of_sixty_lines_is_trained_planned_and_loaded(example: Modu
     path.write_text(RECIPE.replace("DATA", str(prepare_invented(tmp_path / "data", 32))))
     recipe = recipes.load(path, [CAPPED, f"run.dir={tmp_path / 'run'}", "training.ema=0", "tracking.sample_tokens=16"])
     recipes.validate(recipe)
-    assert situation(recipe, 4, device_named("h100", 4)).phases[0].block_size == 8
+    assert cluster_plan(recipe, 4, device_named("h100", 4)).phases[0].block_size == 8
     train(recipe, world_of_one)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]

@@ -16,11 +16,11 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import BlockDiffusion
+from bd3_scale.planning.cluster_plan import ClusterPlan, cluster_plan
 from bd3_scale.planning.devices import DEVICES, device_named
 from bd3_scale.planning.estimate import bandwidth, bubble_fraction, pace, rank_memory, stage_flops, step_time, traffic_of
 from bd3_scale.planning.report import as_text, make_plan
 from bd3_scale.planning.search import _layouts, search
-from bd3_scale.planning.situation import Situation, situation
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.rules import works
 from bd3_scale.recipe.schema import ModelConfig
@@ -43,15 +43,15 @@ def small(model: ModelConfig, block_size: int = 8) -> Recipe:
     return replace(recipe, model=model, training=training, parallel=parallel, objective=replace(recipe.objective, block_size=block_size))
 
 
-def large(name: str, world_size: int = 64, device: str = "h100", *overrides: str) -> Situation:
+def large(name: str, world_size: int = 64, device: str = "h100", *overrides: str) -> ClusterPlan:
     recipe = recipes.load(ROOT / "recipes" / f"{name}.yaml", list(overrides))
-    return situation(recipe, world_size, device_named(device, world_size), 50258)
+    return cluster_plan(recipe, world_size, device_named(device, world_size), 50258)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_flops_are_those_of_the_network(name: str, world_of_one: object) -> None:
     config = MODELS[name]
-    plan = make_plan(situation(small(config), 1, device_named("cpu", 1), V), mfu=0.4)
+    plan = make_plan(cluster_plan(small(config), 1, device_named("cpu", 1), V), mfu=0.4)
     network = Transformer(config, V, V - 1)
     initialise(network, config, seed=0)
     assert plan.total_parameters == sum(p.numel() for p in network.parameters())
@@ -77,10 +77,10 @@ def test_parameters_and_flops_are_those_of_the_network(name: str, world_of_one: 
 
 
 def test_state_is_that_of_the_formula_which_is_measured() -> None:
-    for case in (large("owt_7b"), large("owt_1b", 64, "h100", "parallel.zero=3")):
-        for rank in range(case.recipe.parallel.pipeline):
-            memory = rank_memory(case, rank)
-            state = state_bytes(case.recipe, case.stages_of(rank), case.vocabulary, case.replicas, "cuda", bf16=True)
+    for cluster in (large("owt_7b"), large("owt_1b", 64, "h100", "parallel.zero=3")):
+        for rank in range(cluster.recipe.parallel.pipeline):
+            memory = rank_memory(cluster, rank)
+            state = state_bytes(cluster.recipe, cluster.stages_of(rank), cluster.vocabulary, cluster.replicas, "cuda", bf16=True)
             assert memory.state + state.buckets == state.total
             assert memory.total == memory.state + memory.activations + memory.logits + memory.buffers
 
@@ -113,8 +113,8 @@ def test_phases_are_the_stages_of_the_block_size_within_the_budget() -> None:
 
 def test_phases_are_those_of_the_batch_too_and_memory_is_that_of_the_fullest() -> None:
     ramp, alone = "training.global_batch=[[0,256],[2560,512],[8000,1024]]", ["parallel.micro_batch=null", "training.tokens=null"]
-    case = large("owt_1b", 32, "h100", ramp, *alone, "training.steps=100", "objective.block_size=[[0,1024],[15,16]]")
-    plan = make_plan(case, 0.4)
+    cluster = large("owt_1b", 32, "h100", ramp, *alone, "training.steps=100", "objective.block_size=[[0,1024],[15,16]]")
+    plan = make_plan(cluster, 0.4)
     assert [(one.steps, one.block_size, one.global_batch) for one in plan.phases] == [
         (10, 1024, 256), (5, 1024, 512), (6, 16, 512), (79, 16, 1024)
     ]  # fmt: skip
@@ -141,27 +141,27 @@ def test_time_is_the_flops_over_the_assumed_speed_on_one_device_and_more_on_many
 
 
 def test_bubbles_shrink_with_micro_batches_and_interleaving_and_stages_share_the_flops() -> None:
-    case = large("owt_7b")
-    assert bubble_fraction(case) == pytest.approx(1 / (4 * 16 + 1))
-    phase = case.phases[0]
-    assert pace(case, phase, 0.4).rank in range(2)
+    cluster = large("owt_7b")
+    assert bubble_fraction(cluster) == pytest.approx(1 / (4 * 16 + 1))
+    phase = cluster.phases[0]
+    assert pace(cluster, phase, 0.4).rank in range(2)
     whole = large("owt_7b", 64, "h100", "parallel.pipeline=1", "parallel.virtual_stages=1", "parallel.engine=fsdp")
-    total = sum(stage_flops(case, phase, rank) for rank in range(2))
+    total = sum(stage_flops(cluster, phase, rank) for rank in range(2))
     assert total == pytest.approx(stage_flops(whole, phase, 0))
-    step = step_time(case, phase, 0.4)
+    step = step_time(cluster, phase, 0.4)
     assert step.bubble / step.compute == pytest.approx(1 / (4 * 16)), "one virtual stage at a time"
 
 
 def test_a_search_lists_what_works_and_fits_best_first() -> None:
-    case = large("owt_1b")
-    found = search(case, 0.4, most=6)
+    cluster = large("owt_1b")
+    found = search(cluster, 0.4, most=6)
     assert len(found) == 6 and [one.seconds for one in found] == sorted(one.seconds for one in found)
     for one in found:
         recipe = recipes.load(ROOT / "recipes" / "owt_1b.yaml", one.overrides)
         assert works(Case(recipe, 64, "cuda", "bf16"))
-        plan = make_plan(situation(recipe, 64, case.device, 50258), 0.4)
+        plan = make_plan(cluster_plan(recipe, 64, cluster.device, 50258), 0.4)
         assert plan.fits and plan.seconds == pytest.approx(one.seconds) and plan.memory[plan.fullest].total == one.memory
-    assert found[0].seconds <= make_plan(case, 0.4).seconds
+    assert found[0].seconds <= make_plan(cluster, 0.4).seconds
     assert search(large("owt_7b", 1, "a100-40", "parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_stages=1",
                         "parallel.sequence=false", "parallel.shard=null"), 0.4) == []  # fmt: skip
 

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 
 from bd3_scale import recipe as recipes
+from bd3_scale.planning.cluster_plan import ClusterPlan, cluster_plan
 from bd3_scale.planning.devices import DEVICES, device_named
 from bd3_scale.planning.estimate import pace, row_flops, step_time
 from bd3_scale.planning.limits import StageLimits, product_seconds, visited_tiles
 from bd3_scale.planning.report import as_text, make_plan
-from bd3_scale.planning.situation import Situation, situation
 
 ROOT = Path(__file__).resolve().parents[3]
 ALONE = ["parallel.zero=1", "parallel.engine=auto", "parallel.shard=null", "training.global_batch=64"]
 
 
-def case(name: str, *overrides: str, world_size: int = 1, device: str = "h100") -> Situation:
+def cluster(name: str, *overrides: str, world_size: int = 1, device: str = "h100") -> ClusterPlan:
     recipe = recipes.load(ROOT / "recipes" / f"{name}.yaml", [*ALONE, *overrides])
-    return situation(recipe, world_size, device_named(device, world_size), 50258)
+    return cluster_plan(recipe, world_size, device_named(device, world_size), 50258)
 
 
-def limits(one: Situation, phase: int = -1) -> StageLimits:
+def limits(one: ClusterPlan, phase: int = -1) -> StageLimits:
     found = pace(one, one.phases[phase]).limits
     assert found is not None
     return found
@@ -37,7 +37,7 @@ def part(found: StageLimits, name: str) -> float:
 @pytest.mark.parametrize("phase", [0, 1])
 @pytest.mark.parametrize("recompute", ["none", "attention", "mlp", "layer"])
 def test_products_are_those_of_the_network(name: str, phase: int, recompute: str) -> None:
-    one = case(name, f"training.recompute={recompute}")
+    one = cluster(name, f"training.recompute={recompute}")
     found, row = limits(one, phase), row_flops(one, one.phases[phase])
     flops = {each.name: each.flops for each in found.parts}
     once_more = {"attention": row.projections, "mlp": row.mlp, "layer": row.projections + row.mlp}.get(recompute, 0)
@@ -50,7 +50,7 @@ def test_products_are_those_of_the_network(name: str, phase: int, recompute: str
 
 def test_tiles_are_visited_whole() -> None:
     """24 partly and 56 wholly visible tiles at L = 1024, L' = 16; one stream of L rows has 64."""
-    one = case("owt_1b")
+    one = cluster("owt_1b")
     full, blocks = (phase.pattern for phase in one.phases)
     assert visited_tiles(blocks, blocks.rows) == 80 and visited_tiles(full, full.rows) == 64
 
@@ -61,24 +61,24 @@ COUNTED = {("owt_1b", "none"): 301e9, ("owt_1b", "blocks"): 95e9, ("owt_110m", "
 
 @pytest.mark.parametrize(("name", "compile"), COUNTED)
 def test_bytes_are_those_that_kernels_were_counted_to_move(name: str, compile: str) -> None:
-    one = case(name, f"training.compile={compile}")
+    one = cluster(name, f"training.compile={compile}")
     (moved,) = (each.bytes for each in limits(one).parts if each.name == "elementwise of the layers")
     assert moved == pytest.approx(COUNTED[name, compile], rel=0.06)
 
 
 def test_terms_follow_what_they_are_made_of() -> None:
-    eager, compiled = limits(case("owt_1b", "training.compile=none")), limits(case("owt_1b"))
+    eager, compiled = limits(cluster("owt_1b", "training.compile=none")), limits(cluster("owt_1b"))
     assert part(eager, "elementwise") > 3 * part(compiled, "elementwise") and eager.host > 2 * compiled.host
     assert part(eager, "linears") == part(compiled, "linears")
-    one, two = limits(case("owt_1b", "parallel.micro_batch=4")), limits(case("owt_1b", "parallel.micro_batch=8"))
+    one, two = limits(cluster("owt_1b", "parallel.micro_batch=4")), limits(cluster("owt_1b", "parallel.micro_batch=8"))
     assert part(two, "elementwise") == pytest.approx(2 * part(one, "elementwise"), rel=1e-3)
     assert part(two, "gradients") == part(one, "gradients") and one.update == two.update
     assert part(one, "linears") > 0.5 * part(two, "linears"), "weights are read for fewer rows"
-    alone, shared = limits(case("owt_1b")), limits(case("owt_1b", world_size=8))
+    alone, shared = limits(cluster("owt_1b")), limits(cluster("owt_1b", world_size=8))
     assert 1 / 8 < shared.update.seconds / alone.update.seconds < 1 / 4, "ZeRO 1 divides all but the gradients"
-    half = limits(case("owt_1b", "parallel.tensor=2", world_size=2))
+    half = limits(cluster("owt_1b", "parallel.tensor=2", world_size=2))
     assert 0.5 < part(half, "linears") / part(alone, "linears") < 0.6
-    narrow, wide = limits(case("owt_110m")), limits(case("owt_110m", "parallel.micro_batch=32"))
+    narrow, wide = limits(cluster("owt_110m")), limits(cluster("owt_110m", "parallel.micro_batch=32"))
     assert (narrow.waited == 0) == (narrow.host <= narrow.device) and wide.waited == 0
     assert wide.host == pytest.approx(narrow.host, rel=0.1), "as many kernels, of more rows"
 
@@ -90,7 +90,7 @@ def test_products_reach_less_where_they_are_narrow_and_never_the_peak() -> None:
 
 
 def test_a_step_is_the_sum_of_its_parts_and_a_given_share_of_the_peak_replaces_them() -> None:
-    one = case("owt_110m")
+    one = cluster("owt_110m")
     plan = make_plan(one)
     for phase, planned in zip(one.phases, plan.phases, strict=True):
         step = step_time(one, phase)
@@ -108,7 +108,7 @@ def test_a_step_is_the_sum_of_its_parts_and_a_given_share_of_the_peak_replaces_t
 
 def test_what_a_device_reaches_is_said_in_one_place() -> None:
     """A measured number changes its own term, and no other."""
-    one = case("owt_1b")
+    one = cluster("owt_1b")
     slow = replace(one.device, reached=replace(one.device.reached, flex=(0.45, 0.425)))
     before, after = limits(one), limits(replace(one, device=slow))
     assert part(after, "attention") == pytest.approx(2 * part(before, "attention"))

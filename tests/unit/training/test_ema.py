@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bd3_scale.engines.ema import ExponentialAverage
+from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import load
 from bd3_scale.recipe.schema import TrainingConfig
 from bd3_scale.training.learning_rate_schedule import learning_rate, rate_of

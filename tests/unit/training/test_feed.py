@@ -17,8 +17,8 @@ from bd3_scale.errors import DataError
 from bd3_scale.objectives.network_inputs import NetworkInputs, scored_rows
 from bd3_scale.objectives.table import BlockDiffusion, Objective, SimplexDiffusion
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.batches import batch_schedule
 from bd3_scale.recipe.schema import ModelConfig, TrainingConfig
+from bd3_scale.recipe.stages import batch_schedule
 from bd3_scale.training.feed import Feed
 
 LENGTH, MASK, BATCH, SEED = 32, 50, 7, 3

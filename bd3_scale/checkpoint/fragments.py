@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3_scale.checkpoint.region import KIND, Pieces, Region, intersect, kind_order
+from bd3_scale.checkpoint.region import KIND, CopyPlan, Region, intersect, kind_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Fragment:
 
 
 @torch.no_grad()
-def copy_pieces(source: torch.Tensor, target: torch.Tensor, pieces: Pieces) -> int:
+def copy_pieces(source: torch.Tensor, target: torch.Tensor, pieces: CopyPlan) -> int:
     """target[pieces.target] = source[pieces.source], for 1-D tensors; returns the number of elements copied.
 
     Pieces of one length at one stride (all the inner rows of a divided matrix) are one strided copy, so the Python cost is

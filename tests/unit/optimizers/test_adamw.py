@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bd3_scale.engines.adamw import REMEMBERED, SkippingAdamW, StepRule
+from bd3_scale.optimizers.adamw import REMEMBERED, SkippingAdamW, SkipStepRule
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ def optimizer(deviations: float = 0.0) -> tuple[SkippingAdamW, list[torch.Tensor
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(7, 3, generator=generator, requires_grad=True), torch.randn(5, generator=generator, requires_grad=True)]
     groups = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
-    adam = SkippingAdamW(groups, (0.9, 0.95), 1e-8, StepRule(deviations, CPU))
+    adam = SkippingAdamW(groups, (0.9, 0.95), 1e-8, SkipStepRule(deviations, CPU))
     for group in adam.param_groups:
         group["lr"] = 1e-2
     return adam, weights
@@ -61,25 +61,25 @@ def test_otherwise_it_is_adamw() -> None:
         torch.testing.assert_close(weight, copy, rtol=1e-6, atol=1e-6)
 
 
-def decisions(rule: StepRule, norms: list[float]) -> list[float]:
-    return [rule.leave_out(torch.tensor(norm)).item() for norm in norms]
+def decisions(rule: SkipStepRule, norms: list[float]) -> list[float]:
+    return [rule.should_skip(torch.tensor(norm)).item() for norm in norms]
 
 
 def test_a_spike_stands_out_of_what_is_remembered() -> None:
     usual = [1.0 + 0.1 * math.sin(7 * k) for k in range(3 * REMEMBERED)]
-    rule = StepRule(6.0, CPU)
+    rule = SkipStepRule(6.0, CPU)
     assert decisions(rule, [1.0, 50.0]) == [0, 0], "nothing is known yet"
     assert not any(decisions(rule, usual))
     assert decisions(rule, [1.4, 1.45, 9.0, 9.0, 9.0]) == [0, 0, 1, 1, 1], "spikes are not remembered, or they would become usual"
     assert rule.counts.tolist()[1:] == [3, 3]
     assert decisions(rule, [1.0]) == [0] and rule.counts[2] == 0
-    assert decisions(StepRule(0.0, CPU), [*usual, 1e9]) == [0] * (len(usual) + 1), "switched off"
+    assert decisions(SkipStepRule(0.0, CPU), [*usual, 1e9]) == [0] * (len(usual) + 1), "switched off"
 
 
 def test_a_continued_rule_decides_alike() -> None:
     generator = torch.Generator().manual_seed(2)
     norms = (torch.randn(400, generator=generator).abs() ** 3).tolist()
-    whole, first, then = StepRule(2.0, CPU), StepRule(2.0, CPU), StepRule(2.0, CPU)
+    whole, first, then = SkipStepRule(2.0, CPU), SkipStepRule(2.0, CPU), SkipStepRule(2.0, CPU)
     expected = decisions(whole, norms)
     found = decisions(first, norms[:171])
     then.load(first.state())
@@ -90,10 +90,10 @@ def test_a_continued_rule_decides_alike() -> None:
 def test_a_loss_on_another_level_is_not_a_spike_where_the_rule_is_told() -> None:
     usual = [1.0 + 0.1 * math.sin(7 * k) for k in range(200)]
     twice = [2 * norm for norm in usual]
-    told, deaf = StepRule(6.0, CPU), StepRule(6.0, CPU)
+    told, deaf = SkipStepRule(6.0, CPU), SkipStepRule(6.0, CPU)
     assert not any(decisions(told, usual)) and not any(decisions(deaf, usual))
     told.forget()
-    then = StepRule(6.0, CPU)
+    then = SkipStepRule(6.0, CPU)
     then.load(told.state())
     assert not any(decisions(told, twice)) and not any(decisions(then, twice))
     assert all(decisions(deaf, twice)), "what forgets nothing refuses for ever"

@@ -22,7 +22,7 @@ REMEMBERED = 128
 """Norms that a new one is compared with; before half of them are known, nothing is a spike."""
 
 
-class StepRule:
+class SkipStepRule:
     """Which steps are left out. `spike_deviations` 0: only those whose norm is not finite."""
 
     def __init__(self, spike_deviations: float, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class StepRule:
         self.known = torch.zeros((), dtype=torch.int64, device=device)
         """Norms remembered since the last `forget`."""
 
-    def leave_out(self, norm: Tensor) -> Tensor:
+    def should_skip(self, norm: Tensor) -> Tensor:
         """1.0 where a step of this global gradient norm is to be left out, else 0.0: fp32 scalar on the device. Call once per step."""
         norm = norm.to(self.norms.device, torch.float32)
         known = self.known
@@ -57,7 +57,7 @@ class StepRule:
         self.known = torch.zeros_like(self.known)
 
     @property
-    def left_out_so_far(self) -> int:
+    def skipped_so_far(self) -> int:
         """Steps left out since the run began; waits for the device."""
         return int(self.counts[1])
 
@@ -72,10 +72,10 @@ class StepRule:
 
 
 class SkippingAdamW(torch.optim.AdamW):
-    """Fused AdamW under a `StepRule`. `norm` gives the global gradient norm of the step that is made; whoever drives this
+    """Fused AdamW under a `SkipStepRule`. `norm` gives the global gradient norm of the step that is made; whoever drives this
     may call `step` once per parameter group (DeepSpeed does), so `begin` says where a step begins."""
 
-    def __init__(self, groups: Iterable[Any], betas: tuple[float, float], epsilon: float, rule: StepRule) -> None:
+    def __init__(self, groups: Iterable[Any], betas: tuple[float, float], epsilon: float, rule: SkipStepRule) -> None:
         super().__init__(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
         self.rule = rule
         self.norm: Callable[[], Tensor] | None = None
@@ -89,7 +89,7 @@ class SkippingAdamW(torch.optim.AdamW):
         """Decide about the step that has begun, unless that is done."""
         if self.found_inf is None:
             assert self.norm is not None, "no step has begun"
-            self.found_inf = self.rule.leave_out(self.norm())
+            self.found_inf = self.rule.should_skip(self.norm())
 
     def step(self, closure: Any = None) -> Any:
         self.decide()

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_scale.checkpoint.fragments import Fragment, copy, copy_pieces, share
 from bd3_scale.checkpoint.region import Region, intersect, tiling_fault
-from bd3_scale.checkpoint.slices import Fragment, copy, copy_pieces, share
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bd3_scale.costs.orthogonal_step import STEPS
-from bd3_scale.engines.adamw import SkippingAdamW, StepRule
-from bd3_scale.engines.matrix_owners import MatrixOwners, Piece
+from bd3_scale.optimizers.adamw import SkippingAdamW, SkipStepRule
+from bd3_scale.optimizers.matrix_owners import MatrixOwners, Piece
 from bd3_scale.recipe.schema import ModelConfig
 
 COEFFICIENTS, EPSILON = (3.4445, -4.7750, 2.0315), 1e-7
@@ -73,7 +73,7 @@ class Muon(SkippingAdamW):
     """Of the groups, those with a "momentum" hold hidden matrices, whole or in parts; `bind` says of which. `dtype`: of Newton-Schulz."""
 
     def __init__(
-        self, groups: Iterable[Any], betas: tuple[float, float], epsilon: float, rule: StepRule, config: ModelConfig, dtype: torch.dtype
+        self, groups: Iterable[Any], betas: tuple[float, float], epsilon: float, rule: SkipStepRule, config: ModelConfig, dtype: torch.dtype
     ) -> None:
         super().__init__(groups, betas, epsilon, rule)
         self.config, self.dtype = config, dtype

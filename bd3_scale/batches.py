@@ -1,17 +1,73 @@
-"""How the data-parallel replicas share a global batch: the one place that knows how many rows each computes, and which.
+"""How many rows each update takes, and how the data-parallel replicas share them.
 
-Any number of replicas up to the number of rows works, so that a run goes on where a node is lost. All replicas compute the same
+A `BatchSchedule` counts: a phase begins with the first update before which at least so many samples (rows) were consumed; one that is over
+before an update could begin it has none. `Shares` is the one place that knows how many rows of a global batch each replica computes, and
+which. Any number of replicas up to the number of rows works, so that a run goes on where a node is lost. All replicas compute the same
 number of micro-batches of the same number of rows, as ZeRO 3 and pipelines need; what a replica has no row for is *filler*: it is
 computed, and counts nowhere.
 
-Invariants: every slot of the global batch is one row of one replica; shares differ by at most one row; filler stands behind the
-real rows of a replica, in its last micro-batch only; a replica's slots follow each other, in the order of the replicas; all of it is a
-function of the three numbers given. Nothing here needs torch.
+Invariants: the rows of an update, the samples before it and the updates of a budget are functions of the schedule alone; every slot of
+the global batch is one row of one replica; shares differ by at most one row; filler stands behind the real rows of a replica, in its last
+micro-batch only; a replica's slots follow each other, in the order of the replicas; all of it is a function of the three numbers given.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchPhase:
+    """Updates of `rows` rows, from update `step` on, before which `samples` samples were consumed."""
+
+    step: int
+    samples: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Phases in their order, the first at step 0; each of the others begins with an update."""
+
+    phases: tuple[BatchPhase, ...]
+
+    @property
+    def largest(self) -> int:
+        """Most rows of an update, however long the run is."""
+        return max(phase.rows for phase in self.phases)
+
+    @property
+    def smallest(self) -> int:
+        return min(phase.rows for phase in self.phases)
+
+    def rows_at(self, step: int) -> int:
+        """Rows of update `step` (0 for the first)."""
+        return self._at(step).rows
+
+    def rows_after(self, samples: int) -> int:
+        """Rows of the update that begins when `samples` samples are consumed."""
+        return self._after(samples).rows
+
+    def samples_before(self, step: int) -> int:
+        """Samples that the first `step` updates consume."""
+        phase = self._at(step)
+        return phase.samples + (step - phase.step) * phase.rows
+
+    def steps_for(self, samples: int) -> int:
+        """The fewest updates that consume at least `samples` samples."""
+        phase = self._after(samples)
+        return phase.step + -(-(samples - phase.samples) // phase.rows)
+
+    def begins(self, step: int) -> bool:
+        """Whether update `step` has another number of rows than the one before it."""
+        return any(phase.step == step for phase in self.phases[1:])
+
+    def _at(self, step: int) -> BatchPhase:
+        return next(phase for phase in reversed(self.phases) if phase.step <= step)
+
+    def _after(self, samples: int) -> BatchPhase:
+        return next(phase for phase in reversed(self.phases) if phase.samples <= samples)
 
 
 @dataclass(frozen=True)

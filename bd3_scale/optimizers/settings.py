@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bd3_scale.engines.adamw import SkippingAdamW, StepRule
-from bd3_scale.engines.muon import Muon
+from bd3_scale.optimizers.adamw import SkippingAdamW, SkipStepRule
+from bd3_scale.optimizers.muon import Muon
 from bd3_scale.recipe.optimizers import OPTIMIZERS, States, is_hidden
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -53,17 +53,17 @@ class OptimizerSettings:
 
     def build(self, groups: list[dict[str, Any]], device: torch.device) -> SkippingAdamW:
         """The optimizer of `groups`, to which masters may be added before the first step."""
-        return BUILDERS[self.name](self, groups, StepRule(self.spike_deviations, device))
+        return BUILDERS[self.name](self, groups, SkipStepRule(self.spike_deviations, device))
 
 
-def _adamw(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: StepRule) -> SkippingAdamW:
+def _adamw(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: SkipStepRule) -> SkippingAdamW:
     return SkippingAdamW(groups, settings.betas, settings.epsilon, rule)
 
 
-def _muon(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: StepRule) -> SkippingAdamW:
+def _muon(settings: OptimizerSettings, groups: list[dict[str, Any]], rule: SkipStepRule) -> SkippingAdamW:
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     return Muon(groups, settings.betas, settings.epsilon, rule, settings.model, dtype)
 
 
-BUILDERS: dict[str, Callable[[OptimizerSettings, list[dict[str, Any]], StepRule], SkippingAdamW]] = {"adamw": _adamw, "muon": _muon}
+BUILDERS: dict[str, Callable[[OptimizerSettings, list[dict[str, Any]], SkipStepRule], SkippingAdamW]] = {"adamw": _adamw, "muon": _muon}
 assert BUILDERS.keys() == OPTIMIZERS.keys()

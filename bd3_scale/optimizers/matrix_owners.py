@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_scale.checkpoint.region import Pieces, Region, intersect
-from bd3_scale.checkpoint.slices import copy_pieces
+from bd3_scale.checkpoint.fragments import copy_pieces
+from bd3_scale.checkpoint.region import CopyPlan, Region, intersect
 
 ROUND = 1 << 25
 """Elements for each rank of the group that are exchanged at a time."""
@@ -38,7 +38,7 @@ class Piece:
     region: Region
 
     @property
-    def pieces(self) -> Pieces:
+    def pieces(self) -> CopyPlan:
         """Where its elements lie in the whole matrix."""
         return intersect(self.region, Region.whole(self.region.shape))
 
@@ -101,7 +101,7 @@ class MatrixOwners:
             for own, region, start in parts:
                 target = here[start : start + region.numel] if own is None else here.new_empty(region.numel)
                 there = self._pieces[region]
-                copy_pieces(made, target, Pieces(there.length, there.target, there.source))
+                copy_pieces(made, target, CopyPlan(there.length, there.target, there.source))
                 if own is not None:
                     result(own, target)
         dist.all_to_all_single(away, here, one.sent, one.received, group=self.group)

@@ -1,6 +1,6 @@
 """A recipe on so many devices of one kind: everything that a plan derives before it counts anything.
 
-Invariant: a `Situation` only exists for a recipe that `recipe.validate` takes at this world size, on this kind of device.
+Invariant: a `ClusterPlan` only exists for a recipe that `recipe.validate` takes at this world size, on this kind of device.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from bd3_scale.batches import Shares
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.parameter_shapes import Units, units_of
@@ -16,11 +17,10 @@ from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.planning.devices import Device
 from bd3_scale.recipe import Recipe, resolve_precision, validate
-from bd3_scale.recipe.shares import Shares
 
 
 @dataclass(frozen=True)
-class Situation:
+class ClusterPlan:
     """`vocabulary` is V, MASK included."""
 
     recipe: Recipe
@@ -118,7 +118,7 @@ def _chunks(key: _Key, vocabulary: int, phases: tuple[Phase, ...]) -> list[range
     return pipeline_stages.chunks_of(key.recipe, key.replicas, vocabulary, phases)
 
 
-def situation(recipe: Recipe, world_size: int, device: Device, vocabulary: int | None = None) -> Situation:
+def cluster_plan(recipe: Recipe, world_size: int, device: Device, vocabulary: int | None = None) -> ClusterPlan:
     """Check the recipe as a run on the cluster would, then derive. `vocabulary`: default, that of the recipe's tokenizer. Raises
     RecipeError as `validate`, DataError for a tokenizer that cannot be read."""
     validate(recipe, world_size, device.type)
@@ -129,4 +129,4 @@ def situation(recipe: Recipe, world_size: int, device: Device, vocabulary: int |
             vocabulary = load_tokenizer(recipe.data.tokenizer).model_vocabulary_size
         except DataError as error:
             raise DataError(f"{error}; to plan without it, give the number of its ids and MASK as --vocabulary") from None
-    return Situation(recipe, world_size, device, vocabulary)
+    return ClusterPlan(recipe, world_size, device, vocabulary)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.engines.adamw import StepRule
-from bd3_scale.engines.matrix_owners import Piece, owners_of
-from bd3_scale.engines.muon import MOMENTUM, Muon, direction, orthogonal
+from bd3_scale.optimizers.adamw import SkipStepRule
+from bd3_scale.optimizers.matrix_owners import Piece, owners_of
+from bd3_scale.optimizers.muon import MOMENTUM, Muon, direction, orthogonal
 from bd3_scale.recipe.schema import ModelConfig
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def optimizer(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Muon, list[to
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator, requires_grad=True), torch.randn(5, generator=generator, requires_grad=True)]
     groups = [{"params": weights[1:], "weight_decay": 0.0}, {"params": weights[:1], "weight_decay": 0.1, "momentum": 0.95}]
-    muon = Muon(groups, (0.9, 0.95), 1e-8, StepRule(0.0, CPU), ModelConfig(hidden=shape[1]), dtype)
+    muon = Muon(groups, (0.9, 0.95), 1e-8, SkipStepRule(0.0, CPU), ModelConfig(hidden=shape[1]), dtype)
     muon.bind([[(weights[0], [(0, Piece((QUERY, 0), Region.whole(shape)))])]], None, CPU)
     for group in muon.param_groups:
         group["lr"] = 1e-2
