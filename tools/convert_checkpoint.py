@@ -8,6 +8,8 @@
     # a checkpoint or a run for others: a Hugging Face directory with modelling code, or one safetensors file
     python tools/convert_checkpoint.py export runs/quickstart my-model
     python tools/convert_checkpoint.py export runs/quickstart my-model.safetensors --weights weight
+    # for SGLang and LMDeploy, a network in the shape of Qwen3 with its tokenizer
+    python tools/convert_checkpoint.py export runs/from-qwen3 my-served --format sdar
     # a run that goes on in a program of one's own under DeepSpeed
     python tools/convert_checkpoint.py export runs/quickstart my-universal --deepspeed
 
@@ -21,7 +23,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from bd3_scale.errors import UserError
+from bd3_scale.errors import RecipeError, UserError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     give.add_argument("out", type=Path, help="a new FILE.safetensors, or a new folder for a Hugging Face directory")
     give.add_argument(
         "--deepspeed", action="store_true", help="a universal checkpoint of DeepSpeed (weights and moments) instead, to go on from there"
+    )
+    give.add_argument(
+        "--format", choices=("sdar",), help="sdar: a directory that SGLang and LMDeploy serve, a network in the shape of Qwen3"
     )
     give.add_argument("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
     return parser
@@ -75,10 +80,14 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from bd3_scale.convert import export
+    from bd3_scale.convert import export, sdar
 
+    if options.deepspeed and options.format:
+        raise RecipeError(f"--deepspeed and --format {options.format} are two forms; leave one of them out")
     if options.deepspeed:
         written = export.universal(options.checkpoint, options.out)
+    elif options.format == "sdar":
+        written = sdar.directory(options.checkpoint, options.out, weights=options.weights)
     else:
         write = export.single_file if options.out.suffix == ".safetensors" else export.directory
         written = write(options.checkpoint, options.out, weights=options.weights)

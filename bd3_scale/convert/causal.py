@@ -51,7 +51,8 @@ def _gpt2_map(tied: bool) -> KeyMap:
     )
 
 
-def _llama_map(config: ModelConfig) -> KeyMap:
+def llama_map(config: ModelConfig) -> KeyMap:
+    """Names of the family of Llama, of a network that has no more than theirs."""
     attention, qkv, mlp = "layers.{}.self_attn", config.attention_bias != "none", config.mlp_bias
     kinds = [("weight", True), ("bias", qkv)]
     key_values = tuple(
@@ -140,7 +141,7 @@ def _llama(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
         rotary_base=_rotary_base(config),
         tied_head=bool(config.get("tie_word_embeddings", False)),
     )
-    return model, _llama_map(model), longest
+    return model, llama_map(model), longest
 
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[ModelConfig, KeyMap, int]]] = {

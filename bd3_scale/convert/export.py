@@ -38,6 +38,8 @@ from bd3_scale.recipe.schema import free_keys
 
 HUB = Path(__file__).parent / "hub"
 CODE = ("configuration_bd3.py", "modeling_bd3.py")
+Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
+"""Name -> (shape, how to make it)."""
 MODELED = ("bd3", "mdlm", "ar")
 """Kinds of objectives that this code knows."""
 
@@ -51,7 +53,9 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
+    """A checkpoint and what is said of it; `kind` of weights is exported."""
+
     checkpoint: Checkpoint
     kind: str
     recipe: Recipe
@@ -75,15 +79,15 @@ class _Opened:
 
 def single_file(path: str | Path, out: Path, *, weights: str = "auto") -> Exported:
     """Write the weights of a checkpoint (`auto`: averaged where there are any) as one safetensors file. Raises UserError."""
-    opened = _open(path, weights)
+    opened = open_checkpoint(path, weights)
     metadata = {"format": "pt", bd3_export.KEY: json.dumps(opened.document)}
-    _whole(out, lambda temporary: write_safetensors(temporary, opened.checkpoint, opened.kind, metadata))
+    whole(out, lambda temporary: write_safetensors(temporary, opened.checkpoint, opened.kind, metadata))
     return opened.exported
 
 
 def directory(path: str | Path, out: Path, *, weights: str = "auto") -> Exported:
     """Write a Hugging Face directory that AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True) loads. Raises UserError."""
-    opened = _open(path, weights)
+    opened = open_checkpoint(path, weights)
     if opened.objective.traits.noise_conditioned:
         raise RecipeError(
             f"objective.kind={opened.objective.kind} tells its network the noise, which the modeling code of a directory does "
@@ -103,18 +107,19 @@ def directory(path: str | Path, out: Path, *, weights: str = "auto") -> Exported
         for name in CODE:
             shutil.copyfile(HUB / name, folder / name)
 
-    _whole(out, write)
+    whole(out, write)
     return opened.exported
 
 
 def universal(path: str | Path, out: Path) -> Exported:
     """Write a universal checkpoint of DeepSpeed: weights and moments, to go on from. Raises UserError."""
     checkpoint = Checkpoint(locate(path))
-    _whole(out, lambda folder: write_universal(checkpoint, folder))
+    whole(out, lambda folder: write_universal(checkpoint, folder))
     return Exported(checkpoint.path, "weight", checkpoint.parameter_count)
 
 
-def _open(path: str | Path, weights: str) -> _Opened:
+def open_checkpoint(path: str | Path, weights: str) -> Opened:
+    """The checkpoint at `path`, with `weights` (auto | ema | weight) resolved. Raises UserError."""
     if weights not in WEIGHTS:
         raise RecipeError(f"--weights is {weights!r}; set one of {', '.join(WEIGHTS)}")
     checkpoint = Checkpoint(locate(path))
@@ -126,7 +131,7 @@ def _open(path: str | Path, weights: str) -> _Opened:
     saved = checkpoint.run.get("tuner")
     interval = TunerState.from_dict(saved).interval if saved is not None else None
     objective = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text).at(max(0, checkpoint.step - 1), interval)
-    return _Opened(checkpoint, kind, recipe, tokenizer, objective)
+    return Opened(checkpoint, kind, recipe, tokenizer, objective)
 
 
 def _public(recipe: Recipe) -> Recipe:
@@ -135,7 +140,7 @@ def _public(recipe: Recipe) -> Recipe:
     return replace(recipe, data=data, checkpoint=replace(recipe.checkpoint, remote=None))
 
 
-def _config(opened: _Opened) -> dict[str, Any]:
+def _config(opened: Opened) -> dict[str, Any]:
     """config.json: the network's shape with every default filled in, what sampling needs, and what `import` needs."""
     model, objective, tokenizer = opened.recipe.model, opened.objective, opened.tokenizer
     shape = {key: value for key, value in asdict(model).items() if key not in {"initial_std", *free_keys("model")}}
@@ -164,17 +169,29 @@ def _config(opened: _Opened) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, checkpoint: Checkpoint, kind: str, metadata: dict[str, str]) -> None:
-    """All tensors of a kind, sorted by name, fp32. Raises OSError."""
+    """All tensors of a kind, fp32. Raises OSError."""
+
+    def maker(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: checkpoint.read(kind, name)
+
+    write_tensors(path, {name: (shape, maker(name)) for name, shape in checkpoint.shapes(kind).items()}, metadata)
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """One safetensors file, sorted by name, fp32; each tensor is made when it is written. Raises OSError."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, shape in sorted(checkpoint.shapes(kind).items()):
+    for name, (shape, _) in sorted(tensors.items()):
         begin, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in checkpoint.weights(kind):
+        for name, (shape, make) in sorted(tensors.items()):
+            tensor = make()
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
             file.writelines(_little_endian(tensor))
         file.flush()
         os.fsync(file.fileno())
@@ -185,7 +202,7 @@ def _little_endian(tensor: torch.Tensor) -> Iterable[memoryview]:
         yield part.numpy().astype("<f4", copy=False).data.cast("B")
 
 
-def _whole(out: Path, write: Callable[[Path], None]) -> None:
+def whole(out: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder beside `out`, then give it its name; nothing is left where it fails."""
     if out.exists():
         raise CheckpointError(f"{out} exists; name a new one")

@@ -151,6 +151,16 @@ def interleave(tensors: Sequence[torch.Tensor], group: int) -> torch.Tensor:
     return torch.stack([tensor.unflatten(0, (-1, group)) for tensor in tensors], 1).flatten(0, 2)
 
 
+def separate(rule: Rule, tensor: torch.Tensor, head_size: int) -> list[torch.Tensor]:
+    """The pieces that `tensor` was joined of, where none of them was turned or is part of another: what a conversion back needs."""
+    if any(piece.transposed or piece.part != (0, 1) for piece in rule.pieces):
+        raise ValueError(f"{rule.name} is made of parts of tensors")
+    if rule.join == "one":
+        return [tensor]
+    group = head_size if rule.join == "heads" else 1
+    return [piece.flatten(0, 1) for piece in tensor.unflatten(0, (-1, len(rule.pieces), group)).unbind(1)]
+
+
 def with_mask(rows: torch.Tensor, text_ids: int, words: np.ndarray | None) -> torch.Tensor:
     """The first `text_ids` rows and one for MASK: the mean of the rows `words`, or zeros."""
     if len(rows) < text_ids:
