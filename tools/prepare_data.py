@@ -7,10 +7,11 @@
     python tools/prepare_data.py --path DATA --inspect 3
     python tools/prepare_data.py --path DATA --verify
 
-Sources: `documentation` (docstrings of the installed Python packages), or files, folders and patterns of .jsonl (one object with a "text"
-a line), .txt (an empty line ends a document), both also as .gz or .zst, .parquet, and folders that `datasets` saved; their order is that of
-the corpus. A preparation that was killed goes on with the same command; the result is the same, byte for byte, for any number of
-processes. Prints for people, or one JSON document with --json. Exit code 0, or 1 with one line that says why.
+Sources: `documentation` (docstrings of the installed Python packages), or files, folders and patterns: .jsonl, .ndjson, .json (an object with
+a "text" a line), .txt (an empty line ends a document), all also as .gz, .bz2, .xz, .zst; .parquet; folders that `datasets` saved. Their order
+is that of the corpus. What is in a folder and cannot be read is an error that names it (--ignore). A preparation that was killed goes on with
+the same command; the result is the same, byte for byte, for any number of processes. Prints for people, or one JSON document with --json.
+Exit code 0, or 1 with one line that says why.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bd3_scale.data.preparation.documentation import documentation
 from bd3_scale.data.preparation.packing import HELD_OUT, ROW_SPECIAL
 from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
 from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
+from bd3_scale.data.preparation.records import LONGEST
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import DataError, RecipeError, UserError
 from bd3_scale.recipe.schema import DataConfig
@@ -61,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished preparation with other options")
     parser.add_argument("--text-key", default="text", help="where a line of .jsonl has its text (default %(default)s)")
+    parser.add_argument(
+        "--ignore", nargs="+", default=[], metavar="PATTERN", help="names (or paths) in source folders that are no text of the corpus"
+    )
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N bad records, and list them (default 0)")
+    parser.add_argument("--longest", type=int, default=LONGEST, metavar="BYTES", help="of a document or a line (default %(default)s)")
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest size of a shard (default %(default)s)")
     parser.add_argument("--inspect", type=int, metavar="N", default=0, help="print the first N rows of each split as text")
     parser.add_argument("--verify", action="store_true", help="check the size and hash of every file")
@@ -109,25 +116,15 @@ def _prepare(folder: Path, options: argparse.Namespace) -> Manifest:
     else:
         corpus, tokens = _corpus(options), options.tokens
         name = corpus.name
-        _require_rules(folder, options.packing, corpus.held_out_rule)
         manifest = prepare_corpus(folder, packing, corpus, workers=options.workers, restart=options.restart, progress=progress)
     manifest.require(folder, context=options.context, tokenizer=tokenizer)  # it may have been there before
     manifest.require_preparation(folder, format=options.format, row_special=options.row_special, source=name, source_tokens=tokens)
     return manifest
 
 
-def _require_rules(folder: Path, packing: str, held_out: str) -> None:
-    """A folder that is there already was prepared by these rules, as far as it says. Raises DataError."""
-    if not (folder / MANIFEST).exists():
-        return
-    found = Manifest.load(folder / MANIFEST)
-    for key, held, asked in (("--packing", found.packing, packing), ("--validation", found.held_out or held_out, held_out)):
-        if held != asked:
-            raise DataError(f"{folder}: was prepared with {key} {held}, asked for is {key} {asked}; give another --path")
-
-
 def _corpus(options: argparse.Namespace) -> Corpus:
-    corpus = Corpus(tuple(options.source), options.text_key, tokens=options.tokens)
+    some: dict[str, Any] = {"tokens": options.tokens, "ignore": tuple(options.ignore), "skip_bad": options.skip_bad}
+    corpus = Corpus(tuple(options.source), options.text_key, longest=options.longest, **some)
     rule = str(HELD_OUT) if options.validation is None else options.validation
     if rule.startswith("last:") and rule.removeprefix("last:").isdecimal():
         return replace(corpus, held_out_last=int(rule.removeprefix("last:")))
@@ -154,6 +151,9 @@ def _for_people(report: dict[str, Any]) -> str:
         )
         for number, text in enumerate(split.get("text", [])):
             lines.append(f"--- {name} row {number}\n{text}")
+    if left_out := report["left_out"]:
+        count = f"{len(left_out)} bad record" + "s" * (len(left_out) > 1)
+        lines.append(f"  {count} left out (all are in {MANIFEST}), the first: {left_out[0]}")
     if report["verified"]:
         lines.append("  every file has the size and the hash that the manifest says")
     return "\n".join(lines)

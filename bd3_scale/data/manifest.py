@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class Manifest:
     """wrap (a stream, cut into rows) | document (one in a row, cut or filled up)."""
     held_out: str = ""
     """The rule by which documents went to validation, for people and for comparing; "" where the source has its own."""
+    left_out: tuple[str, ...] = ()
+    """Records that could not be read and that --skip-bad allowed for: file, place, what was wrong."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else the preparation was asked for, by the names of the tool's options; {} where nobody wrote it down."""
     document_end: str = DOCUMENT_END
     format_version: int = FORMAT_VERSION
 
@@ -95,7 +99,7 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         content = asdict(self)
-        for key, before in (("packing", "wrap"), ("held_out", "")):
+        for key, before in (("packing", "wrap"), ("held_out", ""), ("left_out", ()), ("options", {})):
             if content[key] == before:
                 del content[key]  # folders from before there was such a key stay what they were
         return content
@@ -125,7 +129,8 @@ class Manifest:
             raise DataError(f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; {PREPARE_AGAIN}")
         try:
             train, validation = (_split(content.pop(name), path) for name in SPLITS)
-            manifest = cls(train=train, validation=validation, **content)
+            left_out = tuple(content.pop("left_out", ()))
+            manifest = cls(train=train, validation=validation, left_out=left_out, **content)
             manifest._check(path)
         except (TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path}: is not a data manifest ({error}); {PREPARE_AGAIN}") from None

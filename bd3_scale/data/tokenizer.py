@@ -15,6 +15,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,7 @@ END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "
 """What a `tokenizers` JSON file may call its end of text, in order of preference."""
 _LONGEST_PIECE = 100_000
 _WORD_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_SENTENCE = "The cat's 12 hats of the day: one (red), one 'blue'\n and a last \u00e9t\u00e9 of New York City in the end ."
 
 
 class Tokenizer(ABC):
@@ -42,6 +44,12 @@ class Tokenizer(ABC):
         self.end_of_text = end_of_text
         """Stands after every document, and at the beginning of rows that have one."""
         self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+
+    @cached_property
+    def cuts_between_words(self) -> bool:
+        """Whether the ids of a text are those of its pieces (`pieces_of`), as far as a sentence shows it."""
+        pieces = _WORD_SPACE.sub("\0 ", _SENTENCE).split("\0")
+        return self.encode(_SENTENCE) == [token for ids in self.encode_batch(pieces) for token in ids]
 
     @property
     def mask_id(self) -> int:
@@ -129,7 +137,8 @@ class GPT2Tokenizer(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)] for text in texts]
+        cut = [pieces_of(text, _LONGEST_PIECE, _LONGEST_PIECE) for text in texts]
+        return [[token for piece in pieces for token in self._encoding.encode_ordinary(piece)] for pieces in cut]
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
@@ -237,14 +246,18 @@ def _merge_ranks(merges: str) -> dict[bytes, int]:
     return ranks
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of about _LONGEST_PIECE characters, so that no input can end the process (tiktoken's matcher overflows its stack
-    on a megabyte of blanks). Cut before a lone space between two words, where the pattern always cuts: the ids are those of the whole text.
-    Only a text with no such space within the next _LONGEST_PIECE characters is cut through."""
+def pieces_of(text: str, longest: int, reach: int | None = None) -> Iterator[str]:
+    """`text` in pieces of about `longest` characters, cut before a lone space between two words, where GPT-2's pattern always cuts: the ids
+    are those of the whole text. Where no such space comes within `reach` characters more, it is cut through; None: never.
+
+    No input may end the process (tiktoken's matcher overflows its stack on a megabyte of blanks), nor take memory without a bound.
+    """
     start = 0
-    while len(text) - start > _LONGEST_PIECE:
-        middle = start + _LONGEST_PIECE
-        space = _WORD_SPACE.search(text, middle - 1, middle + _LONGEST_PIECE)
+    while len(text) - start > longest:
+        middle = start + longest
+        space = _WORD_SPACE.search(text, middle - 1, len(text) if reach is None else middle + reach)
+        if space is None and reach is None:
+            break
         end = space.start() if space else middle
         yield text[start:end]
         start = end

@@ -1,14 +1,11 @@
 """Documents -> a complete data folder, or nothing.
 
-Everything is written into a scratch folder beside the destination, flushed to the disk and renamed when it is complete.
-Invariants: a preparation that is killed leaves nothing that a reader would take for data, and its remains go with the next one;
-two processes that prepare one folder at once do not disturb each other: one works, the other waits and finds the work done;
-a folder that holds anything is never overwritten.
+Invariant: a preparation that is killed leaves nothing that a reader would take for data, and its remains go with the next one
+(destination.py).
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from bd3_scale.data.formats.row_reader import WRITERS, RowWriter
-from bd3_scale.data.lock import exclusive
 from bd3_scale.data.manifest import MANIFEST, SPLITS, Manifest, Split
+from bd3_scale.data.preparation.destination import CONTENT, claimed, publish
 from bd3_scale.data.preparation.packing import Document, Packer
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError, RecipeError
-from bd3_scale.files import sync_directory
 
 Documents = Callable[[], Iterable[Document]]
 SHARD_BYTES = 1 << 24
@@ -50,22 +46,13 @@ def prepare(folder: Path, packing: Packing, source: str, source_tokens: int | No
     """
     if packing.kind != "wrap":
         raise RecipeError(f"{source} is packed as wrap only, asked for is packing {packing.kind}; prepare a file for that")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"data.path={folder}: its parent cannot be created ({error.strerror}); set another data.path") from None
-    with exclusive(folder.with_name(f".{folder.name}.lock")):
-        if (folder / MANIFEST).exists():
+    with claimed(folder) as scratch:
+        if scratch is None:
             return Manifest.load(folder / MANIFEST)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"data.path={folder}: holds no {MANIFEST} but is not empty; set data.path to a new folder")
-        scratch = folder.with_name(f".{folder.name}.preparing")
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed; the lock is ours
         try:
-            manifest = _write(scratch, packing, source, source_tokens, documents)
-            flush(scratch)
-            scratch.rename(folder)
-            sync_directory(folder.parent)
+            manifest = _write(scratch / CONTENT, packing, source, source_tokens, documents)
+            publish(folder)
         except OSError as error:
             raise DataError(f"data.path={folder}: cannot be written ({error}); free space or set another data.path") from None
         finally:
@@ -126,15 +113,3 @@ def check_shard_bytes(packing: Packing, dtype: np.dtype) -> None:
     if not 2 * row_bytes + 4096 <= packing.shard_bytes < 1 << 31:
         limits = f"take {2 * row_bytes + 4096} to {(1 << 31) - 1}"
         raise RecipeError(f"shards of {packing.shard_bytes} bytes do not suit rows of {row_bytes} bytes; {limits}")
-
-
-def flush(folder: Path) -> None:
-    """Everything below `folder` is on the disk before its name says that it is complete."""
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            descriptor = os.open(Path(parent) / file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(parent))

@@ -7,19 +7,22 @@
 Rows are packed in one of two ways: `wrap` (packing.py: one stream, cut into rows, remainders carried over) or `document` (a document a
 row: a longer one is cut, which the manifest counts, a shorter one filled up with ends of text, which are data tokens like others).
 
-The scratch folder `.NAME.resumable` beside the destination holds options.json, tokens/ (chunks), data/ (what gets the name), entries/ (of
-finished shards) and temporary/. Invariants: the folder is byte for byte the same for any number of processes and kills; what lies in the
-scratch folder is used only for the very same command on the very same files, and is deleted only after data/ has its name; no token of
-`wrap` is lost but those of the last incomplete row of each split, which are counted.
+The scratch folder (destination.py) holds options.json, tokens/ (chunks), data/ (what the folder will hold), entries/ (of finished shards)
+and temporary/. Invariants: the folder is byte for byte the same for any number of processes and kills; what lies in the scratch folder is
+used only for the very same command on the very same files; a folder that is there already was made from the same files by the same options,
+or the error says what differs; no token of `wrap` is lost but those of the last incomplete row of each split, which are counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,13 @@ from tqdm import tqdm
 
 from bd3_scale.data import journal
 from bd3_scale.data.formats.mds import xxh64
-from bd3_scale.data.lock import exclusive
 from bd3_scale.data.manifest import MANIFEST, PACKINGS, SPLITS, FileEntry, Manifest, Split
 from bd3_scale.data.preparation import tokenization
-from bd3_scale.data.preparation.corpus import corpus_files, require_once, texts
+from bd3_scale.data.preparation.corpus import corpus_files, require_once
+from bd3_scale.data.preparation.destination import claimed, publish
 from bd3_scale.data.preparation.packing import HELD_OUT, Packer
-from bd3_scale.data.preparation.prepare import Packing, check_shard_bytes, flush
+from bd3_scale.data.preparation.prepare import Packing, check_shard_bytes
+from bd3_scale.data.preparation.records import LONGEST, BadRecords, require_readable, texts
 from bd3_scale.data.preparation.shard_jobs import (
     Documents,
     Entry,
@@ -44,16 +48,17 @@ from bd3_scale.data.preparation.shard_jobs import (
     split_documents,
     write_shard,
 )
-from bd3_scale.data.preparation.tokenization import Text, tokenize
+from bd3_scale.data.preparation.tokenization import Text, in_parts, tokenize
 from bd3_scale.data.preparation.workers import in_order
 from bd3_scale.errors import DataError, RecipeError
-from bd3_scale.files import sync_directory
 
 OPTIONS = "options.json"
-LAYOUT = 2
+LAYOUT = 3
 """Of the scratch folder: another version of this program does not go on with what it cannot read."""
 WORTH_A_PROCESS = 16 << 20
 """Bytes of a corpus that pay for starting a process."""
+_LOOKED_AT = 1 << 16
+"""Bytes at both ends of a file by which another one of the same name and size is known."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,12 @@ class Corpus:
     """Instead: the documents of other files."""
     tokens: int | None = None
     """Take at most so many tokens, whole documents, and all of `held_out_sources` besides; None: all."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of what is no text in folders that are sources."""
+    skip_bad: int = 0
+    """Bad records that may be left out."""
+    longest: int = LONGEST
+    """Bytes of the longest document."""
 
     @property
     def name(self) -> str:
@@ -97,23 +108,23 @@ def prepare_corpus(
         raise RecipeError(f"packing is {packing.kind!r}; set {' or '.join(PACKINGS)}")
     if workers < 1:
         raise RecipeError(f"workers is {workers}; take 1 or more processes")
-    scratch = folder.with_name(f".{folder.name}.resumable")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_name(f".{folder.name}.lock")):
-            if (folder / MANIFEST).exists():
-                shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed while it cleared up
-                return Manifest.load(folder / MANIFEST)
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise DataError(f"data.path={folder}: holds no {MANIFEST} but is not empty; set data.path to a new folder")
-            files, held = corpus_files(corpus.sources), corpus_files(corpus.held_out_sources)
-            require_once([*files, *held])
+    with claimed(folder) as scratch:
+        files, held = (corpus_files(sources, corpus.ignore) for sources in (corpus.sources, corpus.held_out_sources))
+        require_once([*files, *held])
+        options = _asked(packing, corpus, [*files, *held])
+        if scratch is None:
+            manifest = Manifest.load(folder / MANIFEST)
+            _require_same(folder, manifest, packing, corpus, options)
+            return manifest
+        require_readable([*files, *held], corpus.text_key, corpus.skip_bad)
+        try:
             _resume_or_begin(scratch, _options(packing, corpus, [*files, *held]), restart)
             total = sum(path.stat().st_size for path in [*files, *held])
             workers = min(workers, 1 + total // WORTH_A_PROCESS)
-            count = tokenize(
+            bad = BadRecords(corpus.skip_bad)
+            count, whole = tokenize(
                 scratch / "tokens",
-                _documents(corpus, files, held),
+                _documents(corpus, files, held, bad, cut=packing.kind == "wrap" and tokenizer.cuts_between_words),
                 tokenizer.name,
                 share=corpus.held_out,
                 workers=workers,
@@ -121,25 +132,59 @@ def prepare_corpus(
                 total_bytes=total,
                 progress=progress,
             )
-            splits = split_documents(scratch / "tokens", count, corpus.tokens, corpus.held_out_last, bool(held))
-            manifest = _write(scratch, packing, packer, corpus, splits, workers, progress)
-            flush(scratch / "data")
-            (scratch / "data").rename(folder)
-            sync_directory(folder.parent)
-            shutil.rmtree(scratch)
-            return manifest
-    except OSError as error:
-        raise DataError(f"data.path={folder}: cannot be written ({error}); free space or set another data.path") from None
+            splits, read = split_documents(scratch / "tokens", count, corpus.tokens, corpus.held_out_last, bool(held))
+            # What processes read ahead of a budget does not count.
+            left_out = tuple(text for before, text in bad.found if whole or before < read)
+            manifest = _write(scratch, packing, packer, corpus, splits, options, left_out, workers, progress)
+            publish(folder)
+        except OSError as error:
+            raise DataError(f"data.path={folder}: cannot be written ({error}); free space or set another data.path") from None
+        finally:
+            if not any((scratch / "tokens").glob("chunk-*")):  # nothing to go on with
+                shutil.rmtree(scratch, ignore_errors=True)
+        return manifest
 
 
-def _documents(corpus: Corpus, files: list[Path], held: list[Path]) -> Iterator[Text]:
-    """The files that are held out as a whole, which no budget of tokens cuts, and after them the corpus."""
-    for text, place in texts(held, corpus.text_key):
-        yield Text(text, True, place)
+def _documents(corpus: Corpus, files: list[Path], held: list[Path], bad: BadRecords, *, cut: bool) -> Iterator[Text]:
+    """The files that are held out as a whole, which no budget of tokens cuts, and after them the corpus. `cut`: long ones in parts."""
     before = sum(path.stat().st_size for path in held)
     decided = False if held or corpus.held_out_last is not None else None
-    for text, place in texts(files, corpus.text_key):
-        yield Text(text, decided, before + place)
+    found = chain(
+        (Text(text, True, place, counted=False) for text, place in texts(held, corpus.text_key, bad=bad, longest=corpus.longest)),
+        (Text(text, decided, before + place) for text, place in texts(files, corpus.text_key, bad=bad, longest=corpus.longest)),
+    )
+    return (part for text in found for part in in_parts(text, corpus.held_out)) if cut else found
+
+
+def _asked(packing: Packing, corpus: Corpus, files: list[Path]) -> dict[str, Any]:
+    """What the manifest remembers of the command besides its own keys, for those who prepare again."""
+    content = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            head = file.read(_LOOKED_AT)
+            file.seek(-min(_LOOKED_AT, path.stat().st_size), os.SEEK_END)
+            content.update(f"{path.name}/{path.stat().st_size}/".encode() + head + file.read())
+    return {
+        "text_key": corpus.text_key,
+        "shard_bytes": packing.shard_bytes,
+        "skip_bad": corpus.skip_bad,
+        "files": f"{len(files)} of {sum(path.stat().st_size for path in files):,} bytes ({content.hexdigest()[:12]})",
+    }
+
+
+def _require_same(folder: Path, found: Manifest, packing: Packing, corpus: Corpus, options: dict[str, Any]) -> None:
+    """The folder that is there was prepared by this command, as far as it says. Raises DataError with the first thing that differs."""
+    tokenizer = packing.tokenizer
+    held: dict[str, Any] = {"source": found.source, "validation": found.held_out or corpus.held_out_rule, "packing": found.packing}
+    asked: dict[str, Any] = {"source": corpus.name, "validation": corpus.held_out_rule, "packing": packing.kind}
+    held |= {"context": found.context, "format": found.format, "row_special": found.row_special, "tokens": found.source_tokens}
+    asked |= {"context": packing.context, "format": packing.format, "row_special": packing.row_special, "tokens": corpus.tokens}
+    if found.tokenizer_fingerprint != tokenizer.fingerprint:
+        held, asked = held | {"tokenizer": found.tokenizer}, asked | {"tokenizer": f"{tokenizer.name} (another one)"}
+    for key, wanted in {**asked, **options}.items():
+        if (was := {**options, **found.options, **held}[key]) != wanted:
+            name = f"--{key.replace('_', '-')}" if key != "files" else "source files:"
+            raise DataError(f"{folder}: was prepared with {name} {was}, asked for is {name} {wanted}; give another --path")
 
 
 def _options(packing: Packing, corpus: Corpus, files: list[Path]) -> dict[str, Any]:
@@ -174,14 +219,22 @@ def _resume_or_begin(scratch: Path, options: dict[str, Any], restart: bool) -> N
 
 
 def _write(
-    scratch: Path, packing: Packing, packer: Packer, corpus: Corpus, splits: dict[str, Documents], workers: int, progress: bool
+    scratch: Path,
+    packing: Packing,
+    packer: Packer,
+    corpus: Corpus,
+    splits: dict[str, Documents],
+    options: dict[str, Any],
+    left_out: tuple[str, ...],
+    workers: int,
+    progress: bool,
 ) -> Manifest:
     tokenizer = packing.tokenizer
     rows = {name: rows_of_split(packing, packer, documents) for name, documents in splits.items()}
     for name, documents in splits.items():
         if rows[name] == 0:
             raise DataError(
-                f"{corpus.name}: its {name} split has {documents.tokens} tokens in {len(documents.chunk)} documents, too few for one row "
+                f"{corpus.name}: its {name} split has {documents.tokens} tokens in {documents.count} documents, too few for one row "
                 f"of {packing.context}; give more text, a smaller context or another share of validation"
             )
     written = _entries(list(shard_jobs(scratch, packing, packer, splits)), workers, progress)
@@ -193,7 +246,7 @@ def _write(
         shards = tuple(entry for entry, _ in written[name])
         wrapped = packing.kind == "wrap"
         kept = rows[name] * packer.payload if wrapped else int(np.minimum(documents.lengths, packer.payload).sum())
-        made[name] = Split(len(documents.chunk), documents.tokens, rows[name], documents.tokens - kept, index, shards)
+        made[name] = Split(documents.count, documents.tokens, rows[name], documents.tokens - kept, index, shards)
     manifest = Manifest(
         format=packing.format,
         context=packing.context,
@@ -207,6 +260,8 @@ def _write(
         source_tokens=corpus.tokens,
         packing=packing.kind,
         held_out=corpus.held_out_rule,
+        left_out=left_out,
+        options=options,
         train=made["train"],
         validation=made["validation"],
     )

@@ -34,11 +34,18 @@ Entry = tuple[FileEntry, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a split lie in the chunks, in order; int64 arrays of equal length."""
+    """Where the documents of a split lie in the chunks, in order; int64 arrays of equal length. A long one lies there in parts."""
 
     chunk: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    last: np.ndarray
+    """bool: whether it is the last part of a document, or a whole one."""
+
+    @property
+    def count(self) -> int:
+        """How many documents."""
+        return int(self.last.sum())
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,29 +74,30 @@ class Documents:
         return np.stack([self.chunk[first:last], self.start[first:last], self.stop[first:last]], axis=1)
 
 
-def split_documents(folder: Path, chunks: int, budget: int | None, last: int | None, held_apart: bool) -> dict[str, Documents]:
-    """The documents of each split, of the first `chunks` chunks in `folder`.
+def split_documents(folder: Path, chunks: int, budget: int | None, last: int | None, held_apart: bool) -> tuple[dict[str, Documents], int]:
+    """The documents of each split, of the first `chunks` chunks in `folder`; how many documents these chunks hold.
 
     `budget`: the documents up to so many tokens (those held out as files of their own are not counted, `held_apart`); `last`: so many of
     them at the end are held out.
     """
-    ends, flags = [], []
-    for number in range(chunks):
-        one = read_ends(chunk_path(folder, number))
-        ends.append(one[0])
-        flags.append(one[1])
-    if not ends:
-        return {name: Documents(*(np.zeros(0, np.int64) for _ in range(3))) for name in SPLITS}
+    if not chunks:
+        none = np.zeros(0, np.int64)
+        return {name: Documents(none, none, none, none.astype(bool)) for name in SPLITS}, 0
+    ends, flags, closed = zip(*(read_ends(chunk_path(folder, number)) for number in range(chunks)), strict=True)
     chunk = np.repeat(np.arange(chunks), [len(part) for part in ends])
     start = np.concatenate([np.concatenate([[0], part[:-1]]) for part in ends])
-    stop, held = np.concatenate(ends), np.concatenate(flags)
+    stop, held, whole = np.concatenate(ends), np.concatenate(flags), np.concatenate(closed)
+    document = np.cumsum(whole) - whole  # which one a part belongs to; the last may go on in a chunk that is not there
+    count = int(whole.sum())
+    kept = document < count
     if budget is not None:
         counted = (stop - start) * ~held if held_apart else stop - start
-        within = (np.cumsum(counted) <= budget) | (held if held_apart else False)
-        chunk, start, stop, held = chunk[within], start[within], stop[within], held[within]
+        within = np.append(np.cumsum(counted)[whole] <= budget, False)[document]
+        kept &= within | held if held_apart else within
     if last is not None:
-        held = np.arange(len(held)) >= len(held) - last
-    return {name: Documents(chunk[side], start[side], stop[side]) for name, side in (("train", ~held), ("validation", held))}
+        held = document >= document[kept].max(initial=-1) + 1 - last
+    sides = (("train", kept & ~held), ("validation", kept & held))
+    return {name: Documents(chunk[side], start[side], stop[side], whole[side]) for name, side in sides}, count
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 A chunk is the next documents of the corpus with about CHUNK_BYTES of text, so it is a function of the corpus alone; its file (.npz without
 pickles, every array with a CRC) holds the ids of its documents, each followed by the end of text, where each ends, and which are held out.
+A document that is longer than a chunk is cut between words, so that it takes no more memory and time than others do; only its last part has
+the end of text.
 Invariants: a chunk file appears under its name only when it is complete; one that is there and good is not made again, one that is damaged
 is; the number of processes changes nothing but the time.
 """
@@ -12,7 +14,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from bd3_scale.data.preparation.packing import held_out, storage_dtype
 from bd3_scale.data.preparation.workers import in_order
-from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer, pieces_of
 from bd3_scale.errors import DataError
 
 CHUNK_BYTES = 4 << 20
@@ -34,6 +36,10 @@ class Text:
     held_out: bool | None
     place: int
     """Bytes of the corpus up to here."""
+    counted: bool = True
+    """Whether a budget of tokens counts it; not those of files that are held out."""
+    last: bool = True
+    """False: another part of the document follows."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Chunk:
     """int64 [documents]: where each ends in `tokens`, behind its end of text."""
     held_out: np.ndarray
     """bool [documents]."""
+    last: np.ndarray
+    """bool [documents]: whether its end is that of the document."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +82,16 @@ def read_chunk(path: Path) -> Chunk | None:
     """None where the file is missing or not whole."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            return Chunk(content["tokens"], content["ends"], content["held_out"])
+            return Chunk(content["tokens"], content["ends"], content["held_out"], content["last"])
     except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def read_ends(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(ends, held_out) of a chunk without its tokens. Raises DataError."""
+def read_ends(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ends, held_out, last) of a chunk without its tokens. Raises DataError."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            return content["ends"], content["held_out"]
+            return content["ends"], content["held_out"], content["last"]
     except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise DataError(f"{path}: is damaged; give the same command again, which makes it anew") from None
 
@@ -98,8 +106,9 @@ def tokenize(
     budget: int | None,
     total_bytes: int,
     progress: bool,
-) -> int:
-    """Make the chunk files of `corpus` in `folder`; how many of them matter. What an earlier process finished is kept.
+) -> tuple[int, bool]:
+    """Make the chunk files of `corpus` in `folder`; how many of them matter, and whether they are all of the corpus. What an earlier
+    process finished is kept.
 
     `share`: of the documents whose text decides, those held out. `budget`: tokens, but those of held-out files, after which no further
     chunk is needed. Raises DataError.
@@ -118,8 +127,22 @@ def tokenize(
             bar.update(made.place - bar.n)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
             if budget is not None and counted >= budget:
-                break
-    return count
+                return count, False
+    return count, True
+
+
+def in_parts(text: Text, share: float) -> Iterator[Text]:
+    """A document that is longer than a chunk in parts of about that length, as each other one."""
+    if len(text.text) <= CHUNK_BYTES:
+        yield text
+        return
+    flag = held_out(text.text, share) if text.held_out is None else text.held_out
+    parts = iter(pieces_of(text.text, CHUNK_BYTES))
+    part = next(parts)
+    for following in parts:
+        yield replace(text, text=part, held_out=flag, last=False)
+        part = following
+    yield replace(text, text=part, held_out=flag)
 
 
 def _chunks(corpus: Iterable[Text]) -> Iterator[list[Text]]:
@@ -149,20 +172,21 @@ def make_chunk(job: ChunkJob) -> Made:
     found = read_chunk(job.path)
     ends = found.ends if found is not None and len(found.ends) == len(job.texts) else _write(job.path, job.texts, job.share)
     lengths = np.diff(ends, prepend=0)
-    apart = np.array([one.held_out is True for one in job.texts])
-    return Made(job.texts[-1].place, int(ends[-1]), int(lengths[~apart].sum()))
+    counted = np.array([one.counted for one in job.texts])
+    return Made(job.texts[-1].place, int(ends[-1]), int(lengths[counted].sum()))
 
 
 def _write(path: Path, texts: list[Text], share: float) -> np.ndarray:
     """Where the documents of the new file end."""
     assert _tokenizer is not None
     dtype = np.dtype(storage_dtype(_tokenizer.vocabulary_size))
-    documents = [np.array([*ids, _tokenizer.end_of_text], dtype) for ids in _tokenizer.encode_batch([one.text for one in texts])]
+    encoded = _tokenizer.encode_batch([one.text for one in texts])
+    documents = [np.array([*ids, *[_tokenizer.end_of_text] * one.last], dtype) for one, ids in zip(texts, encoded, strict=True)]
     ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
     flags = np.array([held_out(one.text, share) if one.held_out is None else one.held_out for one in texts], bool)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     with open(new, "wb") as file:
-        np.savez(file, tokens=np.concatenate(documents), ends=ends, held_out=flags)
+        np.savez(file, tokens=np.concatenate(documents), ends=ends, held_out=flags, last=np.array([one.last for one in texts]))
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from bd3_scale.data.lock import exclusive
-from bd3_scale.data.preparation.corpus import corpus_files, texts
+from bd3_scale.data.preparation.corpus import corpus_files
 from bd3_scale.data.preparation.packing import Packer
+from bd3_scale.data.preparation.records import texts
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError, RecipeError
 

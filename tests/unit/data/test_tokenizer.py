@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers import models, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 
 from bd3_scale.data import tokenizer as module
@@ -93,9 +93,18 @@ def test_long_texts_are_cut_only_where_it_changes_nothing(gpt2: Tokenizer, monke
     text = "It's a long text, isn't it?  Two  blanks\n\n and lines. " * 300
     whole = gpt2.encode(text)
     monkeypatch.setattr(module, "_LONGEST_PIECE", 97)
-    assert len(list(module._pieces(text))) > 100
+    assert len(list(module.pieces_of(text, module._LONGEST_PIECE, module._LONGEST_PIECE))) > 100
     assert gpt2.encode(text) == whole
     assert gpt2.decode(gpt2.encode(" " * 1000 + "x")) == " " * 1000 + "x"
+
+
+def test_a_tokenizer_that_puts_something_before_every_text_is_not_cut(gpt2: Tokenizer, tmp_path: Path) -> None:
+    plain = trained(tmp_path / "plain.json", ["</s>"])
+    before = HuggingFaceTokenizer.from_file(str(plain))
+    before.normalizer = normalizers.Prepend("x")
+    before.save(str(tmp_path / "before.json"))
+    cut = [load_tokenizer(str(path)).cuts_between_words for path in (plain, tmp_path / "before.json")]
+    assert cut == [True, False] and gpt2.cuts_between_words and ByteTokenizer().cuts_between_words
 
 
 def test_a_megabyte_of_blanks_does_not_end_the_process(gpt2: Tokenizer) -> None:

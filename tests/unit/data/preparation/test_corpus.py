@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.data.preparation.corpus import corpus_files, require_once, texts
+from bd3_scale.data.preparation.corpus import corpus_files, require_once
+from bd3_scale.data.preparation.records import texts
 from bd3_scale.errors import DataError
 
 TEXTS = [f"Document {number}, with é and\nlines." * (1 + number % 7) for number in range(2500)]
@@ -66,7 +67,7 @@ def test_order_of_files_folders_and_patterns(tmp_path: Path) -> None:
         for name in names:
             write(tmp_path / folder / name, [f"{folder}/{name}"])
     asked = [str(tmp_path / "b"), str(tmp_path / "*" / "x.jsonl")]
-    assert [text for text, _ in texts(corpus_files(asked))] == ["b/10.jsonl", "b/2.jsonl", "a/x.jsonl"]
+    assert [text for text, _ in texts(corpus_files(asked, ["state.json"]))] == ["b/10.jsonl", "b/2.jsonl", "a/x.jsonl"]
 
 
 def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:

@@ -44,10 +44,11 @@ def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path: Path)
         finally:
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not folder.exists() and list(tmp_path.iterdir())  # something is left, but not under the name
+    assert list(folder.iterdir()) and not (folder / "manifest.json").exists()  # something is left, but it is no data
     manifest = prepare(folder, PACKING, "test", None, documents)
     assert Manifest.load(folder / "manifest.json") == manifest
     assert list(tmp_path.iterdir()) == [folder]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "train", "validation"]
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_what_cannot_become_a_data_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not empty"):
         prepare(tmp_path / "full", PACKING, "test", None, documents)
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
-    with pytest.raises(DataError, match="its parent cannot be created"):
+    with pytest.raises(DataError, match="cannot be created"):
         prepare(tmp_path / "full" / "thesis.tex" / "data", PACKING, "test", None, documents)
     with pytest.raises(DataError, match=r"its validation split has 0 tokens in 0 documents, too few for one row of 64"):
         prepare(tmp_path / "data", PACKING, "test", None, lambda: [Document("a", np.zeros(500, np.int64), False)])

@@ -17,8 +17,7 @@ import pytest
 
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.manifest import Manifest
-from bd3_scale.data.preparation import prepare_corpus as module
-from bd3_scale.data.preparation import tokenization
+from bd3_scale.data.preparation import destination, tokenization
 from bd3_scale.data.preparation.prepare import Packing
 from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
 from bd3_scale.data.tokenizer import load_tokenizer
@@ -130,9 +129,9 @@ def test_an_unfinished_preparation_with_other_options_is_not_mixed_in(tmp_path: 
     made[0].write_bytes(made[0].read_bytes()[:-30])  # a chunk that is damaged is made again, the two others are kept
     prepare_corpus(tmp_path / "out", Packing(BYTES, 16), asked, workers=1, progress=False)
     assert made.count(made[0]) == 2 and len(made) == len(set(made)) + 1
-    (tmp_path / ".late.resumable" / "tokens").mkdir(parents=True)
-    (tmp_path / ".late.resumable" / "tokens" / "chunk-000000.npz").write_bytes(b"?")
-    (tmp_path / ".late.resumable" / "options.json").write_text("{")
+    (tmp_path / "late" / ".preparing" / "tokens").mkdir(parents=True)
+    (tmp_path / "late" / ".preparing" / "tokens" / "chunk-000000.npz").write_bytes(b"?")
+    (tmp_path / "late" / ".preparing" / "options.json").write_text("{")
     with pytest.raises(DataError, match=r"options.json, which is damaged.*--restart"):
         prepare_corpus(tmp_path / "late", Packing(BYTES, 16), asked, workers=1, progress=False)
     prepare_corpus(tmp_path / "late", Packing(BYTES, 16), asked, workers=1, restart=True, progress=False)
@@ -149,14 +148,14 @@ def test_a_kill_in_the_last_moments_costs_nothing_but_what_was_damaged(form: str
     def again() -> Manifest:
         return prepare_corpus(tmp_path / "out", packing, asked, workers=1, progress=False)
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "flush", killed)
+        patched.setattr(destination, "flush", killed)
         with pytest.raises(KeyboardInterrupt):
             again()
-    scratch = tmp_path / ".out.resumable"
+    scratch = tmp_path / "out" / ".preparing"
     shards = sorted((scratch / "data").glob("*/shard*"))
     before = {path: path.stat().st_mtime_ns for path in [*shards, *(scratch / "tokens").glob("chunk-*")]}
     assert len(shards) > 4
@@ -164,12 +163,16 @@ def test_a_kill_in_the_last_moments_costs_nothing_but_what_was_damaged(form: str
     entry = sorted((scratch / "entries").iterdir())[3]
     entry.write_bytes(entry.read_bytes().replace(b'"rows"', b'"rowz"'))
     with monkeypatch.context() as patched:
-        patched.setattr(module, "sync_directory", killed)  # the folder has its name, nothing is cleared up
+        patched.setattr(destination, "sync_directory", killed)  # half of it has its name
         changed: list[Path] = []
-        patched.setattr(module, "flush", lambda _: changed.extend(p for p, made in before.items() if p.stat().st_mtime_ns != made))
+        patched.setattr(destination, "flush", lambda _: changed.extend(p for p, made in before.items() if p.stat().st_mtime_ns != made))
         with pytest.raises(KeyboardInterrupt):
             again()
     assert set(changed) == {shards[1], shards[3]}
+    with monkeypatch.context() as patched:
+        patched.setattr(destination.shutil, "rmtree", killed)  # it is complete, nothing is cleared up
+        with pytest.raises(KeyboardInterrupt):
+            again()
     assert scratch.exists() and again() == Manifest.load(tmp_path / "out" / "manifest.json") and not scratch.exists()
     prepare_corpus(tmp_path / "plain", packing, asked, workers=1, progress=False)
     assert content(tmp_path / "out") == content(tmp_path / "plain")
@@ -207,7 +210,7 @@ def test_twenty_megabytes_of_real_text_through_two_kills(tmp_path: Path) -> None
 
     def kill_when(process: subprocess.Popen, pattern: str, count: int) -> None:
         """Only the process that was started, as the kernel does where memory runs out: its workers must go by themselves."""
-        while len(list((tmp_path / ".killed.resumable").glob(pattern))) < count:
+        while len(list((tmp_path / "killed" / ".preparing").glob(pattern))) < count:
             assert process.poll() is None, "it was finished before it could be killed"
             time.sleep(0.005)
         workers = psutil.Process(process.pid).children()

@@ -80,7 +80,7 @@ def test_plain_text_and_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str
     report = json.loads(capsys.readouterr().out)
     assert 1900 < report["train"]["tokens"] + report["validation"]["tokens"] <= 2000
     assert run("--source", tmp_path / "a.txt", "--path", out, "--context", 16, "--tokenizer", "bytes", "--tokens", 3000) == 1
-    assert "source_tokens=2000, asked for is source_tokens=3000" in capsys.readouterr().err
+    assert "with --tokens 2000, asked for is --tokens 3000" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_there_was_prepared_by_the_same_rules(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

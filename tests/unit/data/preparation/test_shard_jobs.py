@@ -27,7 +27,7 @@ def test_pieces_are_the_stream(lengths: list[list[tuple[int, bool]]], cuts: list
                 stream += tokens[end - length : end].tolist()
     if not where:
         return
-    documents_of_split = Documents(*np.array(where, np.int64).T)
+    documents_of_split = Documents(*np.array(where, np.int64).T, np.ones(len(where), bool))
     assert documents_of_split.tokens == len(stream)
     first, last = sorted(int(cut * len(stream)) for cut in cuts)
     if first < last:
