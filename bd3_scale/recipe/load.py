@@ -7,6 +7,7 @@ nothing is silently changed; nothing here touches torch.distributed.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.recipe import rules_device
 from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.suggestions import as_text, as_yaml
+from bd3_scale.recipe.written import written_override, written_recipe
 
 
 def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = False) -> Recipe:
@@ -28,7 +30,9 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     """
     path = Path(path)
     try:
-        text = OmegaConf.load(path)
+        text = OmegaConf.load(io.StringIO(written_recipe(path.read_text("utf-8-sig"))))
+    except RecipeError:
+        raise
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; name a YAML file, for example recipes/quickstart.yaml") from None
     except IsADirectoryError:
@@ -41,10 +45,11 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
         key, sign, _ = item.partition("=")
         if not sign or not key or key.startswith("-"):
             raise RecipeError(f"override {item!r} must have the form dotted.key=value, without dashes")
+    overrides = [written_override(item) for item in overrides or []]
     if saved:
         _renew(text)
     try:
-        written = text, OmegaConf.from_dotlist(overrides or [])
+        written = text, OmegaConf.from_dotlist(overrides)
         for part in written:
             _check_written(OmegaConf.to_container(part, resolve=False))
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), *written)

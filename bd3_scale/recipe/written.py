@@ -1,0 +1,81 @@
+"""What a recipe says, before YAML makes values of it: text stays as it was written, and a number is no other than it looks.
+
+YAML takes 0012 for ten, 12:30:00 for 45000 seconds, 1e5 for a number and `on` for true. Invariants: a key whose type is text takes what was
+written, character for character, plain or quoted, from a file and from the command line; a number with leading zeros or colons is a
+`RecipeError`; everything else is as in YAML.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import is_dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from bd3_scale.errors import RecipeError, one_line
+from bd3_scale.recipe.schema import KEYS, Recipe
+
+_TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
+_SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+def written_recipe(text: str) -> str:
+    """The YAML of a recipe with its texts quoted. Raises RecipeError, yaml.YAMLError."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    return "" if node is None else _quoted(node, Recipe, "")
+
+
+def written_override(item: str) -> str:
+    """`dotted.key=value` with its texts quoted. Raises RecipeError."""
+    key, _, value = item.partition("=")
+    try:
+        node = yaml.compose(value, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        why = one_line(getattr(error, "problem", None) or error)
+        raise RecipeError(
+            f"override {item!r} is not YAML ({why}); quote the value: {key}='...', inside of the quotes of the shell"
+        ) from None
+    if node is None:
+        return item
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        node.value = value  # with what would be a comment
+    kind: Any = Recipe
+    for part in re.split(r"[.\[\]]+", key.rstrip("]")):
+        kind = _below(kind, part)
+    return f"{key}={_quoted(node, kind, key)}"
+
+
+def _quoted(node: yaml.Node, kind: Any, key: str) -> str:
+    _check(node, kind, key)
+    written: str = yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=float("inf"))
+    return written
+
+
+def _check(node: yaml.Node, kind: Any, key: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if get_origin(kind) is dict:
+                _check(name, get_args(kind)[0], key)
+            _check(value, _below(kind, name.value), f"{key}.{name.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check(value, _below(kind, ""), key)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and "${" not in node.value:
+        kinds = get_args(kind) or (kind,)
+        former = key in KEYS and KEYS[key].former
+        if str in kinds and node.value and not former and not (NoneType in kinds and node.tag == _NULL):
+            node.tag, node.style = _TEXT, "'"
+        elif _OCTAL.fullmatch(node.value):
+            raise RecipeError(f"{key} is {node.value}, but a number has no leading zeros; set {key}={int(node.value.replace('_', ''))}")
+        elif _SEXAGESIMAL.fullmatch(node.value):
+            raise RecipeError(f"{key} is {node.value}, but a number has no colons; write the number of seconds, rows or steps itself")
+
+
+def _below(kind: Any, name: str) -> Any:
+    """The type of a section's key, or of a list's or mapping's values; None: not known."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return get_type_hints(kind).get(name)
+    return get_args(kind)[-1] if get_origin(kind) in (list, dict) else None

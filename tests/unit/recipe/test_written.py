@@ -1,0 +1,69 @@
+"""Text is what was written, character for character; a number is what it looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bd3_scale import recipe as recipes
+from bd3_scale import train
+from tests.unit.refusing import refused
+
+TEXTS = ["0012", "12:30:00", "1e5", "on", "No", "0x1F", "1_000", "2026-11-27", ".5", "null", "~", "+7", "é", "a b  c", "-1", "yes", "1.10"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_what_was_written(text: str, base: Path, tmp_path: Path) -> None:
+    keys = ["run.name", "data.path", "tracking.project"]
+    path = tmp_path / "written.yaml"
+    path.write_text(
+        f"run: {{name: {text}}}\ndata:\n  path: {text}\n  mixture: [{{path: {text}, weight: 1}}]\ntracking:\n  project: {text}\n"
+    )
+    for recipe in (recipes.load(base, [f"{key}={text}" for key in keys]), recipes.load(path)):
+        assert [recipes.flatten(recipe)[key] for key in keys] == [text] * 3 and recipe.run.dir == f"runs/{text}"
+        (tmp_path / "again.yaml").write_text(recipes.to_yaml(recipe))
+        assert recipes.load(tmp_path / "again.yaml") == recipe
+    assert recipes.load(path).data.mixture[0].path == text
+    assert recipes.load(base, [f"data.mixture=[{{path: {text}}}]", f"run.amend=[{text}]"]).data.mixture[0].path == text
+
+
+def test_quotes_comments_and_references(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOB", "0012")
+    for written, text in {
+        '"0012"': "0012",
+        "'on'": "on",
+        "a #b": "a #b",
+        "a=b": "a=b",
+        "${oc.env:JOB}": "0012",
+        "x-${run.seed}": "x-0",
+    }.items():
+        assert recipes.load(base, [f"run.name={written}"]).run.name == text
+    assert recipes.load(base, ["data.remote=null"]).data.remote is None and recipes.load(base, ["data.remote=~"]).data.remote is None
+    changed = recipes.load(base, ["training.learning_rate=1e-4", "training.tokens=10_000", "tracking.progress=off", "run.seed=0"])
+    assert (changed.training.learning_rate, changed.training.tokens, changed.tracking.progress) == (1e-4, 10_000, False)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("run.seed=010", "run.seed is 010, but a number has no leading zeros; set run.seed=10"),
+        ("run.seed=-0_7", "set run.seed=-7"),
+        ("training.steps=12:30:00", "training.steps is 12:30:00, but a number has no colons"),
+        ("training.global_batch=[[0,010]]", "training.global_batch is 010"),
+        ("training.learning_rate=1:30.5", "training.learning_rate is 1:30.5"),
+        ("run.name=@x", "override 'run.name=@x' is not YAML"),
+        ("run.name=[a", "override 'run.name=[a' is not YAML"),
+        ("run.name=[a]", "run.name"),
+    ],
+)
+def test_a_number_is_no_other_than_it_looks(
+    override: str, named: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in refused(base, [override])
+    assert train.main([str(base), override]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    if "@" not in override and "[a" not in override:
+        section, _, key = override.partition("=")[0].partition(".")
+        (tmp_path / "file.yaml").write_text(f"{section}: {{{key}: {override.partition('=')[2]}}}")
+        assert named in refused(tmp_path / "file.yaml", [])
