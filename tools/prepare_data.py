@@ -9,9 +9,9 @@
 
 Sources: `documentation` (docstrings of the installed Python packages), or files, folders and patterns: .jsonl, .ndjson, .json (one object
 with a "text" a line), .txt (an empty line ends a document), all also as .gz, .bz2, .xz, .zst; .parquet; folders that `datasets` saved.
-Their order is that of the corpus. What is in a folder and cannot be read is an error that names it (--ignore). A preparation that was killed
-goes on with the same command; the result is the same, byte for byte, for any number of processes. Prints for people, or one JSON document
-with --json. Exit code 0, or 1 with one line that says why.
+Their order is that of the corpus. What is in a folder and cannot be read is an error that names it (--ignore). A killed preparation goes on
+with the same command; the result is the same, byte for byte, for any number of processes. Prints for people, or one JSON document with
+--json. Exit code 0, or 1 with one line that says why.
 """
 
 from __future__ import annotations

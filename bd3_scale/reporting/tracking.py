@@ -1,6 +1,7 @@
 """Weights & Biases, where a recipe asks for it: off by default, offline or online, one run however often it is restarted.
 
-Invariants: the mode is always passed (wandb's own default asks for a key and ends the training); a failure of wandb is
+Beside its id a run directory remembers where it lies, so that a copy is noticed: it gets a run of its own, and original and copy never go
+on as one. Invariants: the mode is always passed (wandb's own default asks for a key and ends the training); a failure of wandb is
 said once and never stops a run; nothing secret is written (the key stays in wandb's own environment or netrc, credentials
 inside URLs are blotted out). Made on the leader only.
 """
@@ -8,6 +9,7 @@ inside URLs are blotted out). Made on the leader only.
 from __future__ import annotations
 
 import secrets
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +19,14 @@ from bd3_scale.errors import one_line, without_credentials
 from bd3_scale.recipe import Recipe, as_dictionary
 
 ID_FILE = Path("wandb") / "run_id"
-"""In the run directory: the id, for a run that is killed before its first checkpoint."""
+"""In the run directory: the id, for a run that is killed before its first checkpoint; the path of the directory; its host."""
 
 
 class Tracker:
     """Sends lines to wandb, or does nothing."""
 
     def __init__(self, recipe: Recipe, folder: Path, run_id: str | None = None) -> None:
-        """`folder`: the run directory. `run_id`: the one to continue."""
+        """`folder`: the run directory. `run_id`: the one to continue, where the folder remembers none."""
         self.run: Any = None
         self.run_id = run_id
         """Continued or new, for checkpoints to keep; as it was given where nothing is tracked."""
@@ -33,9 +35,9 @@ class Tracker:
         try:
             import wandb
 
-            self.run_id = run_id = run_id or _remembered(folder) or secrets.token_hex(4)
+            self.run_id = run_id = _remembered(folder) or run_id or secrets.token_hex(4)
             (folder / ID_FILE).parent.mkdir(parents=True, exist_ok=True)
-            (folder / ID_FILE).write_text(run_id + "\n")
+            (folder / ID_FILE).write_text(f"{run_id}\n{folder.resolve()}\n{socket.gethostname()}\n", "utf-8")
             self.run = wandb.init(
                 mode=recipe.tracking.wandb,  # type: ignore[arg-type]
                 project=recipe.tracking.project,
@@ -81,8 +83,28 @@ class Tracker:
 
 
 def _remembered(folder: Path) -> str | None:
+    """The id to go on with: of a directory that lies where it lay or was moved; a new one of a copy; None where there is none."""
+    run_id, where, host = _read(folder)
+    if not run_id or where in ("", str(folder.resolve())):
+        return run_id or None
+    if host == socket.gethostname() and _read(Path(where))[0] != run_id:
+        return run_id
+    fresh = secrets.token_hex(4)
+    print(
+        f"bd3_scale: WARNING: {folder} is a copy of {where} ({host}), run {run_id} of wandb: this one goes on as the new run {fresh}; "
+        f"to go on as {run_id}, write that alone into {folder / ID_FILE}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return fresh
+
+
+def _read(folder: Path) -> tuple[str, str, str]:
+    """(id, path, host), each "" where it is not written down."""
     path = folder / ID_FILE
-    return path.read_text().strip() or None if path.is_file() else None
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    run_id, where, host = [line.strip() for line in [*lines, "", "", ""][:3]]
+    return run_id, where, host
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -75,14 +76,14 @@ def test_mode_is_always_passed_and_the_id_is_kept(mode: str, wandb: FakeWandb, t
     tracker = Tracker(recipe(mode), tmp_path)
     options = wandb.calls[0]
     assert (options["mode"], options["resume"], options["dir"]) == (mode, "allow", str(tmp_path))
-    assert options["id"] == tracker.run_id == (tmp_path / ID_FILE).read_text().strip()
+    assert options["id"] == tracker.run_id == (tmp_path / ID_FILE).read_text().splitlines()[0]
 
 
 def test_restart_continues_the_run(wandb: FakeWandb, tmp_path: Path) -> None:
-    """With the checkpoint's id, or the run directory's where it was killed before the first checkpoint."""
+    """With the run directory's id, or the checkpoint's where the directory was lost."""
     first = Tracker(recipe(), tmp_path).run_id
     Tracker(recipe(), tmp_path)
-    Tracker(recipe(), tmp_path, "of-the-checkpoint")
+    Tracker(recipe(), tmp_path / "lost", "of-the-checkpoint")
     assert [call["id"] for call in wandb.calls] == [first, first, "of-the-checkpoint"]
 
 
@@ -145,3 +146,25 @@ def test_real_offline_run_is_continued_and_holds_no_key(monkeypatch: pytest.Monk
     assert runs and all(list(run.glob("*.wandb")) for run in runs)
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert len(files) > 1 and not [path for path in files if key.encode() in path.read_bytes()]
+
+
+def test_a_copy_of_a_run_directory_is_another_run_and_a_moved_one_is_the_same(
+    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, copy, moved = (tmp_path / name for name in ("original", "copy", "moved"))
+    known = Tracker(recipe(), original).run_id
+    shutil.copytree(original, copy)
+    other = Tracker(recipe(), copy, known).run_id  # its checkpoints hold the id of the original
+    warning = capsys.readouterr().err
+    assert other != known and str(original) in warning and str(copy / ID_FILE) in warning and warning.count("\n") == 1
+    assert Tracker(recipe(), copy, known).run_id == other and Tracker(recipe(), original, known).run_id == known
+    original.rename(moved)
+    assert Tracker(recipe(), moved, known).run_id == known and not capsys.readouterr().err
+    monkeypatch.setattr("socket.gethostname", lambda: "another-node")
+    assert Tracker(recipe(), moved, known).run_id == known  # a shared file system
+    elsewhere = tmp_path / "fetched"
+    shutil.copytree(moved, elsewhere)
+    monkeypatch.setattr("socket.gethostname", lambda: "a-third-node")
+    assert Tracker(recipe(), elsewhere, known).run_id != known
+    (elsewhere / ID_FILE).write_text(f"{known}\n")  # as the warning says, and as earlier versions wrote it
+    assert Tracker(recipe(), elsewhere).run_id == known
