@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.launcher import launched
+from bd3_scale.recipe import settle
 
 LEADER_SPEAKS = 20.0
 """Seconds that a rank with an error leaves to the first one, which usually has the same and ends the job by saying so."""
@@ -54,6 +55,7 @@ def end_with(error: UserError) -> int:
 @contextmanager
 def own_world() -> Iterator[None]:
     """The world that is joined inside is left at the end; one that the caller was in before is not."""
+    settle()
     # megatron-core says at import that it does without packages that only training on CUDA could use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     # It calls collectives by names that newer torch has renamed.

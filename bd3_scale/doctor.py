@@ -27,6 +27,7 @@ from pathlib import Path
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import UserError, one_line, without_credentials
+from bd3_scale.files import expanded
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_intermixed_args(arguments)
     try:
+        recipes.settle()
         recipe = recipes.load(options.recipe, options.overrides) if options.recipe else Recipe()
         if not options.recipe:
             recipe.run.dir, recipe.training.steps = "runs", 1  # which has no default
@@ -187,7 +189,7 @@ def compiler(recipe: Recipe) -> Finding:
 
 def run_folder(recipe: Recipe) -> Path:
     """The nearest existing folder of run.dir: where a run would write."""
-    folder = Path(recipe.run.dir).expanduser().absolute()
+    folder = expanded(recipe.run.dir).absolute()
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -276,7 +278,7 @@ def open_files(recipe: Recipe, ranks: int = 8) -> Finding:
 def data(recipe: Recipe) -> Finding:
     sources: Sequence[DataConfig | SourceConfig] = recipe.data.mixture or [recipe.data]
     for source in sources:
-        path = Path(source.path).expanduser()
+        path = expanded(source.path)
         if (path / "manifest.json").is_file() or source.remote:
             continue
         if not recipe.data.mixture and recipe.data.source:
@@ -408,7 +410,7 @@ def _in_netrc() -> bool:
     import netrc
 
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    path = expanded(os.environ.get("NETRC", "~/.netrc"))
     try:
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

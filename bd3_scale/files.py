@@ -1,4 +1,5 @@
-"""Files that are there after a crash; how many files and sockets a process may have open, and how many a world of many ranks needs."""
+"""Paths as people write them; files that are there after a crash; how many files and sockets a process may have open, and how many a world
+of many ranks needs."""
 
 from __future__ import annotations
 
@@ -7,6 +8,17 @@ import math
 import os
 import resource
 from pathlib import Path
+
+from bd3_scale.errors import RecipeError
+
+
+def expanded(path: str | Path) -> Path:
+    """With the home directory for ~. Raises RecipeError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{path}: this user (uid {os.getuid()}) has no home directory; set HOME, or write the path in full") from None
+
 
 MOST_FILES = 1 << 20
 """Open files that a process asks for where the system knows no limit."""

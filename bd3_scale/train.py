@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank, world_size = told.rank, told.world_size
     try:
         with exit_on_early_signal(leader=rank == 0, last=arguments is None):
+            recipes.settle()
             recipe = recipes.load(options.recipe, options.overrides)
             device = recipes.resolve_device(recipe)
             try:

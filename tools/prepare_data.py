@@ -34,6 +34,8 @@ from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
 from bd3_scale.data.preparation.records import LONGEST
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import DataError, RecipeError, UserError
+from bd3_scale.files import expanded
+from bd3_scale.recipe.environment import settle
 from bd3_scale.recipe.schema import DataConfig
 
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     try:
+        settle()
         report = _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    folder = options.path.expanduser().absolute()
+    folder = expanded(options.path).absolute()
     if options.source is not None:
         manifest = _prepare(folder, options)
     elif (folder / MANIFEST).exists():

@@ -16,6 +16,7 @@ from typing import Any
 from bd3_scale.data import tokenizer as ours
 from bd3_scale.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError
+from bd3_scale.files import expanded
 
 MASK = "<|mask|>"
 UNCHANGED = "tokenizer.text.json"
@@ -28,7 +29,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     if tokenizer.name in ("gpt2", "bytes"):
         _byte_level(tokenizer.name).save(str(path))
     else:
-        shutil.copyfile(Path(tokenizer.name).expanduser(), path)
+        shutil.copyfile(expanded(tokenizer.name), path)
         mask = _with_mask(path, tokenizer.mask_id)
     end_of_text = tokenizer.token(tokenizer.end_of_text)
     config = {

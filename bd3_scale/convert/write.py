@@ -26,6 +26,7 @@ from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
+from bd3_scale.files import expanded
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import block_sizes
@@ -80,7 +81,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     out.mkdir(parents=True, exist_ok=True)
     try:
         if recipe.data.tokenizer != tokenizer:
-            shutil.copyfile(Path(tokenizer).expanduser(), recipe.data.tokenizer)
+            shutil.copyfile(expanded(tokenizer), recipe.data.tokenizer)
             keep_end_of_text(text, out)
         checkpoint = store.save(out / "checkpoints", 0, fragments, samples_consumed=0, run=run, recipe=written)
         (out / "recipe.yaml").write_text(written, "utf-8")
@@ -105,7 +106,7 @@ def _recipe(found: Import, out: Path, tokenizer: str, data: str | None, override
     run = replace(recipe.run, name=out.name, dir=folder)
     section = replace(recipe.data, tokenizer=tokenizer)
     if data:
-        section = replace(section, path=str(Path(data).expanduser().absolute()))
+        section = replace(section, path=str(expanded(data).absolute()))
     training = recipe.training
     if training.steps is None and training.tokens is None:
         training = replace(training, steps=STEPS)

@@ -25,6 +25,7 @@ from bd3_scale.data.preparation.documentation import documentation
 from bd3_scale.data.preparation.prepare import Packing, prepare
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import DataError
+from bd3_scale.files import expanded
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
 from bd3_scale.recipe.stages import batch_schedule
 
@@ -155,7 +156,7 @@ def open_data(config: DataConfig, context: int, *, leader: bool, barrier: Callab
 
 
 def _folder(wanted: SourceConfig) -> Path:
-    return Path(wanted.path).expanduser().absolute()
+    return expanded(wanted.path).absolute()
 
 
 def _cache(wanted: SourceConfig, config: DataConfig) -> Cache | None:

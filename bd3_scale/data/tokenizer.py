@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3_scale.errors import DataError, one_line
+from bd3_scale.files import expanded
 
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -150,7 +151,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, name: str) -> None:
         import tokenizers
 
-        path = Path(name).expanduser()
+        path = expanded(name)
         try:
             definition = path.read_text("utf-8")
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)

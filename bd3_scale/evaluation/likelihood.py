@@ -21,6 +21,7 @@ from bd3_scale.data.loader import Rows
 from bd3_scale.data.manifest import MANIFEST, SPLITS, Manifest
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.files import expanded
 from bd3_scale.generation.load_model import LoadedNetwork
 from bd3_scale.objectives.estimates import Moments, mean_and_standard_error, perplexity
 from bd3_scale.objectives.network_inputs import row_nelbo
@@ -68,7 +69,7 @@ def open_rows(folder: Path, split: str, loaded: LoadedNetwork) -> ShardReader:
     Raises DataError where the folder is missing or damaged, and where its rows have another context, tokenizer or other
     special tokens than those the network was trained on.
     """
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     if split not in SPLITS:
         raise RecipeError(f"split is {split!r}; set one of {', '.join(SPLITS)}")
     if not (folder / MANIFEST).exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.files import expanded
 from bd3_scale.recipe import Recipe
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -119,7 +120,7 @@ def _cached(recipe: Recipe, cache: str) -> list[str]:
         raise RecipeError(f"--data-cache copies prepared data, but data.source={recipe.data.source} prepares them; leave --data-cache out")
     remote = recipe.data.remote
     if remote is None:
-        remote = str(Path(recipe.data.path).expanduser())
+        remote = str(expanded(recipe.data.path))
     return [f"data.remote={remote}", f"data.path={cache.rstrip('/')}/{Path(recipe.data.path).name}"]
 
 

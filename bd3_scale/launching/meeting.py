@@ -19,7 +19,7 @@ from bd3_scale.distributed.waiting import Waiting
 from bd3_scale.launching import torchrun
 from bd3_scale.launching.torchrun import Torchrun
 
-LOOPBACK = ("127.", "localhost", "::1")
+LOOPBACK = ("127.", "localhost", "[::1]")
 
 
 def described(told: Torchrun, hosts: list[str] | None, here: str) -> str:

@@ -51,8 +51,11 @@ class Torchrun:
 
     @property
     def place(self) -> tuple[str, int]:
-        host, _, port = self.endpoint.rpartition(":")
-        return (host, int(port)) if host and port.isdigit() else (self.endpoint, 29400)  # torch's DEFAULT_PORT of c10d
+        """Host and port. Raises ValueError for an endpoint that torchrun does not read."""
+        from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+        host, port = parse_rendezvous_endpoint(self.endpoint, 29400)  # torch's DEFAULT_PORT of c10d
+        return host, port
 
 
 def read(arguments: list[str]) -> Torchrun | None:
@@ -69,7 +72,8 @@ def read(arguments: list[str]) -> Torchrun | None:
     if told.standalone or (backend == "static" and not endpoint and most == 1):
         backend, endpoint = "c10d", "localhost:0"
     elif backend == "static" and not endpoint:
-        endpoint = f"{told.master_addr}:{told.master_port or 29500}"
+        host = f"[{told.master_addr}]" if ":" in told.master_addr else told.master_addr
+        endpoint = f"{host}:{told.master_port or 29500}"
     return Torchrun(least, most, backend, endpoint, told.rdzv_id, told.node_rank)
 
 
@@ -92,8 +96,8 @@ def hosts_present(told: Torchrun) -> list[str] | None:
     """The hosts of the nodes that have come to a c10d rendezvous, first come first; None where nobody answers there."""
     import torch.distributed as dist
 
-    host, port = told.place
     try:
+        host, port = told.place
         with socket.create_connection((host, port), timeout=PATIENCE):
             pass  # TCPStore itself would try for long and print its own traces
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=PATIENCE))

@@ -7,7 +7,7 @@ or an impossible combination is a `RecipeError` of one line that names the key, 
 changed; nothing here touches torch.distributed.
 """
 
-from bd3_scale.recipe.environment import resolve_device, resolve_precision
+from bd3_scale.recipe.environment import resolve_device, resolve_precision, settle
 from bd3_scale.recipe.load import load
 from bd3_scale.recipe.resume_check import compare
 from bd3_scale.recipe.schema import KEYS, Recipe
@@ -23,6 +23,7 @@ __all__ = [
     "load",
     "resolve_device",
     "resolve_precision",
+    "settle",
     "to_yaml",
     "validate",
 ]

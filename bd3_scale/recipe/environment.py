@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import getpass
+import locale
+import os
+import sys
+
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.schema import Recipe
+
+
+def settle() -> None:
+    """See to what libraries take for granted of a process, before they are imported: that text is UTF-8, and that its user has a name (a
+    container may give it a number that no passwd entry has). Raises RecipeError."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        raise RecipeError(f"this process reads text as {locale.getencoding()}, and torch cannot; set PYTHONUTF8=1, or LC_ALL=C.UTF-8")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid-{os.getuid()}"
 
 
 def resolve_precision(recipe: Recipe, device: str) -> str:

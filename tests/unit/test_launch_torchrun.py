@@ -28,6 +28,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torchrun.read(COMMAND) == Torchrun(1, 1, "c10d", "localhost:0", "none", 0)
     assert torchrun.read(["--nnodes", "8", *COMMAND]) == Torchrun(8, 8, "static", "127.0.0.1:29500", "none", 0)
+    assert torchrun.read(["--nnodes", "8", "--master-addr", "fd00::1", *COMMAND]).place == ("fd00::1", 29500)  # type: ignore[union-attr]
     monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "first:29400")
     monkeypatch.setenv("PET_NNODES", "4:8")
@@ -48,9 +49,11 @@ def test_lines_name_who_has_come_and_the_place() -> None:
     )
 
 
-def test_hosts_are_read_from_the_state_of_a_rendezvous() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
-    told, state = Torchrun(3, 3, "c10d", f"127.0.0.1:{store.port}", "x", 0), _RendezvousState()
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_hosts_are_read_from_the_state_of_a_rendezvous(host: str) -> None:
+    store = dist.TCPStore(host, 0, None, True, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
+    place = f"[{host}]" if ":" in host else host
+    told, state = Torchrun(3, 3, "c10d", f"{place}:{store.port}", "x", 0), _RendezvousState()
     C10dRendezvousBackend(store, "x")  # the key is there, a state is not
     assert torchrun.hosts_present(told) == []
     node = _NodeDesc("a", 1, 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bd3_scale.data.preparation.compression import COMPRESSIONS
 from bd3_scale.errors import DataError
+from bd3_scale.files import expanded
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".arrow")
@@ -41,7 +42,7 @@ def corpus_files(sources: Sequence[str], ignore: Sequence[str] = ()) -> list[Pat
     do not belong to it. Raises DataError for what cannot be read, or stands for nothing."""
     files: list[Path] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = expanded(source)
         found = _Found(ignore)
         pattern = glob.has_magic(str(path)) and not os.path.lexists(path)
         # The shortest way to a file is its name: `**` follows links in circles.
@@ -74,7 +75,7 @@ def require_once(files: Iterable[Path]) -> None:
 
 
 def _unread(source: str, unread: Sequence[Path]) -> str:
-    if len(unread) == 1 and unread[0] == Path(source).expanduser():
+    if len(unread) == 1 and unread[0] == expanded(source):
         return f"{source}: its kind is not known; give {_READ}"
     names = ", ".join(str(path) for path in unread[:_NAMED]) + (f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else "")
     return f"{source}: {names}: not of a kind that can be read; --ignore PATTERN leaves out what is no text of the corpus, or give {_READ}"

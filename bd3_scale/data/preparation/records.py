@@ -32,7 +32,7 @@ class BadRecords:
         self.found: list[tuple[int, str]] = []
         self.documents = 0
 
-    def add(self, path: Path, problem: str, cure: str = "mend it") -> None:
+    def add(self, path: Path, problem: str, cure: str = "fix it") -> None:
         """One more. Raises DataError where that is too many."""
         if len(self.found) >= self.limit:
             more = "" if not self.limit else f" (and {self.limit} were left out before it)"
@@ -54,7 +54,7 @@ def texts(
                 bad.documents += 1
                 yield text, before + place.read
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend the file or leave it out") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}); fix the file or leave it out") from None
         before += path.stat().st_size
 
 

@@ -28,6 +28,7 @@ from bd3_scale.data.preparation.packing import Packer
 from bd3_scale.data.preparation.records import texts
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.files import expanded
 
 RULES_VERSION = 1
 """Part of the cache's key: raise it with every change of a rule."""
@@ -167,7 +168,7 @@ def zero_shot_rows(name: str, source: str, tokenizer: Tokenizer, *, context: int
     files = corpus_files([source])
     definition = [name, RULES_VERSION, tokenizer.fingerprint, context, row_special, [_sha256(path) for path in files]]
     key = hashlib.sha256(json.dumps(definition).encode()).hexdigest()[:16]
-    folder = cache.expanduser().absolute()
+    folder = expanded(cache).absolute()
     path = folder / f"{name}-{key}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
