@@ -106,8 +106,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal data (the shards' hashes are in it): ranks and restarts compare it. SHA-256, hexadecimal."""
-        return _checksum(self._content())
+        """Equal for equal data (the shards' hashes are in it), whatever command made it: ranks and restarts compare it. SHA-256."""
+        return _checksum({key: value for key, value in self._content().items() if key != "options"})
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
