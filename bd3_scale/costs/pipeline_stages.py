@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 
 from bd3_scale.costs.flops import count_flops
 from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.noise_schedules import expected_masked
 from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.objectives.time_density import time_density
 from bd3_scale.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -138,8 +140,12 @@ def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[P
     return divide(mean[:-2], parallel.pipeline * parallel.virtual_stages, *mean[-2:])
 
 
-def selected_share(recipe: Recipe, pattern: AttentionPattern, interval: Sequence[float] | None = None) -> float:
-    """Expected share of the data tokens that reach the head in training; `interval`: a tuned one."""
+def selected_share(recipe: Recipe, pattern: AttentionPattern, tuning: TunerState | None = None) -> float:
+    """Expected share of the data tokens that reach the head in training, on the interval and with the density of `tuning`, if any."""
     if pattern.kind == "causal" or recipe.objective.traits.scores_every_token:
         return 1.0
-    return expected_masked(recipe.objective.schedule, interval or recipe.objective.interval)
+    objective = recipe.objective
+    (beta, omega), learned = (objective.interval, ()) if tuning is None else (tuning.interval, tuning.density)
+    return expected_masked(
+        objective.schedule, time_density((beta, omega), objective.density, tuple(objective.density_shape or ()), learned)
+    )

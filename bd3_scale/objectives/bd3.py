@@ -26,6 +26,7 @@ from bd3_scale.objectives.network_inputs import (
     network_inputs,
 )
 from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
+from bd3_scale.objectives.time_density import TimeDensity, time_density
 from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
 from bd3_scale.recipe.rules_objective import check_resampling, check_schedule, check_shape, checked_interval
 
@@ -37,6 +38,9 @@ class AbsorbingDiffusion(ObjectiveBase):
     block_size: int
     interval: tuple[float, float]
     schedule: str
+    density: str
+    density_shape: tuple[float, ...]
+    learned: tuple[float, ...]
     pad_to: int
     resample: bool
 
@@ -45,13 +49,19 @@ class AbsorbingDiffusion(ObjectiveBase):
         check_padding(self.pad_to)
         check_schedule(self.schedule)
         object.__setattr__(self, "interval", checked_interval(self.interval))
+        object.__setattr__(self, "density_shape", tuple(self.density_shape or ()))
         if self.resample:
             check_resampling(self.block_size)
 
+    @property
+    def times(self) -> TimeDensity:
+        """What training draws t from."""
+        return time_density(self.interval, self.density, self.density_shape, self.learned)
+
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
-        """As `Objective.training_inputs`: t ~ U[beta, omega], the schedule's mask probability and weight."""
+        """As `Objective.training_inputs`: t of the interval and density, the schedule's mask probability and weight."""
         schedule = schedule_named(self.schedule)
-        times = noise.block_times(seed, step, slots, global_batch, self.blocks, self.interval)
+        times, corrections = self.times.draw(noise.block_times(seed, step, slots, global_batch, self.blocks, (0.0, 1.0)))
         probabilities = schedule.mask_probability(times)
         if self.resample:
             low, high = schedule.mask_probability(np.array(self.interval))
@@ -59,7 +69,7 @@ class AbsorbingDiffusion(ObjectiveBase):
             masked = resampled_tokens(seed, step, slots, probabilities, maskable, self.block_size, (float(low), float(high)))
         else:
             masked = noise.masked_tokens(seed, step, slots, probabilities, self.block_size)
-        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots))
+        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots), corrections)
 
     def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
         """As `Objective.validation_inputs`: t ~ U[1e-3, 1] and weight 1/t, whatever training does.
@@ -96,13 +106,23 @@ class AbsorbingDiffusion(ObjectiveBase):
         )
 
     def _inputs(
-        self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray
+        self,
+        rows: np.ndarray,
+        masked: np.ndarray,
+        times: np.ndarray,
+        schedule: Schedule,
+        dropout_keys: np.ndarray,
+        corrections: np.ndarray | None = None,
     ) -> NetworkInputs:
+        """`corrections` of the density that `times` come from, float64 [m, blocks] both; None: it is uniform."""
         rows = checked_rows(rows, len(masked), masked.shape[1], self.mask_id)
         noisy = np.where(masked, self.mask_id, rows)
         selected = np.flatnonzero(masked)
         # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
-        weights = schedule.weight(times.ravel()[selected // self.block_size])
+        block = selected // self.block_size
+        weights = schedule.weight(times.ravel()[block])
+        if corrections is not None:
+            weights = weights * corrections.ravel()[block]
         return network_inputs(noisy, rows, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to, sparse=True)
 
 
@@ -128,6 +148,11 @@ class BlockDiffusion(AbsorbingDiffusion):
     """The number of selected positions is padded to a multiple of this, so that shapes repeat."""
     resample: bool = False
     """Training keeps the masked fraction of every block inside the interval, too (see `mask_resampling`)."""
+    density: str = "uniform"
+    """Of t inside the interval, in training (see `time_density`), with its `density_shape`."""
+    density_shape: tuple[float, ...] = ()
+    learned: tuple[float, ...] = ()
+    """The shape that the tuner found instead; (): none."""
     document_end: int | None = None
     """Documents that share a row and end with this token do not see each other (see `attention_mask`)."""
     row_multiple: int = 1

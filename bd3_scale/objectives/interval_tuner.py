@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from bd3_scale.errors import CheckpointError, TrainingError
+from bd3_scale.objectives.density_tuner import POOLS, DensityChoice, count_sums
 from bd3_scale.objectives.estimates import Moments, combine
 from bd3_scale.objectives.mask_resampling import importance
 from bd3_scale.objectives.network_inputs import BlockSamples
@@ -60,11 +61,13 @@ class RowStatistics:
     m2: np.ndarray
     squares: np.ndarray
     """Sum of squared weights."""
+    counts: np.ndarray
+    """float64 [m, 5, POOLS]: see `density_tuner.count_sums`."""
 
     def first(self, rows: int) -> RowStatistics:
         """Those of the first `rows` held-out rows only."""
         kept = self.rows < rows
-        arrays = (getattr(self, name)[kept] for name in ("count", "mean", "m2", "squares"))
+        arrays = (getattr(self, name)[kept] for name in ("count", "mean", "m2", "squares", "counts"))
         return RowStatistics(self.rows[kept], self.intervals, *arrays)
 
 
@@ -90,12 +93,14 @@ def row_statistics(
         with np.errstate(invalid="ignore"):  # an infinite loss is reported once all rows are together
             mean = np.divide((weights * means).sum(0), total, out=np.zeros_like(total), where=total > 0)
             values[:, row] = total, mean, (weights * (np.square(means - mean) + within)).sum(0), np.square(weights).sum(0)
-    return RowStatistics(np.asarray(row_indices, np.int64), intervals, *values)
+    count, mean, m2, squares = values
+    return RowStatistics(np.asarray(row_indices, np.int64), intervals, count, mean, m2, squares, count_sums(samples))
 
 
 def no_rows(intervals: tuple[Interval, ...]) -> RowStatistics:
     """What a rank without rows of its own sends (a tensor or pipeline peer of one that speaks for the replica)."""
-    return RowStatistics(np.zeros(0, np.int64), intervals, *np.zeros((4, 0, len(intervals))))
+    nothing = np.zeros((0, len(intervals)))
+    return RowStatistics(np.zeros(0, np.int64), intervals, nothing, nothing, nothing, nothing, np.zeros((0, 5, POOLS)))
 
 
 def _inside(times: np.ndarray, interval: Interval) -> np.ndarray:
@@ -131,6 +136,8 @@ class IntervalStatistics:
     """float64 [k] each; `count` is the sum of weights."""
     squares: np.ndarray
     """float64 [k]: sum of squared weights."""
+    counts: np.ndarray
+    """float64 [5, POOLS]: `density_tuner.count_sums` of all rows."""
 
     @property
     def blocks(self) -> np.ndarray:
@@ -145,6 +152,10 @@ class IntervalStatistics:
         biased = np.divide(self.moments.m2, count, out=np.full_like(count, np.nan), where=enough)
         return biased * np.divide(blocks, blocks - 1, out=np.ones_like(blocks), where=enough)
 
+    def variance_of(self, interval: Interval) -> float:
+        """Of one of `intervals`; nan of another."""
+        return float(self.variances[self.intervals.index(interval)]) if interval in self.intervals else math.nan
+
 
 def interval_statistics(parts: Sequence[RowStatistics]) -> IntervalStatistics:
     """All rows of all parts (ranks, micro-batches; in any order) joined in the order of their indices.
@@ -158,8 +169,8 @@ def interval_statistics(parts: Sequence[RowStatistics]) -> IntervalStatistics:
     order = np.argsort(rows, kind="stable")
     if rows.size == 0 or (np.diff(rows[order]) == 0).any():
         raise ValueError("a tuning needs rows, each of them once")
-    count, mean, m2, squares = (
-        np.concatenate([getattr(part, name) for part in parts])[order] for name in ("count", "mean", "m2", "squares")
+    count, mean, m2, squares, counts = (
+        np.concatenate([getattr(part, name) for part in parts])[order] for name in ("count", "mean", "m2", "squares", "counts")
     )
     bad = ~np.isfinite(m2).all(1)
     if bad.any():
@@ -168,7 +179,7 @@ def interval_statistics(parts: Sequence[RowStatistics]) -> IntervalStatistics:
             "checkpoint (its name in checkpoints/latest), with a lower training.learning_rate and run.amend=[training.learning_rate]"
         )
     joined = combine(Moments(*row) for row in zip(count, mean, m2, strict=True))
-    return IntervalStatistics(parts[0].intervals, joined, squares.sum(0))
+    return IntervalStatistics(parts[0].intervals, joined, squares.sum(0), counts.sum(0))
 
 
 # -- The choice --------------------------------------------------------------------------------------------------------
@@ -182,6 +193,8 @@ class Choice:
     variance: float
     """Of `interval`; nan where too few blocks fell into it."""
     changed: bool
+    density: DensityChoice | None = None
+    """On `interval`; None where no density is learned."""
 
 
 def choose(intervals: Sequence[Interval], variances: np.ndarray, blocks: np.ndarray, current: Interval, margin: float) -> Choice:
@@ -210,15 +223,14 @@ def choose(intervals: Sequence[Interval], variances: np.ndarray, blocks: np.ndar
     return Choice(current, float(variances[here]), False)
 
 
-def agreed(values: Sequence[Interval]) -> Interval:
-    """The interval that all ranks have (`values` in rank order). Raises TrainingError that names the ranks that differ."""
+def agreed(values: Sequence[Sequence[float]], what: str = "intervals") -> None:
+    """Whether all ranks have the same (`values` in rank order). Raises TrainingError that names the ranks that differ."""
     different = {rank: value for rank, value in enumerate(values) if tuple(value) != tuple(values[0])}
     if different:
         named = ", ".join(f"rank {rank} has {list(value)}" for rank, value in different.items())
         raise TrainingError(
-            f"ranks train on different intervals: rank 0 has {list(values[0])}, {named}; resume the run from its last checkpoint"
+            f"ranks train on different {what}: rank 0 has {list(values[0])}, {named}; resume the run from its last checkpoint"
         )
-    return _pair(values[0])
 
 
 # -- The state ---------------------------------------------------------------------------------------------------------
@@ -233,20 +245,31 @@ class TunerState:
     interval: Interval
     history: tuple[dict[str, Any], ...] = ()
     """One {step, block_size, interval, variance} per tuning; variance None where it could not be measured."""
+    density: tuple[float, ...] = ()
+    """The shape of the density that was learned on `interval` (see `time_density`); (): none, the recipe's holds."""
 
     def at(self, block_size: int, start: Interval) -> TunerState:
         """The state under `block_size`: another L' has another best interval, whose search begins at the recipe's."""
-        return self if block_size == self.block_size else replace(self, block_size=block_size, interval=_pair(start))
+        return self if block_size == self.block_size else replace(self, block_size=block_size, interval=_pair(start), density=())
 
     def after(self, step: int, choice: Choice) -> TunerState:
         """The state once `choice` is made after `step` updates."""
         variance = choice.variance if math.isfinite(choice.variance) else None
         entry = {"step": step, "block_size": self.block_size, "interval": list(choice.interval), "variance": variance}
-        return replace(self, interval=choice.interval, history=(*self.history, entry))
+        density = self.density if choice.interval == self.interval else ()
+        if choice.density is not None:
+            density = choice.density.learned
+        return replace(self, interval=choice.interval, density=density, history=(*self.history, entry))
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, lists and strings only: the same after JSON."""
-        return {"block_size": self.block_size, "interval": list(self.interval), "history": [dict(entry) for entry in self.history]}
+        density = {"density": list(self.density)} if self.density else {}
+        return {
+            "block_size": self.block_size,
+            "interval": list(self.interval),
+            **density,
+            "history": [dict(entry) for entry in self.history],
+        }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TunerState:
@@ -261,7 +284,10 @@ class TunerState:
                 }
                 for entry in state["history"]
             )
-            return cls(int(state["block_size"]), _pair(state["interval"]), history)
+            density = tuple(int(part) for part in state.get("density", ()))
+            if density and not (min(density) >= 0 and sum(density) > 0):
+                raise ValueError(f"density {density}")
+            return cls(int(state["block_size"]), _pair(state["interval"]), history, density)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's tuner state cannot be read ({error!r}); resume from another checkpoint") from None
 

@@ -41,6 +41,11 @@ def _log_choose(size: int) -> np.ndarray:
     return log_factorial[size] - log_factorial - log_factorial[::-1]
 
 
+def binomial(probability: np.ndarray, size: int) -> np.ndarray:
+    """Binomial(size, p) of every count: float64 [...] -> [..., size + 1]."""
+    return _probabilities(probability, size, 0, size)
+
+
 def _probabilities(probability: np.ndarray, size: int, low: int, high: int) -> np.ndarray:
     """Binomial(size, p) of the counts low..high: float64 [...] -> [..., high - low + 1]."""
     counts = np.arange(low, high + 1)

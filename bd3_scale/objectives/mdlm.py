@@ -25,6 +25,9 @@ class MaskedDiffusion(AbsorbingDiffusion):
     schedule: str = "linear"
     pad_to: int = 1
     resample: bool = False
+    density: str = "uniform"
+    density_shape: tuple[float, ...] = ()
+    learned: tuple[float, ...] = ()
     block_size: int = field(init=False)
     pattern: AttentionPattern = field(init=False)
 

@@ -31,7 +31,7 @@ def _strata(seed: int, step: int, count: int) -> np.ndarray:
     return strata
 
 
-def _in_interval(position: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
+def in_interval(position: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
     """Positions in [0, 1] -> [beta, omega], never outside by rounding."""
     beta, omega = interval
     return np.clip(beta + (omega - beta) * position, beta, omega)
@@ -58,7 +58,7 @@ def block_times(seed: int, step: int, slots: np.ndarray, global_batch: int, bloc
     count = global_batch * blocks
     stratum = _strata(int(seed), int(step), count).reshape(global_batch, blocks)[slots]
     words = _per_row((raw_words(seed, "jitter", (step, int(slot)), blocks) for slot in slots), len(slots), blocks)
-    return _in_interval((stratum + uniform(words)) / count, interval)
+    return in_interval((stratum + uniform(words)) / count, interval)
 
 
 def masked_tokens(seed: int, step: int, slots: np.ndarray, probabilities: np.ndarray, block_size: int) -> np.ndarray:
@@ -114,7 +114,7 @@ def validation_times(seed: int, row_indices: np.ndarray, blocks: int, interval: 
     rows = [int(row) for row in row_indices]
     stratum = [permutation(raw_words(seed, "validation strata", (row,), blocks)) for row in rows]
     words = _per_row((raw_words(seed, "validation jitter", (row,), blocks) for row in rows), len(rows), blocks)
-    return _in_interval((_per_row(stratum, len(rows), blocks) + uniform(words)) / blocks, interval)
+    return in_interval((_per_row(stratum, len(rows), blocks) + uniform(words)) / blocks, interval)
 
 
 def validation_masked_tokens(seed: int, row_indices: np.ndarray, probabilities: np.ndarray, block_size: int) -> np.ndarray:

@@ -15,12 +15,13 @@ mask_probability(t). There is no epsilon inside a schedule: the interval keeps t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from bd3_scale.objectives.time_density import TimeDensity
 from bd3_scale.recipe.rules_objective import check_schedule
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -59,13 +60,8 @@ def schedule_named(name: str) -> Schedule:
     return SCHEDULES[name]
 
 
-def expected_masked(schedule: str, interval: Sequence[float]) -> float:
-    """Mean mask probability at t ~ U[beta, omega] (midpoint rule: exact for the linear schedule)."""
-    beta, omega = interval
-    return _expected_masked(schedule, float(beta), float(omega))
-
-
 @lru_cache(maxsize=64)
-def _expected_masked(schedule: str, beta: float, omega: float) -> float:
-    times = beta + (omega - beta) * (np.arange(1000) + 0.5) / 1000
+def expected_masked(schedule: str, density: TimeDensity) -> float:
+    """Mean mask probability at t of this density (midpoint rule: exact for the linear schedule with a uniform one)."""
+    times, _ = density.draw((np.arange(1000) + 0.5) / 1000)
     return float(schedule_named(schedule).mask_probability(times).mean())

@@ -47,9 +47,15 @@ class ScoreEntropy(MaskedDiffusion):
     traits: ClassVar[Kind] = KINDS["sedd"]
 
     def _inputs(
-        self, rows: np.ndarray, masked: np.ndarray, times: np.ndarray, schedule: Schedule, dropout_keys: np.ndarray
+        self,
+        rows: np.ndarray,
+        masked: np.ndarray,
+        times: np.ndarray,
+        schedule: Schedule,
+        dropout_keys: np.ndarray,
+        corrections: np.ndarray | None = None,
     ) -> NetworkInputs:
-        inputs = super()._inputs(rows, masked, times, schedule, dropout_keys)
+        inputs = super()._inputs(rows, masked, times, schedule, dropout_keys, corrections)
         return replace(inputs, noise_levels=noise_levels(schedule.mask_probability(times[:, 0])), uses_cross_entropy=False)
 
 

@@ -100,6 +100,7 @@ class _Key:
             recipe.objective.kind,
             tuple(recipe.objective.interval),
             recipe.objective.schedule,
+            (recipe.objective.density, *(recipe.objective.density_shape or ())),
             repr(recipe.model),
             parallel.pipeline * parallel.virtual_stages,
             tuple((shares.micro_batch, shares.micro_batches) for shares in recipe.every_shares(replicas)),

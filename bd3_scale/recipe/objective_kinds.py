@@ -72,7 +72,7 @@ KINDS = {
         ),
         Kind(
             "ssdlm",
-            ("schedule", "resample"),
+            ("schedule", "density", "density_shape", "resample"),
             scores_every_token=True,
             noise_conditioned=True,
             unconditioned="bd3",
@@ -81,7 +81,7 @@ KINDS = {
         ),
         Kind(
             "ar",
-            ("block_size", "interval", "clean_half", "schedule", "resample"),
+            ("block_size", "interval", "density", "density_shape", "clean_half", "schedule", "resample"),
             scores_every_token=True,
             predicts_next_token=True,
         ),

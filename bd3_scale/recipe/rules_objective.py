@@ -5,6 +5,7 @@ The objectives take their own checks from here. Invariant: nothing here needs to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -15,6 +16,8 @@ from bd3_scale.recipe.schema import KEYS, ObjectiveConfig, TunerConfig
 Interval = tuple[float, float]
 
 NOISE_SCHEDULES = ("linear", "cosine", "square", "sqrt", "log")
+DENSITY_SHAPES: dict[str, tuple[float, ...]] = {"beta": (2.0, 2.0), "pareto": (-0.5,)}
+"""objective.density -> its objective.density_shape where the recipe sets none."""
 CLEAN_HALVES = KEYS["objective.clean_half"].choices
 
 
@@ -41,7 +44,34 @@ def check_objective(config: ObjectiveConfig, context: int, document_mask: bool =
             check_resampling(size)
     check_clean_half(config.clean_half)
     check_schedule(config.schedule)
-    checked_interval(config.interval)
+    check_density(config)
+
+
+def check_density(config: ObjectiveConfig) -> None:
+    """Raises RecipeError for an interval, or a density on it, that cannot be."""
+    (beta, omega), name, shape = checked_interval(config.interval), config.density, config.density_shape
+    if name == "uniform":
+        if shape is not None:
+            raise RecipeError(f"objective.density_shape is {list(shape)}, but a uniform density has none; set objective.density_shape=null")
+        return
+    usual, (need, least) = DENSITY_SHAPES[name], {"beta": ("two numbers above 0", 0), "pareto": ("one number above -1", -1)}[name]
+    if shape is not None and (len(shape) != len(usual) or not all(least < value < math.inf for value in shape)):
+        raise RecipeError(
+            f"objective.density_shape is {list(shape)}, but objective.density={name} has {need}; set objective.density_shape={list(usual)}"
+        )
+    if beta == omega:
+        raise RecipeError(
+            f"objective.density is {name}, but objective.interval=[{beta}, {omega}] is one point; set objective.density=uniform"
+        )
+    if name == "pareto" and beta == 0:
+        raise RecipeError(
+            "objective.density is pareto, which ends above 0, but objective.interval starts at 0; set objective.interval=[0.001, 1.0]"
+        )
+    if config.resample:
+        raise RecipeError(
+            f"objective.resample is on, whose loss is no bound that objective.density={name} could keep; set objective.resample=false "
+            "or objective.density=uniform"
+        )
 
 
 def check_shape(context: int, block_size: int) -> None:
@@ -104,6 +134,8 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
     if not 0 <= tuner.margin < 1:
         raise RecipeError(f"tuner.margin is {tuner.margin}, but it is a fraction of the variance; set 0 <= margin < 1, such as 0.02")
     if not tuner.enabled:
+        if tuner.kind != "interval":
+            raise RecipeError(f"tuner.kind is {tuner.kind}, but the tuner is off; set tuner.enabled=true or tuner.kind=interval")
         return
     kind = objective.traits
     if not kind.has_interval:
@@ -118,6 +150,17 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
             f"tuner.enabled is on, but its statistic is that of the linear schedule, not of objective.schedule={objective.schedule}; "
             "set objective.schedule=linear or tuner.enabled=false"
         )
+    if tuner.kind != "interval" and objective.resample:
+        raise RecipeError(
+            f"objective.resample is on, whose loss is no bound that tuner.kind={tuner.kind} could keep; set objective.resample=false "
+            "or tuner.kind=interval"
+        )
+    if tuner.kind == "density":
+        if objective.interval[0] == objective.interval[1]:
+            raise RecipeError(
+                f"tuner.kind is density, but objective.interval={list(objective.interval)} is a point; set objective.interval=[0.001, 1.0]"
+            )
+        return
     for size in [size for _, size in block_sizes(objective.block_size)] if kind.in_blocks else [2]:
         if tuple(objective.interval) not in interval_candidates(size):
             of_size = " of block size 1" if size == 1 else ""

@@ -129,7 +129,18 @@ class ObjectiveConfig:
     1000; of 1024, 16 and 32 are near). Or its schedule over training: a list of [from step, block size], such as [[0, 1024],
     [850000, 16]]; the first starts at step 0. A continued run may change the stages of steps to come."""
     interval: tuple[float, float] = key((1e-3, 1.0), change="amend")
-    """[beta, omega]: training draws t ~ U[beta, omega]. Validation always uses U[1e-3, 1]. Not for ar."""
+    """[beta, omega]: training draws t from it. Validation always uses U[1e-3, 1]. Not for ar."""
+    density: str = key(
+        "uniform",
+        choices=("uniform", "beta", "pareto"),
+        change="amend",
+        refused={"learned": "a density is learned by the tuner, from this one on; set tuner.enabled=true tuner.kind=density"},
+    )
+    """How often training draws each t of `interval`; losses are corrected by 1 / density, so that their mean stays the bound over the
+    interval and only their variance changes. A tenth is always uniform. beta: a bell over the interval; pareto: t^-(1 + alpha).
+    tuner.kind has the learned one. Not for ar and ssdlm, nor with `resample`."""
+    density_shape: list[float] | None = key(None, change="amend")
+    """Of beta [a, b], both above 0; null: [2, 2]. Of pareto [alpha], above -1, which would be uniform; null: [-0.5]."""
     clean_half: str = key("block_causal", choices=("block_causal", "causal"))
     """How clean tokens see each other: whole blocks, or causally inside a block, too. For bd3 and ssdlm."""
     schedule: str = "linear"
@@ -154,16 +165,19 @@ class ObjectiveConfig:
 
 @dataclass
 class TunerConfig:
-    """The search for [beta, omega] during training, by the variance that validation sees."""
+    """The search for [beta, omega] and for the density of t during training, by the variance that validation sees."""
 
     enabled: bool = key(False, change="amend")
-    """Off: objective.interval is never changed. On: it is where the search starts, and must be one of the candidates."""
+    """Off: objective.interval and density are never changed. On: they are where the search starts."""
+    kind: str = key("interval", choices=("interval", "density", "both"), change="amend")
+    """What is searched. interval: that of least variance; objective.interval must be one of the candidates. density: the one of least
+    variance on objective.interval, which leaves the train loss an estimate of the bound over it. both: a density in the best interval."""
     every: int = key(5000, change="amend")
     """Steps between tunings; each takes a validation pass on the averaged weights."""
     start_step: int = key(5000, change="amend")
     """No tuning before this step: clipping lowers the variance but can raise the perplexity of young models."""
     margin: float = key(0.02, change="amend")
-    """The interval changes only where the variance falls by more than this fraction."""
+    """Interval and density change only where the variance falls by more than this fraction."""
     rows: int | None = key(None, change="amend")
     """The first so many held-out rows are used; default: all that validation uses."""
 

@@ -25,7 +25,7 @@ from bd3_scale.engines.kernel_probe import Probed, as_line, as_text
 from bd3_scale.errors import TrainingError
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.estimates import Validated, Validation
-from bd3_scale.objectives.interval_tuner import Choice
+from bd3_scale.objectives.interval_tuner import Choice, TunerState
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
@@ -142,9 +142,17 @@ class Reporter:
             "changed": choice.changed,
             "variances": all_variances,
         }
+        if density := choice.density:
+            line["density"] = {
+                "shape": list(density.learned),
+                **{name: getattr(density, name) for name in ("variance", "uniform_variance", "changed")},
+            }
         self._write(line)
         verb = "changes to" if choice.changed else "stays"
         self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
+        if density:
+            verb, times = "changes" if density.changed else "stays", density.variance / density.uniform_variance
+            self.say(f"step {step}: the density of t {verb} (variance {density.variance:.3g}, {times:.2f} times that of a uniform one)")
         self.plot()
 
     def skip(self, seconds: float) -> None:
@@ -223,10 +231,10 @@ def _peak(recipe: Recipe, layout: Layout) -> float | None:
     return None if one is None else one * layout.world_size
 
 
-def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, interval: Sequence[float] | None = None) -> float:
-    """Model FLOPs of a training step per data token, with the expected share of masked positions; `interval`: a tuned one.
+def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, tuning: TunerState | None = None) -> float:
+    """Model FLOPs of a training step per data token, with the expected share of masked positions, as tuned where it is.
 
     Recomputed forwards are not counted: MFU says what came out, and activation checkpointing must not raise it.
     """
-    share, simplex = selected_share(recipe, pattern, interval), recipe.objective.traits.on_simplex
+    share, simplex = selected_share(recipe, pattern, tuning), recipe.objective.traits.on_simplex
     return training_flops_per_token(recipe.model, pattern, vocabulary, share, simplex=simplex)

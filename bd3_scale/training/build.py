@@ -125,9 +125,10 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
 def _amend(objectives: TunedObjective, step: int, found: resume.Found | None, forget: Callable[[], None]) -> None:
     """Train from `step` on what the recipe says of it now. `forget` the norms of another loss."""
     changes = objectives.advance(step) or objectives.recipe.batches.begins(step)
-    if found is not None and found.amended("objective.interval"):
-        changes |= objectives.draw_from(objectives.recipe.objective.interval)
-    if changes or (found is not None and found.amended("objective.resample")):
+    changed = {name for name in ("interval", "density", "density_shape", "resample") if found and found.amended(f"objective.{name}")}
+    if changed - {"resample"}:
+        objectives.draw_from(objectives.recipe.objective.interval if "interval" in changed else objectives.tuning.interval)
+    if changes or changed:
         forget()
 
 

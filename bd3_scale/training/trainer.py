@@ -154,15 +154,15 @@ class Trainer:
             self.tune(statistics)
 
     def tune(self, statistics: interval_tuner.IntervalStatistics) -> None:
-        """Choose the interval on the leader, tell everybody, and make sure that everybody heard the same."""
-        intervals, variances = statistics.intervals, statistics.variances
-        choice = interval_tuner.choose(intervals, variances, statistics.blocks, self.tuning.interval, self.recipe.tuner.margin)
-        choice = self.layout.broadcast(choice)
+        """Choose interval and density on the leader, tell everybody, and make sure that everybody heard the same."""
+        choice = self.layout.broadcast(self.objectives.choose(statistics, self.step))
         interval_tuner.agreed(self.layout.all_gather(choice.interval))
+        if choice.density is not None:
+            interval_tuner.agreed(self.layout.all_gather(choice.density.learned), "densities")
         if self.objectives.take(choice, self.step):
             self.engine.adam.rule.forget()
         self.heartbeat.forget()
-        self.report.tuner(step=self.step, choice=choice, intervals=intervals, variances=variances)
+        self.report.tuner(step=self.step, choice=choice, intervals=statistics.intervals, variances=statistics.variances)
 
     def save(self) -> None:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
@@ -180,7 +180,7 @@ class Trainer:
         self.report.skip(seconds)
 
     def flops_per_token(self) -> float:
-        return flops_per_token(self.recipe, self.objectives.at(self.step).pattern, self.vocabulary, self.tuning.interval)
+        return flops_per_token(self.recipe, self.objectives.at(self.step).pattern, self.vocabulary, self.tuning)
 
     def close(self) -> None:
         """Wait for the last checkpoint, end threads and files, let go of the state; the signals are the caller's again."""

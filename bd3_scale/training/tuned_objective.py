@@ -1,4 +1,4 @@
-"""The objective of every update: the recipe's, with the block size of its stage, drawn from the interval that was tuned so far.
+"""The objective of every update: the recipe's, with the block size of its stage, on the interval and density tuned so far.
 
 Invariants: whoever asks changes nothing (the thread of the feed asks, too); the state of the tuner is replaced here and nowhere else, on
 all ranks alike, and goes into every checkpoint.
@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bd3_scale.data.tokenizer import Tokenizer
-from bd3_scale.objectives.interval_tuner import Choice, Interval, TunerState
+from bd3_scale.objectives.density_tuner import choose_density
+from bd3_scale.objectives.interval_tuner import Choice, Interval, IntervalStatistics, TunerState, choose
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
+from bd3_scale.objectives.time_density import time_density
 from bd3_scale.recipe import Recipe
 
 
@@ -24,22 +26,35 @@ class TunedObjective:
 
     def at(self, step: int) -> Objective:
         """The objective of update `step` as far as is known now."""
-        return self.schedule.at(step, self._tuning_at(step).interval)
+        tuning = self._tuning_at(step)
+        return self.schedule.at(step, tuning.interval, tuning.density)
 
     def advance(self, step: int) -> bool:
         """The run is at `step`. Whether another block size begins there, whose interval is searched anew."""
         before, self.tuning = self.tuning.block_size, self._tuning_at(step)
         return self.tuning.block_size != before
 
-    def draw_from(self, interval: Interval) -> bool:
-        """Train on `interval` from now on; whether that is another one."""
-        before, self.tuning = self.tuning.interval, replace(self.tuning, interval=interval)
-        return interval != before
+    def draw_from(self, interval: Interval) -> None:
+        """Train on `interval` from now on, with the recipe's density."""
+        self.tuning = replace(self.tuning, interval=interval, density=())
+
+    def choose(self, statistics: IntervalStatistics, step: int) -> Choice:
+        """What the pass after `step` updates says of interval and density, those of the two that the recipe's tuner searches."""
+        config, tuning = self.recipe.tuner, self._tuning_at(step)
+        if config.kind == "density":
+            choice = Choice(tuning.interval, statistics.variance_of(tuning.interval), False)
+        else:
+            choice = choose(statistics.intervals, statistics.variances, statistics.blocks, tuning.interval, config.margin)
+        if config.kind == "interval":
+            return choice
+        objective, learned = self.recipe.objective, tuning.density if choice.interval == tuning.interval else ()
+        current = time_density(choice.interval, objective.density, tuple(objective.density_shape or ()), learned)
+        return replace(choice, density=choose_density(statistics.counts, tuning.block_size, current, learned, config.margin))
 
     def take(self, choice: Choice, step: int) -> bool:
-        """Train on what was chosen after `step` updates, and remember it; whether that is another interval."""
-        before, self.tuning = self.tuning.interval, self.tuning.after(step, choice)
-        return choice.interval != before
+        """Train on what was chosen after `step` updates, and remember it; whether that is another interval or density."""
+        before, self.tuning = self.tuning, self.tuning.after(step, choice)
+        return (self.tuning.interval, self.tuning.density) != (before.interval, before.density)
 
     def _tuning_at(self, step: int) -> TunerState:
         return self.tuning.at(self.schedule.at(step).block_size, self.recipe.objective.interval)

@@ -181,7 +181,8 @@ def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.
 @pytest.mark.parametrize(("key", "allowed"), [(key, facts.choices) for key, facts in KEYS.items() if facts.choices])
 def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed: tuple[Any, ...]) -> None:
     for value in allowed:
-        needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"]}.get(str(value), [])
+        searched = {kind: ["tuner.enabled=true"] for kind in ("density", "both")}
+        needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"], **searched}.get(str(value), [])
         recipes.validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed]))
     message = refused(base, [f"{key}={7 if isinstance(allowed[0], int) else 'other'}"])
     assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)

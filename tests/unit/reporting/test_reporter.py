@@ -18,7 +18,9 @@ from bd3_scale.costs.flops import training_flops_per_token
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.estimates import CrossEntropy, Validation
+from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.noise_schedules import expected_masked
+from bd3_scale.objectives.time_density import TimeDensity
 from bd3_scale.recipe import Recipe, load
 from bd3_scale.reporting import plots
 from bd3_scale.reporting import reporter as reporter_module
@@ -285,9 +287,9 @@ def test_a_run_without_likelihood_reports_its_cross_entropy_and_no_perplexity(tm
 
 
 def test_share_of_masked_positions_is_that_of_the_schedule() -> None:
-    assert expected_masked("linear", (0.3, 0.8)) == pytest.approx(0.55, rel=1e-12)
-    assert expected_masked("square", (0.0, 1.0)) == pytest.approx(1 / 3, abs=1e-6)
-    assert expected_masked("linear", (1.0, 1.0)) == 1.0
+    assert expected_masked("linear", TimeDensity((0.3, 0.8))) == pytest.approx(0.55, rel=1e-12)
+    assert expected_masked("square", TimeDensity((0.0, 1.0))) == pytest.approx(1 / 3, abs=1e-6)
+    assert expected_masked("linear", TimeDensity((1.0, 1.0))) == 1.0
 
 
 def test_flops_follow_the_objective_and_not_the_recomputation(tmp_path: Path) -> None:
@@ -296,7 +298,10 @@ def test_flops_follow_the_objective_and_not_the_recomputation(tmp_path: Path) ->
     causal = AttentionPattern("causal", asked.model.context, 1)
     plain = flops_per_token(asked, bd3, 50258)
     assert plain == pytest.approx(training_flops_per_token(asked.model, bd3, 50258, 0.5005))
-    assert flops_per_token(asked, bd3, 50258, (0.3, 0.4)) < plain < flops_per_token(asked, bd3, 50258, (0.9, 1.0))
+    low, high = (TunerState(8, interval) for interval in ((0.3, 0.4), (0.9, 1.0)))
+    assert flops_per_token(asked, bd3, 50258, low) < plain < flops_per_token(asked, bd3, 50258, high)
+    learned = TunerState(8, (0.001, 1.0), density=(2, 1))  # more of the bin of little noise
+    assert flops_per_token(asked, bd3, 50258, learned) < plain
     assert flops_per_token(asked, causal, 50258) == pytest.approx(training_flops_per_token(asked.model, causal, 50258, 1.0))
     asked.training.recompute = "layer"
     assert flops_per_token(asked, bd3, 50258) == plain

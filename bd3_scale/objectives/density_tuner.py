@@ -1,0 +1,125 @@
+"""The density of t with the least variance, from the pass that the interval tuner makes anyway.
+
+An unbiased estimate of the mean loss over an interval varies least where t is drawn in proportion to sqrt(E[loss^2 | t]), in bins of
+width w to sqrt(w * integral of E[loss^2 | t]). No bins of t are needed to measure that: given how many of a block's tokens are masked,
+which ones they are, and so the sum S of their nll, does not depend on t. With the block's loss S / (t n),
+    E[loss^2 | t] = sum over m of Binomial(m; n, t) E[S^2 | m] / (t n)^2,
+for every t, also where the pass had hardly a masked token. Blocks are pooled by their masked fraction, S^2 in units of m^2, and
+neighbouring pools are smoothed. (The score entropy of sedd depends on t a little beside m: its density is the best of a near relative,
+and its estimate no less unbiased.)
+
+Invariants: sums are made row by row and joined in the order of the rows, as those of `interval_tuner`; a density is a few whole numbers, so
+that layouts, whose losses differ by rounding, learn the same one; the variance must fall by more than `tuner.margin` for a change.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bd3_scale.objectives.mask_resampling import binomial
+from bd3_scale.objectives.network_inputs import BlockSamples
+from bd3_scale.objectives.time_density import BINS, TimeDensity
+from bd3_scale.recipe.rules_objective import Interval
+
+POOLS = 32
+"""Of masked fractions, equally wide in their square root: alone for every count of blocks of up to 16 tokens."""
+LEAST_MASKED = 30
+"""Fewer blocks with a masked token say nothing of how their losses vary."""
+SMOOTHING = (0.25, 0.5, 0.25)
+PARTS = 10_000
+"""Of the whole, in which the probability of a bin is rounded."""
+
+
+def count_sums(samples: BlockSamples) -> np.ndarray:
+    """Sums over the blocks of each row, float64 [m rows, 5, POOLS]: of 1, m, S, m^2 and S^2, of blocks with m > 0 masked tokens."""
+    sums = np.zeros((len(samples.times), 5, POOLS))
+    counted = samples.maskable > 0
+    for row, out in enumerate(sums):  # row by row, as in `interval_tuner.row_statistics`
+        masked = samples.masked[row, counted]
+        total = samples.losses[row, counted] * samples.times[row, counted] * samples.maskable[counted]
+        pool = np.minimum(np.sqrt(masked / samples.maskable[counted]) * POOLS, POOLS - 1).astype(np.int64)
+        some = masked > 0
+        for line, values in zip(out, (np.ones(len(masked)), masked, total, masked**2, np.square(total)), strict=True):
+            line[:] = np.bincount(pool[some], values[some], POOLS)
+    return sums
+
+
+@dataclass(frozen=True)
+class LossProfile:
+    """Moments of a block's loss given t, of blocks of `block_size` tokens under the linear schedule."""
+
+    block_size: int
+    first: np.ndarray
+    """float64 [n + 1]: E[S | m] of every masked count m."""
+    second: np.ndarray
+    """float64 [n + 1]: E[S^2 | m]."""
+
+    @classmethod
+    def of(cls, sums: np.ndarray, block_size: int) -> LossProfile | None:
+        """From `count_sums` of all rows, added up: float64 [5, POOLS]. None where there are too few to say anything."""
+        if sums[0].sum() < LEAST_MASKED:
+            return None
+        smooth = np.stack([np.convolve(line, SMOOTHING, mode="same") for line in sums])
+        known = np.flatnonzero(smooth[0] > 0)
+        counts = np.arange(block_size + 1)
+        pool = np.minimum(np.sqrt(counts / block_size) * POOLS, POOLS - 1).astype(np.int64)
+        first, second = (np.interp(pool, known, smooth[top, known] / smooth[below, known]) for top, below in ((2, 1), (4, 3)))
+        return cls(block_size, first * counts, second * counts**2)
+
+    def moments(self, interval: Interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(edges of BINS bins of the interval, integrals over each bin of E[loss | t] and of E[loss^2 | t]): float64."""
+        edges = TimeDensity(interval, (1,) * BINS).edges
+        nodes, shares = np.polynomial.legendre.leggauss(8)
+        root = np.sqrt(edges)
+        half = np.diff(root)[:, None] / 2
+        r = root[:-1, None] + half * (nodes + 1)
+        t, measure = np.square(r), 2 * r * half * shares
+        probability = binomial(t, self.block_size)
+        first, second = (
+            ((probability @ moment) / (t * self.block_size) ** power * measure).sum(1)
+            for power, moment in ((1, self.first), (2, self.second))
+        )
+        return edges, first, second
+
+    def variance(self, density: TimeDensity) -> float:
+        """Of the corrected loss of a block whose t is drawn from `density`."""
+        edges, first, second = self.moments(density.interval)
+        width = edges[-1] - edges[0]
+        heights = density.probabilities / np.diff(density.edges)
+        here = np.searchsorted(density.edges[1:-1], (edges[:-1] + edges[1:]) / 2)
+        return float((second / heights[here]).sum() / width**2 - (first.sum() / width) ** 2)
+
+    def best(self, interval: Interval) -> TimeDensity:
+        """The density of the least variance on an interval, in whole numbers."""
+        edges, _, second = self.moments(interval)
+        mass = np.sqrt(np.diff(edges) * second)
+        return TimeDensity(interval, tuple(np.rint(PARTS * mass / mass.sum()).astype(int).tolist()))
+
+
+@dataclass(frozen=True)
+class DensityChoice:
+    """The density to train with from now on, and why."""
+
+    learned: tuple[float, ...]
+    """Its shape; (): the recipe's stays."""
+    variance: float
+    """Of a block's loss with it; nan where it could not be measured."""
+    uniform_variance: float
+    """The same with a uniform density on the same interval."""
+    changed: bool
+
+
+def choose_density(sums: np.ndarray, block_size: int, current: TimeDensity, learned: tuple[float, ...], margin: float) -> DensityChoice:
+    """The best density on the interval of `current`, if it beats that by more than `margin`; else the current one, and its `learned`
+    shape where it has one. `sums`: see `LossProfile.of`."""
+    profile = LossProfile.of(sums, block_size)
+    if profile is None or current.interval[0] == current.interval[1]:
+        return DensityChoice(learned, math.nan, math.nan, False)
+    best = profile.best(current.interval)
+    here, there, uniform = (profile.variance(of) for of in (current, best, replace(current, shape=())))
+    if there < (1 - margin) * here:
+        return DensityChoice(best.shape, there, uniform, True)
+    return DensityChoice(learned, here, uniform, False)
