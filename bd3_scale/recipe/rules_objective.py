@@ -55,9 +55,10 @@ def check_density(config: ObjectiveConfig) -> None:
             raise RecipeError(f"objective.density_shape is {list(shape)}, but a uniform density has none; set objective.density_shape=null")
         return
     usual, (need, least) = DENSITY_SHAPES[name], {"beta": ("two numbers above 0", 0), "pareto": ("one number above -1", -1)}[name]
+    example = str(list(usual)).replace(" ", "")
     if shape is not None and (len(shape) != len(usual) or not all(least < value < math.inf for value in shape)):
         raise RecipeError(
-            f"objective.density_shape is {list(shape)}, but objective.density={name} has {need}; set objective.density_shape={list(usual)}"
+            f"objective.density_shape is {list(shape)}, but objective.density={name} has {need}; set objective.density_shape={example}"
         )
     if beta == omega:
         raise RecipeError(
@@ -65,7 +66,7 @@ def check_density(config: ObjectiveConfig) -> None:
         )
     if name == "pareto" and beta == 0:
         raise RecipeError(
-            "objective.density is pareto, which ends above 0, but objective.interval starts at 0; set objective.interval=[0.001, 1.0]"
+            "objective.density is pareto, which ends above 0, but objective.interval starts at 0; set objective.interval=[0.001,1.0]"
         )
     if config.resample:
         raise RecipeError(
@@ -158,7 +159,7 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
     if tuner.kind == "density":
         if objective.interval[0] == objective.interval[1]:
             raise RecipeError(
-                f"tuner.kind is density, but objective.interval={list(objective.interval)} is a point; set objective.interval=[0.001, 1.0]"
+                f"tuner.kind is density, but objective.interval={list(objective.interval)} is a point; set objective.interval=[0.001,1.0]"
             )
         return
     for size in [size for _, size in block_sizes(objective.block_size)] if kind.in_blocks else [2]:

@@ -143,10 +143,7 @@ class Reporter:
             "variances": all_variances,
         }
         if density := choice.density:
-            line["density"] = {
-                "shape": list(density.learned),
-                **{name: getattr(density, name) for name in ("variance", "uniform_variance", "changed")},
-            }
+            line |= {"density": list(density.learned), "density_variance": density.variance, "uniform_variance": density.uniform_variance}
         self._write(line)
         verb = "changes to" if choice.changed else "stays"
         self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")

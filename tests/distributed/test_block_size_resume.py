@@ -9,10 +9,11 @@ import pytest
 
 from tests.distributed.conftest import metrics, train_all
 
-COMMON = ["objective.block_size=[[0,32],[10,8]]", "tuner.enabled=true", "tuner.every=5", "tuner.start_step=5", "tuner.margin=0"]
+TUNED = ["tuner.enabled=true", "tuner.kind=both", "tuner.every=5", "tuner.start_step=5", "tuner.margin=0"]
+COMMON = ["objective.block_size=[[0,32],[10,8]]", *TUNED]
 STOPS = {
     # run: (ranks, steps at their end, layout), one after the other
-    "where it changes": [(1, 10, []), (1, 20, [])],
+    "where it changes, and later": [(1, 10, []), (1, 17, []), (1, 20, [])],
     "before and after, other layouts": [
         (2, 8, ["parallel.zero=3"]),
         (1, 10, []),
@@ -38,7 +39,13 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_stopped_around_the_change_is_the_whole_run(folder: Path, name: str) -> None:
     whole, run = metrics(folder / "whole"), metrics(folder / name.replace(" ", "_").replace(",", ""))
     alone = all(ranks == 1 for ranks, _, _ in STOPS[name])
-    for kind, key, count in (("train", "loss", 20), ("train", "gradient_norm", 20), ("validation", "nelbo", 4), ("tuner", "interval", 4)):
+    for kind, key, count in (
+        ("train", "loss", 20),
+        ("train", "gradient_norm", 20),
+        ("validation", "nelbo", 4),
+        ("tuner", "interval", 4),
+        ("tuner", "density", 4),
+    ):
         expected = {line["step"]: line[key] for line in whole if line["kind"] == kind}
         found = {line["step"]: line[key] for line in run if line["kind"] == kind and line["step"] in expected}
         assert list(found) == list(expected) and len(found) == count

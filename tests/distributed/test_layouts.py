@@ -1,4 +1,4 @@
-"""The heart of the project: every layout equals one process (property 7), in loss, gradient norm, NELBO and tuned interval.
+"""The heart of the project: every layout equals one process (property 7), in loss, gradient norm, NELBO, tuned interval and density.
 
 20 steps in fp32 with dropout, clipping, weight decay, accumulation, EMA, a tuning and two validations; a layout is one line
 of the table. Trainings of one world size share their processes. The table is printed at the end and asserted line by line.
@@ -22,12 +22,12 @@ from tests.distributed.forked import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE, BF16 = 1e-5, 2e-3
 pytestmark = pytest.mark.timeout(3000)  # all trainings are in one fixture
-TUNED = ["tuner.enabled=true", "tuner.every=10", "tuner.start_step=10", "tuner.margin=0"]
+TUNED = ["tuner.enabled=true", "tuner.kind=both", "tuner.every=10", "tuner.start_step=10", "tuner.margin=0"]
 COMMON = ["model.layers=4", "checkpoint.every=0", "validation.rows=24"]
 MODELS = {
     "base": ["objective.block_size=4", *TUNED],
     "L'=1": ["objective.block_size=1", *TUNED],
-    "L'=16": ["objective.block_size=16", *TUNED],
+    "L'=16": ["objective.block_size=16", *TUNED, "tuner.kind=density"],
     "L'=L": ["objective.block_size=32", *TUNED],
     "ar": ["objective.kind=ar", "objective.block_size=null"],
     "mdlm": ["objective.kind=mdlm", "objective.block_size=null", *TUNED],
@@ -49,7 +49,7 @@ MODELS = {
     "documents": ["objective.block_size=4", "data.document_mask=true"],
     "bf16": ["objective.block_size=4", "training.precision=bf16"],
     "muon": ["training.optimizer=muon", "objective.block_size=4", "model.mlp=swiglu", "model.mlp_hidden=48", *TUNED],
-    "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED],
+    "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED, "tuner.kind=interval", "objective.density=beta"],
     # 8 rows from step 5, 12 from step 14 on
     "ramp": ["objective.block_size=4", "training.global_batch=[[0,4],[20,8],[90,12]]", *TUNED],
 }  # fmt: skip
@@ -237,16 +237,19 @@ def test_layout_equals_one_process(runs: Path, name: str, record_property: Calla
         assert len(expected) == len(found) == count
         worst[key] = np.abs(found / expected - 1).max()
     intervals = [values(runs / slug(run), "tuner", "interval") for run in (model, name)]
+    densities = [[line.get("density") for line in metrics(runs / slug(run)) if line["kind"] == "tuner"] for run in (model, name)]
     shown = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
     tuned = f", tuned {intervals[1][-1]}" if intervals[1] else ""
     record_property("table", f"{world_size} processes, {name:48s} {shown}{tuned}")
     assert max(worst.values()) < (BF16 if model == "bf16" else TOLERANCE), worst
-    assert intervals[0] == intervals[1]
+    assert intervals[0] == intervals[1] and densities[0] == densities[1]
     assert len(intervals[0]) == (2 if "tuner.enabled=true" in MODELS[model] else 0)
 
 
 def test_the_tuned_interval_moved(runs: Path) -> None:
     assert values(runs / "base", "tuner", "interval")[-1] != [1e-3, 1.0], "or the comparison of intervals says little"
+    for model in ("base", "L'=16"):
+        assert all(values(runs / slug(model), "tuner", "density")), "or that of densities does"
 
 
 @pytest.mark.parametrize("name", RECIPES)

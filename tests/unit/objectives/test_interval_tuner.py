@@ -13,6 +13,7 @@ import torch
 
 from bd3_scale.errors import CheckpointError, RecipeError, TrainingError
 from bd3_scale.objectives import interval_tuner
+from bd3_scale.objectives.density_tuner import DensityChoice
 from bd3_scale.objectives.interval_tuner import TunerState, choose, interval_statistics, row_statistics
 from bd3_scale.objectives.network_inputs import BlockSamples, NetworkInputs, block_losses
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion
@@ -119,6 +120,7 @@ def test_the_statistics_are_the_same_bit_for_bit_on_any_number_of_ranks(resample
             np.testing.assert_array_equal(getattr(joined.moments, name), getattr(reference.moments, name))
         np.testing.assert_array_equal(joined.variances, reference.variances)
         np.testing.assert_array_equal(joined.blocks, reference.blocks)
+        np.testing.assert_array_equal(joined.counts, reference.counts)
 
 
 def test_variances_are_those_of_the_blocks_inside() -> None:
@@ -237,7 +239,19 @@ def test_the_state_survives_a_checkpoint_and_starts_over_at_another_block_size()
     assert state.history[0] == {"step": 5000, "block_size": 16, "interval": [0.3, 0.8], "variance": 3.5}
     assert state.at(16, WHOLE) is state
     assert state.at(4, WHOLE) == TunerState(4, WHOLE, state.history)
-    for damaged in ({}, {"block_size": 16, "interval": [0.3], "history": []}, {"block_size": 16, "interval": WHOLE, "history": [{}]}):
+    # A density belongs to its interval and block size, and is written down only where one was learned.
+    assert "density" not in state.to_dict()
+    learned = state.after(15000, interval_tuner.Choice((0.3, 0.8), 3.5, False, DensityChoice((3, 1), 2.5, 3.5, True)))
+    assert learned.density == (3, 1) and TunerState.from_dict(json.loads(json.dumps(learned.to_dict()))) == learned
+    assert learned.at(4, WHOLE).density == () == learned.after(20000, interval_tuner.Choice((0.3, 0.7), 3.0, True)).density
+    assert learned.after(20000, interval_tuner.Choice((0.3, 0.8), 3.0, False)).density == (3, 1)
+    holes = {**learned.to_dict(), "density": [0, 0]}
+    for damaged in (
+        holes,
+        {},
+        {"block_size": 16, "interval": [0.3], "history": []},
+        {"block_size": 16, "interval": WHOLE, "history": [{}]},
+    ):
         with pytest.raises(CheckpointError, match="tuner state"):
             TunerState.from_dict(damaged)
 
@@ -248,6 +262,7 @@ def test_when_and_with_what_it_runs() -> None:
     assert not interval_tuner.due(TunerConfig(every=5, start_step=0), 10)
     assert [step for step in range(4) if interval_tuner.due(TunerConfig(True, every=1, start_step=0), step)] == [1, 2, 3]
     on = TunerConfig(enabled=True)
+    check_tuner(TunerConfig(enabled=True, kind="density"), ObjectiveConfig(interval=(0.2, 0.77)))
     for config in (ObjectiveConfig(), ObjectiveConfig(kind="mdlm", interval=(0.3, 0.8)), ObjectiveConfig(block_size=[[0, 8], [5, 1]])):
         check_tuner(on, config)
     check_tuner(TunerConfig(), ObjectiveConfig(kind="ar"))
