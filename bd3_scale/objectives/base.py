@@ -54,6 +54,10 @@ class Objective(Protocol):
     def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
         """What a validation pass says about single blocks: `inputs` of `validation_inputs` for these rows, and their nll [n]."""
 
+    def control(self, inputs: NetworkInputs, real: int) -> float:
+        """What the masks of `training_inputs` say of their summed loss, less what they say in the mean (see `control_variate`); only the
+        first `real` rows are scored. 0 where nothing is known."""
+
 
 class ObjectiveBase:
     """Answers shared by all objectives; a class names its kind's `traits`."""
@@ -78,6 +82,10 @@ class ObjectiveBase:
     def scored_tokens_per_row(self) -> int:
         """As `Objective.scored_tokens_per_row`."""
         return self.context - 1
+
+    def control(self, inputs: NetworkInputs, real: int) -> float:
+        """As `Objective.control`: nothing is known."""
+        return 0.0
 
 
 def block_pattern(context: int, block_size: int, clean_half: str, document_end: int | None, row_multiple: int = 1) -> AttentionPattern:

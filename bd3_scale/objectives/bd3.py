@@ -15,6 +15,7 @@ from torch import Tensor
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_padding
+from bd3_scale.objectives.control_variate import control
 from bd3_scale.objectives.mask_resampling import resampled_tokens
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
@@ -41,6 +42,7 @@ class AbsorbingDiffusion(ObjectiveBase):
     density: str
     density_shape: tuple[float, ...]
     learned: tuple[float, ...]
+    masked_nll: tuple[float, ...]
     pad_to: int
     resample: bool
 
@@ -70,6 +72,10 @@ class AbsorbingDiffusion(ObjectiveBase):
         else:
             masked = noise.masked_tokens(seed, step, slots, probabilities, self.block_size)
         return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots), corrections)
+
+    def control(self, inputs: NetworkInputs, real: int) -> float:
+        """As `Objective.control`, where `masked_nll` is known."""
+        return control(inputs, real, self.masked_nll, self.interval) if self.masked_nll else 0.0
 
     def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
         """As `Objective.validation_inputs`: t ~ U[1e-3, 1] and weight 1/t, whatever training does.
@@ -153,6 +159,8 @@ class BlockDiffusion(AbsorbingDiffusion):
     density_shape: tuple[float, ...] = ()
     learned: tuple[float, ...] = ()
     """The shape that the tuner found instead; (): none."""
+    masked_nll: tuple[float, ...] = ()
+    """For the control variate; (): there is none."""
     document_end: int | None = None
     """Documents that share a row and end with this token do not see each other (see `attention_mask`)."""
     row_multiple: int = 1

@@ -40,11 +40,28 @@ def count_sums(samples: BlockSamples) -> np.ndarray:
     for row, out in enumerate(sums):  # row by row, as in `interval_tuner.row_statistics`
         masked = samples.masked[row, counted]
         total = samples.losses[row, counted] * samples.times[row, counted] * samples.maskable[counted]
-        pool = np.minimum(np.sqrt(masked / samples.maskable[counted]) * POOLS, POOLS - 1).astype(np.int64)
+        pool = pools(masked / samples.maskable[counted])
         some = masked > 0
         for line, values in zip(out, (np.ones(len(masked)), masked, total, masked**2, np.square(total)), strict=True):
             line[:] = np.bincount(pool[some], values[some], POOLS)
     return sums
+
+
+def pools(fraction: np.ndarray) -> np.ndarray:
+    """The pool of each masked fraction, float64 in [0, 1] -> int64 in [0, POOLS)."""
+    return np.minimum(np.sqrt(fraction) * POOLS, POOLS - 1).astype(np.int64)
+
+
+def _ratios(sums: np.ndarray) -> np.ndarray:
+    """S / m and S^2 / m^2 of every pool, float64 [2, POOLS], from sums with at least one masked token."""
+    smooth = np.stack([np.convolve(line, SMOOTHING, mode="same") for line in sums])
+    known = np.flatnonzero(smooth[0] > 0)
+    return np.stack([np.interp(np.arange(POOLS), known, smooth[top, known] / smooth[below, known]) for top, below in ((2, 1), (4, 3))])
+
+
+def masked_nll(sums: np.ndarray) -> tuple[float, ...]:
+    """Mean nll of a masked token in every pool, from `count_sums` of all rows; () where there are too few to say anything."""
+    return tuple(_ratios(sums)[0].tolist()) if sums[0].sum() >= LEAST_MASKED else ()
 
 
 @dataclass(frozen=True)
@@ -62,12 +79,10 @@ class LossProfile:
         """From `count_sums` of all rows, added up: float64 [5, POOLS]. None where there are too few to say anything."""
         if sums[0].sum() < LEAST_MASKED:
             return None
-        smooth = np.stack([np.convolve(line, SMOOTHING, mode="same") for line in sums])
-        known = np.flatnonzero(smooth[0] > 0)
+        nll, square = _ratios(sums)
         counts = np.arange(block_size + 1)
-        pool = np.minimum(np.sqrt(counts / block_size) * POOLS, POOLS - 1).astype(np.int64)
-        first, second = (np.interp(pool, known, smooth[top, known] / smooth[below, known]) for top, below in ((2, 1), (4, 3)))
-        return cls(block_size, first * counts, second * counts**2)
+        pool = pools(counts / block_size)
+        return cls(block_size, nll[pool] * counts, square[pool] * counts**2)
 
     def moments(self, interval: Interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(edges of BINS bins of the interval, integrals over each bin of E[loss | t] and of E[loss^2 | t]): float64."""
@@ -84,13 +99,19 @@ class LossProfile:
         )
         return edges, first, second
 
+    def mean(self, interval: Interval) -> float:
+        """Of a block's loss at t ~ U[beta, omega]."""
+        if interval[0] == interval[1]:
+            return float((binomial(np.array(interval[1]), self.block_size) @ self.first) / (interval[1] * self.block_size))
+        return float(self.moments(interval)[1].sum() / (interval[1] - interval[0]))
+
     def variance(self, density: TimeDensity) -> float:
         """Of the corrected loss of a block whose t is drawn from `density`."""
-        edges, first, second = self.moments(density.interval)
+        edges, _, second = self.moments(density.interval)
         width = edges[-1] - edges[0]
         heights = density.probabilities / np.diff(density.edges)
         here = np.searchsorted(density.edges[1:-1], (edges[:-1] + edges[1:]) / 2)
-        return float((second / heights[here]).sum() / width**2 - (first.sum() / width) ** 2)
+        return float((second / heights[here]).sum() / width**2 - self.mean(density.interval) ** 2)
 
     def best(self, interval: Interval) -> TimeDensity:
         """The density of the least variance on an interval, in whole numbers."""

@@ -195,6 +195,8 @@ class Choice:
     changed: bool
     density: DensityChoice | None = None
     """On `interval`; None where no density is learned."""
+    masked_nll: tuple[float, ...] = ()
+    """See `control_variate`."""
 
 
 def choose(intervals: Sequence[Interval], variances: np.ndarray, blocks: np.ndarray, current: Interval, margin: float) -> Choice:
@@ -247,10 +249,14 @@ class TunerState:
     """One {step, block_size, interval, variance} per tuning; variance None where it could not be measured."""
     density: tuple[float, ...] = ()
     """The shape of the density that was learned on `interval` (see `time_density`); (): none, the recipe's holds."""
+    masked_nll: tuple[float, ...] = ()
+    """What the control variate of the reported train loss lives on (see `control_variate`); (): there is none."""
 
     def at(self, block_size: int, start: Interval) -> TunerState:
         """The state under `block_size`: another L' has another best interval, whose search begins at the recipe's."""
-        return self if block_size == self.block_size else replace(self, block_size=block_size, interval=_pair(start), density=())
+        if block_size == self.block_size:
+            return self
+        return TunerState(block_size, _pair(start), self.history)
 
     def after(self, step: int, choice: Choice) -> TunerState:
         """The state once `choice` is made after `step` updates."""
@@ -259,15 +265,16 @@ class TunerState:
         density = self.density if choice.interval == self.interval else ()
         if choice.density is not None:
             density = choice.density.learned
-        return replace(self, interval=choice.interval, density=density, history=(*self.history, entry))
+        history = (*self.history, entry)
+        return replace(self, interval=choice.interval, density=density, masked_nll=choice.masked_nll, history=history)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, lists and strings only: the same after JSON."""
-        density = {"density": list(self.density)} if self.density else {}
+        learned = {name: list(getattr(self, name)) for name in ("density", "masked_nll") if getattr(self, name)}
         return {
             "block_size": self.block_size,
             "interval": list(self.interval),
-            **density,
+            **learned,
             "history": [dict(entry) for entry in self.history],
         }
 
@@ -287,7 +294,8 @@ class TunerState:
             density = tuple(int(part) for part in state.get("density", ()))
             if density and not (min(density) >= 0 and sum(density) > 0):
                 raise ValueError(f"density {density}")
-            return cls(int(state["block_size"]), _pair(state["interval"]), history, density)
+            masked_nll = tuple(float(nll) for nll in state.get("masked_nll", ()))
+            return cls(int(state["block_size"]), _pair(state["interval"]), history, density, masked_nll)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's tuner state cannot be read ({error!r}); resume from another checkpoint") from None
 

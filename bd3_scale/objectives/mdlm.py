@@ -28,6 +28,7 @@ class MaskedDiffusion(AbsorbingDiffusion):
     density: str = "uniform"
     density_shape: tuple[float, ...] = ()
     learned: tuple[float, ...] = ()
+    masked_nll: tuple[float, ...] = ()
     block_size: int = field(init=False)
     pattern: AttentionPattern = field(init=False)
 

@@ -193,6 +193,11 @@ def masked_counts(inputs: NetworkInputs) -> np.ndarray:
     return _block_sums(inputs, (inputs.weights.cpu().numpy() > 0).astype(np.float64)).astype(np.int64)
 
 
+def weight_sums(inputs: NetworkInputs) -> np.ndarray:
+    """Sum of the loss weights of every block, float64 [m, B]."""
+    return _block_sums(inputs, inputs.weights.cpu().double().numpy())
+
+
 def row_nelbo(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
     """NELBO of every row, float64 [m], in nats per data token (L - 1 of them), from `validation_inputs` and their nll [n].
 

@@ -103,13 +103,15 @@ class ObjectiveSchedule:
             math.lcm(ROW_MULTIPLE[device], ranks),
         )
 
-    def at(self, step: int, interval: Interval | None = None, learned: tuple[float, ...] = ()) -> Objective:
-        """The objective of update `step` (updates done before it), on `interval` (None: the recipe's) with the `learned` density (():
-        the recipe's). Asking at every step costs nothing: equal arguments give the same object."""
+    def at(self, step: int, interval: Interval | None = None, **tuned: tuple[float, ...]) -> Objective:
+        """The objective of update `step` (updates done before it), on `interval` (None: the recipe's), with what else was `tuned`: fields
+        of its class, left out where they say nothing. Asking at every step costs nothing: equal arguments give the same object."""
         objective: Any = [objective for start, objective in self._stages if start <= step][-1]
-        return objective if interval is None or not objective.traits.has_interval else _on(objective, (interval[0], interval[1]), learned)
+        if interval is None or not objective.traits.has_interval:
+            return objective
+        return _on(objective, (interval[0], interval[1]), **{name: value for name, value in tuned.items() if value})
 
 
 @lru_cache(maxsize=64)
-def _on(objective: Any, interval: Interval, learned: tuple[float, ...]) -> Any:
-    return replace(objective, interval=interval, **({"learned": learned} if learned else {}))
+def _on(objective: Any, interval: Interval, **tuned: tuple[float, ...]) -> Any:
+    return replace(objective, interval=interval, **tuned)

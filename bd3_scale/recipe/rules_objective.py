@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL, block_sizes
-from bd3_scale.recipe.schema import KEYS, ObjectiveConfig, TunerConfig
+from bd3_scale.recipe.schema import KEYS, ObjectiveConfig, Recipe, TunerConfig
 
 Interval = tuple[float, float]
 
@@ -169,3 +169,16 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
                 f"objective.interval is {list(objective.interval)}, but with tuner.enabled it is where the search starts and must be "
                 f"one of the candidates{of_size}; set objective.interval=[0.001, 1.0] or tuner.enabled=false"
             )
+
+
+def check_control_variate(recipe: Recipe) -> None:
+    """Raises RecipeError for a control variate of a loss that nothing is known of."""
+    if recipe.tracking.control_variate and not recipe.tuner.enabled:
+        raise RecipeError(
+            "tracking.control_variate is on, but lives on what the tuner measures; set tuner.enabled=true or tracking.control_variate=false"
+        )
+    if recipe.tracking.control_variate and recipe.objective.resample:
+        raise RecipeError(
+            "tracking.control_variate is on, but knows only masks that were not drawn by objective.resample; set "
+            "tracking.control_variate=false or objective.resample=false"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe import rules
 from bd3_scale.recipe.environment import resolve_precision
-from bd3_scale.recipe.rules_objective import check_objective, check_tuner
+from bd3_scale.recipe.rules_objective import check_control_variate, check_objective, check_tuner
 from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.stages import batch_schedule
 from bd3_scale.recipe.suggestions import as_text, as_yaml
@@ -27,6 +27,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     rules.check(recipe, world_size, device, resolve_precision(recipe, device) if device is not None else None)
     check_objective(recipe.objective, recipe.model.context, recipe.data.document_mask)
     check_tuner(recipe.tuner, recipe.objective)
+    check_control_variate(recipe)
 
 
 def _check_key(key: str, value: Any, default: Any) -> None:

@@ -84,9 +84,9 @@ class Reporter:
             if self.file is not None:
                 self._write({"kind": "amendment", **one})
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
+    def add(self, loss: Tensor, norm: Tensor, control: float = 0.0) -> None:
         """A step was made; see `Meter.add`."""
-        self.meter.add(loss, norm)
+        self.meter.add(loss, norm, control)
 
     def train(
         self,
@@ -103,6 +103,8 @@ class Reporter:
         `skipped`: counts of `SkipStepRule`; `pace`: see `Pace.read`."""
         tokens = self.recipe.tokens_before(step)
         values = self.meter.read(tokens, reduce, flops_per_token)
+        if not self.recipe.tracking.control_variate:
+            del values["controlled_loss"]
         _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()
         line = {"kind": "train", "step": step, "data_tokens": tokens, "learning_rate": learning_rate, "interval": interval, **values}
         if own := pace(lambda text: self.warning(step, text)):

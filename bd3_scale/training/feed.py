@@ -31,6 +31,8 @@ class StepInputs:
     objective: Objective
     micro_batches: list[MicroBatch]
     inputs: list[NetworkInputs]
+    control: float
+    """Of the sum of this replica's losses (see `objectives.control_variate`); 0 where there is none."""
 
 
 class Feed:
@@ -57,8 +59,7 @@ class Feed:
         is none."""
         micro_batches, made = self._loader.take(samples)
         objective = self._objective_at(step)
-        inputs = made.inputs if made.objective == objective else self._make(objective, step, micro_batches)
-        return StepInputs(objective, micro_batches, inputs)
+        return made if made.objective == objective else self._make(objective, step, micro_batches)
 
     def close(self) -> None:
         """End the threads, waiting for what is under way."""
@@ -67,14 +68,15 @@ class Feed:
     def _prepare(self, samples: int, micro_batches: list[MicroBatch]) -> StepInputs:
         step = self._batches.steps_for(samples)
         objective = self._objective_at(step)
-        return StepInputs(objective, micro_batches, self._make(objective, step, micro_batches))
+        return self._make(objective, step, micro_batches)
 
-    def _make(self, objective: Objective, step: int, micro_batches: list[MicroBatch]) -> list[NetworkInputs]:
-        made = []
+    def _make(self, objective: Objective, step: int, micro_batches: list[MicroBatch]) -> StepInputs:
+        made, control = [], 0.0
         for batch in micro_batches:
             inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._batches.rows_at(step))
             made.append(scored_rows(inputs, batch.real))
-        if self._device.type != "cuda":
-            return made
-        with torch.cuda.device(self._device):  # a thread begins on the first device, whose ranks are others
-            return [inputs.pinned() for inputs in made]
+            control += objective.control(made[-1], batch.real)
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):  # a thread begins on the first device, whose ranks are others
+                made = [inputs.pinned() for inputs in made]
+        return StepInputs(objective, micro_batches, made, control)

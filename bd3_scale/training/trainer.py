@@ -55,8 +55,7 @@ class Trainer:
             if self.step == self.total_steps:
                 self.save()
         while self.step < self.total_steps and not self.stop.agreed():
-            loss, norm = self.update()
-            self.report.add(loss, norm)
+            self.report.add(*self.update())
             self.heartbeat.beat(self.step, "train")
             if self.due(recipe.tracking.every):
                 self.log()
@@ -81,15 +80,16 @@ class Trainer:
         if self.objectives.advance(step) or self.batches.begins(step):
             self.engine.adam.rule.forget()  # norms of another loss, or of another noise
 
-    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device."""
+    def update(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device, and the control of the former."""
         recipe = self.recipe
         start, self.heartbeat.waits = time.perf_counter(), True
         taken = self.feed.take(self.step, self.samples)
         self.heartbeat.waits = False
         self.pace.begin_step(time.perf_counter() - start)
         batch = self.batches.rows_at(self.step)
-        loss = self.engine.forward_backward(taken.inputs, batch * taken.objective.scored_tokens_per_row)
+        tokens = batch * taken.objective.scored_tokens_per_row
+        loss = self.engine.forward_backward(taken.inputs, tokens)
         norm = self.engine.step(rate_of(recipe, self.step))
         before = self.tuning
         self._advance(self.step + 1)
@@ -99,7 +99,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.step)
         self.pace.end_step()
-        return loss, norm
+        return loss, norm, taken.control / tokens
 
     def log(self) -> None:
         """Write a training line; too many steps left out in a row end the run."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bd3_scale.data.tokenizer import Tokenizer
-from bd3_scale.objectives.density_tuner import choose_density
+from bd3_scale.objectives.density_tuner import choose_density, masked_nll
 from bd3_scale.objectives.interval_tuner import Choice, Interval, IntervalStatistics, TunerState, choose
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.objectives.time_density import time_density
@@ -27,7 +27,7 @@ class TunedObjective:
     def at(self, step: int) -> Objective:
         """The objective of update `step` as far as is known now."""
         tuning = self._tuning_at(step)
-        return self.schedule.at(step, tuning.interval, tuning.density)
+        return self.schedule.at(step, tuning.interval, learned=tuning.density, masked_nll=tuning.masked_nll)
 
     def advance(self, step: int) -> bool:
         """The run is at `step`. Whether another block size begins there, whose interval is searched anew."""
@@ -45,6 +45,8 @@ class TunedObjective:
             choice = Choice(tuning.interval, statistics.variance_of(tuning.interval), False)
         else:
             choice = choose(statistics.intervals, statistics.variances, statistics.blocks, tuning.interval, config.margin)
+        if self.recipe.tracking.control_variate:
+            choice = replace(choice, masked_nll=masked_nll(statistics.counts))
         if config.kind == "interval":
             return choice
         objective, learned = self.recipe.objective, tuning.density if choice.interval == tuning.interval else ()

@@ -22,7 +22,8 @@ from tests.distributed.forked import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE, BF16 = 1e-5, 2e-3
 pytestmark = pytest.mark.timeout(3000)  # all trainings are in one fixture
-TUNED = ["tuner.enabled=true", "tuner.kind=both", "tuner.every=10", "tuner.start_step=10", "tuner.margin=0"]
+TUNED = ["tuner.enabled=true", "tuner.kind=both", "tuner.every=10", "tuner.start_step=10", "tuner.margin=0",
+         "tracking.control_variate=true"]  # fmt: skip
 COMMON = ["model.layers=4", "checkpoint.every=0", "validation.rows=24"]
 MODELS = {
     "base": ["objective.block_size=4", *TUNED],
@@ -31,7 +32,8 @@ MODELS = {
     "L'=L": ["objective.block_size=32", *TUNED],
     "ar": ["objective.kind=ar", "objective.block_size=null"],
     "mdlm": ["objective.kind=mdlm", "objective.block_size=null", *TUNED],
-    "sedd": ["objective.kind=sedd", "objective.block_size=null", "model.conditioning=adaln", "training.epsilon=1e-4", *TUNED],
+    "sedd": ["objective.kind=sedd", "objective.block_size=null", "model.conditioning=adaln", "training.epsilon=1e-4", *TUNED,
+             "objective.density=pareto"],
     "ssdlm": ["objective.kind=ssdlm", "objective.block_size=16", "model.conditioning=adaln", "training.epsilon=1e-4"],
     "ssdlm, L'=L": ["objective.kind=ssdlm", "objective.block_size=32", "model.conditioning=adaln", "training.epsilon=1e-4"],
     # Modulations start at 0, and with them the gradients of what they gate: with the usual epsilon Adam would blow up
@@ -232,18 +234,20 @@ def test_layout_equals_one_process(runs: Path, name: str, record_property: Calla
     world_size, model, _ = LAYOUTS[name]
     worst = {}
     held_out = "cross_entropy" if model.startswith("ssdlm") else "nelbo"
-    for kind, key, count in (("train", "loss", 20), ("train", "gradient_norm", 20), ("validation", held_out, 2)):
+    compared = [("train", "loss", 20), ("train", "gradient_norm", 20), ("validation", held_out, 2)]
+    tuned = "tuner.enabled=true" in MODELS[model]
+    for kind, key, count in [*compared, *([("train", "controlled_loss", 20)] if tuned else [])]:
         expected, found = (np.array(values(runs / slug(run), kind, key)) for run in (model, name))
         assert len(expected) == len(found) == count
         worst[key] = np.abs(found / expected - 1).max()
     intervals = [values(runs / slug(run), "tuner", "interval") for run in (model, name)]
     densities = [[line.get("density") for line in metrics(runs / slug(run)) if line["kind"] == "tuner"] for run in (model, name)]
     shown = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
-    tuned = f", tuned {intervals[1][-1]}" if intervals[1] else ""
-    record_property("table", f"{world_size} processes, {name:48s} {shown}{tuned}")
+    chosen = f", tuned {intervals[1][-1]}" if intervals[1] else ""
+    record_property("table", f"{world_size} processes, {name:48s} {shown}{chosen}")
     assert max(worst.values()) < (BF16 if model == "bf16" else TOLERANCE), worst
     assert intervals[0] == intervals[1] and densities[0] == densities[1]
-    assert len(intervals[0]) == (2 if "tuner.enabled=true" in MODELS[model] else 0)
+    assert len(intervals[0]) == (2 if tuned else 0)
 
 
 def test_the_tuned_interval_moved(runs: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from tests.distributed.conftest import metrics, train_all
 
-TUNED = ["tuner.enabled=true", "tuner.kind=density", "tuner.every=5", "tuner.start_step=5", "tuner.margin=0"]
+TUNED = [
+    "tuner.enabled=true",
+    "tuner.kind=density",
+    "tuner.every=5",
+    "tuner.start_step=5",
+    "tuner.margin=0",
+    "tracking.control_variate=true",
+]
 COMMON = ["objective.block_size=4", *TUNED, "validation.every=5"]
 LAYOUTS = {"zero_1": ["parallel.zero=1"], "zero_3": ["parallel.zero=3", "parallel.micro_batch=null"]}
 
@@ -31,7 +38,7 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_on_four_ranks_then_three_then_four_is_the_run_of_one(folder: Path, name: str) -> None:
     whole, run = metrics(folder / "whole"), metrics(folder / name)
-    compared = [("train", key, 20) for key in ("loss", "gradient_norm", "data_tokens")]
+    compared = [("train", key, 20) for key in ("loss", "controlled_loss", "gradient_norm", "data_tokens")]
     compared += [("validation", "nelbo", 4), ("tuner", "density", 4)]
     for kind, key, count in compared:
         expected = {line["step"]: line[key] for line in whole if line["kind"] == kind}

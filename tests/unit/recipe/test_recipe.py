@@ -34,6 +34,7 @@ from tests.unit.refusing import BASE, refused
         ("objective.interval=[0.9,0.2]", "objective.interval"),
         ("tuner.margin=2", "tuner.margin"),
         ("objective.density=learned", "set tuner.enabled=true tuner.kind=density"),
+        ("tracking.control_variate=true", "set tuner.enabled=true or tracking.control_variate=false"),
         ("tuner.kind=both", "set tuner.enabled=true or tuner.kind=interval"),
         ("objective.density_shape=[2]", "a uniform density has none; set objective.density_shape=null"),
         ("training.tokens=5", "training.tokens"),

@@ -39,7 +39,7 @@ def one(value: float) -> torch.Tensor:
 def test_reading_is_the_mean_of_its_window_and_the_sum_over_replicas(clock: Clock) -> None:
     meter = Meter(CPU, data_tokens=1000, peak_flops=None)
     meter.add(one(1.0), one(3.0))
-    meter.add(one(2.0), one(5.0))
+    meter.add(one(2.0), one(5.0), 0.5)
     clock.now += 4.0
     calls: list[torch.Tensor] = []
 
@@ -48,8 +48,8 @@ def test_reading_is_the_mean_of_its_window_and_the_sum_over_replicas(clock: Cloc
         return value.mul_(2)  # two replicas with equal parts
 
     first = meter.read(1800, reduce, 6.0)
-    assert len(calls) == 1 and calls[0].numel() == 2, "one reduction per reading, of a number a step"
-    assert first["loss"] == pytest.approx(3.0)
+    assert len(calls) == 1 and calls[0].numel() == 4, "one reduction per reading, of two numbers a step"
+    assert first["loss"] == pytest.approx(3.0) and first["controlled_loss"] == pytest.approx(2.5)
     assert first["gradient_norm"] == pytest.approx(4.0), "the norm is global already"
     assert first["tokens_per_second"] == pytest.approx(200.0)
     assert first["mfu"] is None
