@@ -1,7 +1,9 @@
-"""Two studies of the paper, made again by training real runs: what the masking interval does to variance and perplexity.
+"""Studies by training real runs: what the noise of training does to variance and perplexity. Two are the paper's.
 
     python tools/study.py single-token [--steps 2000] [key=value ...]    # recipes/study_single_token.yaml
     python tools/study.py schedules [--steps 400] [key=value ...]        # recipes/study.yaml
+
+    python tools/study.py variance [--steps 400] [--seeds 3] [key=value ...]    # recipes/study.yaml; see study_variance.py
 
 `single-token` (Arriola et al. 2025, section 4.1): L' = 1, the next-token loss against block diffusion with t ~ U[1e-3, 1] and
 with full masking; with several --steps, at each of these budgets, and at --pair-steps the two that are compared.
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import study_variance
 import torch
 from megatron.core import parallel_state
 
@@ -113,7 +116,7 @@ CLIPS: tuple[Interval, ...] = ((0.45, 0.95), (0.3, 0.8), (1e-3, 0.5))
 
 def schedule_arms(block_size: int) -> list[Arm]:
     """Every schedule on [1e-3, 1], then the clips of the linear one; the first is linear."""
-    paper: dict[str, Any] = PAPER_TABLE_8[block_size]
+    paper: dict[str, Any] = PAPER_TABLE_8.get(block_size, {})
     nothing = (None, None)
     whole = [Arm(name, "bd3", block_size, name, paper=paper.get(name, nothing)) for name in ("linear", "log", "sqrt", "square", "cosine")]
     return whole + [Arm(str(list(clip)), "bd3", block_size, "linear", clip, paper.get(str(list(clip)), nothing)) for clip in CLIPS]
@@ -212,22 +215,9 @@ class Result:
 
 
 def run(arm: Arm, steps: int, options: argparse.Namespace) -> Result:
-    """Train `arm` the way `python -m bd3_scale.train` does, then measure what was trained."""
-    folder = options.work / f"{arm.folder}-{steps}"
-    every = max(1, steps // options.points)
-    overrides = [*arm.overrides, f"training.steps={steps}", f"validation.every={every}", f"run.dir={folder}", *options.overrides]
-    recipe = recipes.load(options.recipe, overrides)
-    device = recipes.resolve_device(recipe)
-    recipes.validate(recipe, 1, device)
-    if not parallel_state.model_parallel_is_initialized():
-        layouts.start(recipe.parallel, device)
-    layout = layouts.current(recipe.parallel, torch.device(device))
-    start = time.perf_counter()
-    with redirect_stdout(sys.stderr):
-        train.train(recipe, layout)
-    curve = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "validation"]
-    if not curve or curve[-1]["step"] != steps:
-        raise UserError(f"the study was stopped in {folder}; the same command goes on from there")
+    """Train `arm`, then measure what was trained."""
+    folder, start = options.work / f"{arm.folder}-{steps}", time.perf_counter()
+    layout, curve = trained(folder, steps, arm.overrides, options)
     result = measure(arm, steps, folder, curve, layout, options.draws)
     print(
         f"{arm.folder}, {steps} steps: perplexity {curve[-1]['perplexity']:.3f}, variance {result.measured.variance(arm.noise)[0]:.3f} "
@@ -235,6 +225,24 @@ def run(arm: Arm, steps: int, options: argparse.Namespace) -> Result:
         flush=True,
     )
     return result
+
+
+def trained(folder: Path, steps: int, keys: list[str], options: argparse.Namespace) -> tuple[layouts.Layout, list[dict[str, Any]]]:
+    """Train in `folder` the way `python -m bd3_scale.train` does, unless that was done. Returns the validation lines, too."""
+    every = max(1, steps // options.points)
+    overrides = [*keys, f"training.steps={steps}", f"validation.every={every}", f"run.dir={folder}", *options.overrides]
+    recipe = recipes.load(options.recipe, overrides)
+    device = recipes.resolve_device(recipe)
+    recipes.validate(recipe, 1, device)
+    if not parallel_state.model_parallel_is_initialized():
+        layouts.start(recipe.parallel, device)
+    layout = layouts.current(recipe.parallel, torch.device(device))
+    with redirect_stdout(sys.stderr):
+        train.train(recipe, layout)
+    curve = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "validation"]
+    if not curve or curve[-1]["step"] != steps:
+        raise UserError(f"the study was stopped in {folder}; the same command goes on from there")
+    return layout, curve
 
 
 @torch.no_grad()
@@ -388,9 +396,10 @@ def markdown(report: dict[str, Any], picture: str) -> str:
         f"Machine: {machine}.",
         f"Budget of a training: {report['budget']}. Network: {result['parameters']:,} parameters. {result['held_out_rows']} held-out rows.",
         "",
-        *table(result["rows"], COLUMNS),
+        *table(result["rows"], result.get("columns", COLUMNS)),
         "",
-        "Variance: of a block's mean weighted loss under the training objective, held-out rows, t integrated out; beside it the plain "
+        result.get("text")
+        or "Variance: of a block's mean weighted loss under the training objective, held-out rows, t integrated out; beside it the plain "
         "sample variance of drawn losses, which t near 0.001 makes imprecise. "
         + ("On one network: all objectives on the network trained on linear. " if "clips" in result else "")
         + "The paper's are of a 110M-parameter model on LM1B: orders compare, values do not.",
@@ -410,6 +419,8 @@ def markdown(report: dict[str, Any], picture: str) -> str:
 
 
 def draw(report: dict[str, Any]) -> Any:
+    if report["name"] == "variance":
+        return study_variance.draw(report["result"])
     sizes = sorted({clip["block_size"] for clip in report["result"].get("clips", ())})
     figure = empty_figure(10, 4 * max(1, len(sizes)))
     panels = figure.subplots(max(1, len(sizes)), 2, squeeze=False)
@@ -478,9 +489,14 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.machine(), "cores": os.cpu_count(), "threads": threads, "gpu": gpu, "torch": torch.__version__}
 
 
+def variance(options: argparse.Namespace) -> dict[str, Any]:
+    return study_variance.variance(options, lambda folder, steps, keys: trained(folder, steps, keys, options)[1][-1])
+
+
 STUDIES = {
     "single-token": (single_token, RECIPES / "study_single_token.yaml", [2000]),
     "schedules": (schedules, RECIPES / "study.yaml", [400]),
+    "variance": (variance, RECIPES / "study.yaml", [400]),
 }
 
 
@@ -491,13 +507,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipe", type=Path, help="default: the study's own, recipes/study*.yaml")
     parser.add_argument("--steps", type=int, nargs="+", help="steps of every training; several budgets for single-token")
     parser.add_argument("--pair-steps", type=int, nargs="+", default=[], help="of single-token: budgets of AR and full masking alone")
-    parser.add_argument("--block-sizes", type=int, nargs="+", choices=PAPER_TABLE_8, default=list(PAPER_TABLE_8), help="of schedules")
+    parser.add_argument("--block-sizes", type=int, nargs="+", help="of schedules and variance")
+    parser.add_argument("--seeds", type=int, default=3, help="of variance: trainings of every arm")
     parser.add_argument("--points", type=int, default=10, help="validations of a training")
-    parser.add_argument("--draws", type=int, default=1, help="passes over the held-out rows for the variance of drawn losses")
+    parser.add_argument(
+        "--draws", type=int, help="passes over held-out rows for the variance of drawn losses (1); of variance: gradients (64)"
+    )
     parser.add_argument("--work", type=Path, help="where the runs lie; default runs/study-NAME")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     options = parser.parse_intermixed_args(arguments)
     study, recipe_path, steps = STUDIES[options.name]
+    options.block_sizes = options.block_sizes or ([1, 4, 16, 128] if options.name == "variance" else list(PAPER_TABLE_8))
+    options.draws = options.draws or (64 if options.name == "variance" else 1)
     options.steps, options.recipe = options.steps or steps, options.recipe or recipe_path
     options.work = options.work or Path("runs") / f"study-{options.name}"
     try:

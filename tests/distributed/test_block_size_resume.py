@@ -49,4 +49,4 @@ def test_a_run_stopped_around_the_change_is_the_whole_run(folder: Path, name: st
         expected = {line["step"]: line[key] for line in whole if line["kind"] == kind}
         found = {line["step"]: line[key] for line in run if line["kind"] == kind and line["step"] in expected}
         assert list(found) == list(expected) and len(found) == count
-        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0 if alone else 1e-5)
+        np.testing.assert_allclose(np.hstack(list(found.values())), np.hstack(list(expected.values())), rtol=0 if alone else 1e-5)
