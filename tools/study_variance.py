@@ -133,7 +133,7 @@ class Frozen:
             loss = network(inputs.to(self.loaded.device))[0] / tokens
             parts = [one for one in torch.autograd.grad(loss, parameters, allow_unused=True) if one is not None]
             gradients.append(torch.cat([one.flatten() for one in parts]).cpu())
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             controlled.append(losses[-1] - objective.control(inputs, len(rows)) / tokens)
         return {
             "bound": tuple(tuning.interval) == VALIDATION_INTERVAL,

@@ -325,7 +325,7 @@ class TrackingConfig:
     """Draw report/*.png at validations (not so often that it slows the run) and at the end; tools/plot_run.py draws them at any time."""
     control_variate: bool = False
     """Training lines have a `controlled_loss`, too: the train loss less what its masks alone explain, by the mean nll that the tuner
-    (needed for it) measured last. Same mean; at L' = 4 and 16 a half to a third of the variance."""
+    (needed for it) measured last. Same mean; a half to a seventh of the variance from step to step."""
     sample_tokens: int = key(0, least=0)
     """Tokens sampled from the last checkpoint and printed when the run ends; 0: none."""
 

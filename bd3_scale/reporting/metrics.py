@@ -34,25 +34,25 @@ class Meter:
         self.device, self.peak_flops = device, peak_flops
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
-        self._controls: list[float] = []
+        self._controlled: list[Tensor] = []
         self._tokens, self._clock = data_tokens, time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor, control: float = 0.0) -> None:
         """This rank's part of a step's train loss and the (global) gradient norm; scalars on the device, not waited for. `control`: what is
         subtracted from the loss for `controlled_loss`."""
-        self._controls.append(control)
         self._losses.append(loss.detach())
+        self._controlled.append(loss.detach() - control)
         self._norms.append(norm.detach())
 
     def read(self, data_tokens: int, reduce: Callable[[Tensor], Tensor], flops_per_token: float) -> dict[str, Any]:
         """Means over the steps since the last reading, at least one; of those that have numbers, as far as any has. `reduce`: sum
         over the replicas, in place. `flops_per_token`: model FLOPs of a training step per data token, in all of these steps."""
         losses, norms = torch.stack(self._losses).double(), torch.stack(self._norms).double()
-        losses, controlled = reduce(torch.stack([losses, losses - torch.tensor(self._controls, dtype=losses.dtype, device=losses.device)]))
+        losses, controlled = reduce(torch.stack([losses, torch.stack(self._controlled).double()]))
         means = torch.stack([_finite_mean(steps) for steps in (losses, norms, controlled)]).tolist()  # the one wait for the device
         now = time.perf_counter()
         rate = (data_tokens - self._tokens) / (now - self._clock)
-        self._losses, self._norms, self._controls = [], [], []
+        self._losses, self._norms, self._controlled = [], [], []
         self._tokens, self._clock = data_tokens, now
         return {
             "loss": means[0],

@@ -100,3 +100,20 @@ def test_a_tiny_study_reports_every_training(
     if name == "schedules":
         assert len(report["result"]["clips"]) == 36
         assert all(finite(clip["variance"]) for clip in report["result"]["clips"])
+
+
+def test_a_tiny_study_of_the_noise(study: Any, folder: Path, tmp_path: Path, world_of_one: object) -> None:
+    """Every arm has its numbers; what is drawn uniformly is measured against itself."""
+    few = ["--steps", "4", "--block-sizes", "4", "--seeds", "1", "--draws", "4"]
+    command = ["variance", *TINY, f"data.path={folder}", *few, "--work", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert study.main(command) == 0
+    (document,) = (tmp_path / "out").glob("*-study-variance.json")
+    report = json.loads(document.read_text())
+    lines = {line["training"]: line for line in report["result"]["rows"]}
+    assert len(lines) == 6 and len(report["checks"]) == 2
+    numbers = ("flops", "block_variance", "loss_variance", "controlled_variance", "gradient_variance", "nelbo")
+    assert all(finite(line[key]) and line[key] > 0 for line in lines.values() for key in numbers), lines
+    assert all(lines["uniform"][key] == 1.0 for key in ("flops", "block_variance", "loss_variance", "gradient_variance"))
+    assert lines["learned density"]["block_variance"] < 1 < lines["beta [2, 2]"]["block_variance"]
+    assert lines["learned density"]["bound"] == "yes" != lines["tuned interval"]["bound"]
+    assert "| learned density |" in document.with_suffix(".md").read_text()
