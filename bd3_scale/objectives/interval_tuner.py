@@ -10,7 +10,8 @@ From pass to choice:
     Objective.block_samples    -> single blocks of one micro-batch
     row_statistics             -> (weight, mean, M2) of every row and interval, on the rank that holds the row
     interval_statistics        -> all ranks' rows joined by Chan's formula, after one all-gather
-    choose                     -> the interval, on the leader; broadcast; `agreed` compares what every rank then has
+    choose                     -> the interval, and `choose_density` the density on it, on the leader; broadcast; `agreed` compares what
+                                  every rank then has
 
 Invariants: a row's statistics are made from that row alone and rows are joined in the order of their index, so that the
 result does not depend, bit for bit, on ranks or micro-batches, as long as the losses do not. Losses do differ by rounding

@@ -148,7 +148,8 @@ class Reporter:
             line |= {"density": list(density.learned), "density_variance": density.variance, "uniform_variance": density.uniform_variance}
         self._write(line)
         verb = "changes to" if choice.changed else "stays"
-        self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
+        if self.recipe.tuner.kind != "density":
+            self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
         if density:
             verb, times = "changes" if density.changed else "stays", density.variance / density.uniform_variance
             self.say(f"step {step}: the density of t {verb} (variance {density.variance:.3g}, {times:.2f} times that of a uniform one)")
