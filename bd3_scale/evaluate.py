@@ -35,6 +35,7 @@ def _parser() -> CommandParser:
 def _common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", help="a checkpoint folder, or a run directory (its latest checkpoint)")
+    add("--block-size", type=int, metavar="L'", help="of a network trained with several block sizes: which; default: the most frequent")
     add("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
     add("--device", default="auto", help="auto | cpu | cuda")
     add("--tensor", type=int, metavar="T", help="processes that share one network, the others work on other rows; default 1")
@@ -84,7 +85,9 @@ def _run(options: argparse.Namespace) -> None:
         from bd3_scale.evaluation.world import load_replicas
         from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
 
-        loaded, layout = load_replicas(options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device)
+        loaded, layout = load_replicas(
+            options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device, block_size=options.block_size
+        )
         with RankMonitor(
             *rank_and_size(),
             loaded.recipe.parallel.heartbeat,

@@ -48,6 +48,7 @@ def _parser() -> _Parser:
     add("--length", type=int, help="tokens per text, with its beginning and the prompt; default: the training context; may exceed it")
     add("--batch-size", type=int, metavar="B", help="texts made together; a multiple of the prompts; default: one per prompt")
     add_sampler_options(parser)
+    add("--block-size", type=int, metavar="L'", help="of a network trained with several block sizes: which; default: the most frequent")
     add("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
     add("--device", default="auto", help="auto | cpu | cuda")
     add("--json", action="store_true", help="print one JSON document")
@@ -101,7 +102,7 @@ def _run(options: argparse.Namespace) -> None:
         from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
         from bd3_scale.generation.load_model import load_network
 
-        loaded = load_network(options.checkpoint, weights=options.weights, device=options.device)
+        loaded = load_network(options.checkpoint, weights=options.weights, device=options.device, block_size=options.block_size)
         options.sampler = options.sampler or own_sampler(loaded.objective)
         with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
             result = generate_tokens(

@@ -28,7 +28,7 @@ def detect(
     document = bd3_export.document_of(source, config)
     if document is not None:
         recipe = bd3_export.recipe_of(document, path)
-        if recipe.objective.traits.in_blocks:
+        if recipe.objective.traits.in_blocks and not isinstance(recipe.objective.block_size, dict):
             # Of a schedule of block sizes the one that was reached: the checkpoint that is made stands at step 0.
             reached = [size for step, size in block_sizes(recipe.objective.block_size) if step < max(1, document["step"])]
             recipe = replace(recipe, objective=replace(recipe.objective, block_size=reached[-1]))

@@ -30,9 +30,8 @@ from bd3_scale.convert.tokenizer_files import write_tokenizer
 from bd3_scale.convert.universal import write_universal
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
-from bd3_scale.generation.load_model import WEIGHTS, read_recipe
-from bd3_scale.objectives.interval_tuner import TunerState
-from bd3_scale.objectives.table import Objective, ObjectiveSchedule
+from bd3_scale.generation.load_model import WEIGHTS, read_recipe, trained_objective
+from bd3_scale.objectives.table import Objective
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import free_keys
 
@@ -128,9 +127,7 @@ def open_checkpoint(path: str | Path, weights: str) -> Opened:
         raise CheckpointError(f"checkpoint {checkpoint.path} has no {kind}, only {', '.join(checkpoint.kinds)}; set --weights auto")
     recipe = read_recipe(checkpoint)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    saved = checkpoint.run.get("tuner")
-    interval = TunerState.from_dict(saved).interval if saved is not None else None
-    objective = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text).at(max(0, checkpoint.step - 1), interval)
+    objective = trained_objective(checkpoint, recipe, tokenizer)
     return Opened(checkpoint, kind, recipe, tokenizer, objective)
 
 

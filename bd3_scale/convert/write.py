@@ -29,7 +29,6 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import block_sizes
 from bd3_scale.recipe.optimizers import OPTIMIZERS
 from bd3_scale.recipe.schema import free_keys
 
@@ -140,8 +139,7 @@ def _data(recipe: Recipe, data: str | None, tokenizer: Tokenizer) -> str | None:
 
 
 def _run_state(found: Import, recipe: Recipe, tokenizer: Tokenizer, data: str | None) -> dict[str, Any]:
-    beta, omega = recipe.objective.interval
-    state = TunerState(block_sizes(recipe.objective.block_size)[0][1], (beta, omega))
+    state = TunerState.begin(recipe.objective)
     if found.tuner and recipe.objective == found.recipe.objective:
         state = TunerState.from_dict(found.tuner)
     return {

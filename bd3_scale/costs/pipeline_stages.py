@@ -44,7 +44,8 @@ class Phase:
 
 
 def phases_of(recipe: Recipe, mask_id: int, device: str) -> tuple[Phase, ...]:
-    """The phases of the whole run, in their order; at least one, each with at least one step."""
+    """The phases of the whole run, in their order; at least one, each with at least one step. The block sizes of a mixture, which take
+    turns, stand as phases of their shares."""
     total, batches = recipe.total_steps, recipe.batches
     schedule = ObjectiveSchedule.of(recipe, mask_id, device=device)
     changes = [start for start, _ in recipe.objective.stages(recipe.model.context)]
@@ -52,8 +53,10 @@ def phases_of(recipe: Recipe, mask_id: int, device: str) -> tuple[Phase, ...]:
     found = []
     for start, end in zip(starts, [*starts[1:], total], strict=True):
         if start < min(end, total) or start == 0:
-            objective = schedule.at(start)
-            found.append(Phase(max(1, min(end, total) - start), batches.rows_at(start), objective.block_size, objective.pattern))
+            shares = schedule.shares if len(schedule.shares) > 1 else {schedule.size_at(start): 1.0}
+            for size, share in shares.items():
+                objective, steps = schedule.of_size(size), max(1, round(share * (min(end, total) - start)))
+                found.append(Phase(steps, batches.rows_at(start), objective.block_size, objective.pattern))
     return tuple(found)
 
 

@@ -26,7 +26,7 @@ from bd3_scale.recipe.schema import ParallelConfig
 
 
 def load_replicas(
-    path: str | Path, *, tensor: int | None = None, weights: str = "auto", device: str = "auto"
+    path: str | Path, *, tensor: int | None = None, weights: str = "auto", device: str = "auto", block_size: int | None = None
 ) -> tuple[LoadedNetwork, Layout]:
     """The network of a checkpoint on every replica of `tensor` ranks, and where this rank stands; collective in the world.
 
@@ -37,7 +37,7 @@ def load_replicas(
     layout = _join(read_recipe(Checkpoint(locate(path))), tensor, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     # Others may have looked before or after `latest` was moved.
     found = together(layout, lambda: str(locate(path)), str)[0]
-    return load_network(found, weights=weights, device=device), layout
+    return load_network(found, weights=weights, device=device, block_size=block_size), layout
 
 
 def _join(recipe: Recipe, tensor: int | None, device: str) -> Layout:

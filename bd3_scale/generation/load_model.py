@@ -75,11 +75,12 @@ class TensorPeers:
         dist.barrier(group=self._group)
 
 
-def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto") -> LoadedNetwork:
+def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto", block_size: int | None = None) -> LoadedNetwork:
     """Load a checkpoint folder, or the latest of a run directory, into a network: on one device, or divided over the ranks
     of the tensor-parallel group that exists; collective among these, and no other rank need call.
 
     `weights`: auto (averaged where there are any) | ema | weight; `device`: auto (CUDA where there is one) | cpu | cuda.
+    `block_size`: which one of a network that was trained with a mixture of them; default: the one with the largest share.
     Unless the caller has joined a world, all processes that torchrun started become one tensor-parallel group (one process
     without torchrun). Raises CheckpointError for a checkpoint that is missing, damaged or of another tokenizer, DataError
     for a tokenizer that cannot be loaded, RecipeError for the options and for a number of processes that cannot divide it.
@@ -97,9 +98,7 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     if kind not in checkpoint.kinds:
         raise CheckpointError(f"checkpoint {checkpoint.path} has no {kind}, only {', '.join(checkpoint.kinds)}; set weights to auto")
     tokenizer = _tokenizer(checkpoint, recipe)
-    # `step` counts updates done: the last of them was update step - 1.
-    schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text)
-    objective = schedule.at(max(0, checkpoint.step - 1), _interval(checkpoint))
+    objective = trained_objective(checkpoint, recipe, tokenizer, block_size)
     model = replace(recipe.model, attention="auto")  # a matter of the device, which may be another than that of the training
     network = Transformer(model, tokenizer.model_vocabulary_size, tokenizer.mask_id, TensorParallelFactory(tensor))
     parameters = network.named_parameters()
@@ -177,10 +176,20 @@ def _tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
-def _interval(checkpoint: Checkpoint) -> tuple[float, float] | None:
-    """The tuned interval, None where the checkpoint says nothing of it."""
-    saved = checkpoint.run.get("tuner")
-    return TunerState.from_dict(saved).interval if saved is not None else None
+def trained_objective(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer, block_size: int | None = None) -> Objective:
+    """The objective that a checkpoint's last update had, on the tuned interval; of a mixture of block sizes that of `block_size`, or of the
+    largest share. Raises RecipeError for a size that it was not trained with."""
+    schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text)
+    # `step` counts updates done: the last of them was update step - 1.
+    size = next(iter(schedule.shares)) if len(schedule.shares) > 1 else schedule.size_at(max(0, checkpoint.step - 1))
+    trained = sorted(schedule.shares) if len(schedule.shares) > 1 else [size]
+    if block_size is not None and block_size not in trained:
+        known = " or ".join(map(str, trained))
+        raise RecipeError(f"the block size is {block_size}, but {checkpoint.path} was trained with {known}; set {known} or leave it out")
+    size, saved = block_size or size, checkpoint.run.get("tuner")
+    if saved is None:
+        return schedule.of_size(size)
+    return schedule.of_size(size, TunerState.from_dict(saved).at(size, recipe.objective.interval).interval)
 
 
 def _join_world(recipe: Recipe, place: torch.device) -> None:

@@ -32,8 +32,9 @@ from bd3_scale.objectives.density_tuner import POOLS, DensityChoice, count_sums
 from bd3_scale.objectives.estimates import Moments, combine
 from bd3_scale.objectives.mask_resampling import importance
 from bd3_scale.objectives.network_inputs import BlockSamples
+from bd3_scale.recipe.objective_kinds import block_size_shares, block_sizes
 from bd3_scale.recipe.rules_objective import Interval
-from bd3_scale.recipe.schema import TunerConfig
+from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
 
 LEAST_BLOCKS = 30
 """A variance of fewer (effective) blocks is no basis for a choice: its relative standard error is above a quarter."""
@@ -252,12 +253,25 @@ class TunerState:
     """The shape of the density that was learned on `interval` (see `time_density`); (): none, the recipe's holds."""
     masked_nll: tuple[float, ...] = ()
     """What the control variate of the reported train loss lives on (see `control_variate`); (): there is none."""
+    others: tuple[TunerState, ...] = ()
+    """Of the other block sizes of a mixture, ascending."""
+
+    @classmethod
+    def begin(cls, objective: ObjectiveConfig) -> TunerState:
+        """That of a new run; of a mixture, of the block size with the largest share."""
+        beta, omega = objective.interval
+        first, *others = block_size_shares(objective.block_size) if isinstance(objective.block_size, dict) else [_first(objective)]
+        return cls(first, (beta, omega), others=tuple(cls(size, (beta, omega)) for size in sorted(others)))
 
     def at(self, block_size: int, start: Interval) -> TunerState:
-        """The state under `block_size`: another L' has another best interval, whose search begins at the recipe's."""
-        if block_size == self.block_size:
-            return self
-        return TunerState(block_size, _pair(start), self.history)
+        """The state under `block_size`: another L' has another best interval, whose search begins at the recipe's, or goes on where it
+        was in a mixture."""
+        found = next((other for other in self.others if other.block_size == block_size), None)
+        if found is not None:
+            rest = [other for other in self.others if other is not found]
+            others = sorted([*rest, replace(self, others=())], key=lambda other: other.block_size)
+            return replace(found, others=tuple(others))
+        return self if block_size == self.block_size else TunerState(block_size, _pair(start), self.history)
 
     def after(self, step: int, choice: Choice) -> TunerState:
         """The state once `choice` is made after `step` updates."""
@@ -277,6 +291,7 @@ class TunerState:
             "interval": list(self.interval),
             **learned,
             "history": [dict(entry) for entry in self.history],
+            **({"others": [other.to_dict() for other in self.others]} if self.others else {}),
         }
 
     @classmethod
@@ -296,9 +311,14 @@ class TunerState:
             if density and not (min(density) >= 0 and sum(density) > 0):
                 raise ValueError(f"density {density}")
             masked_nll = tuple(float(nll) for nll in state.get("masked_nll", ()))
-            return cls(int(state["block_size"]), _pair(state["interval"]), history, density, masked_nll)
+            others = tuple(cls.from_dict(other) for other in state.get("others", ()))
+            return cls(int(state["block_size"]), _pair(state["interval"]), history, density, masked_nll, others)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's tuner state cannot be read ({error!r}); resume from another checkpoint") from None
+
+
+def _first(objective: ObjectiveConfig) -> int:
+    return block_sizes(objective.block_size)[0][1]
 
 
 def _pair(interval: Sequence[float]) -> Interval:

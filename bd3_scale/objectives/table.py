@@ -22,6 +22,9 @@ from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
+
+from bd3_scale.keyed_random import raw_words, uniform
 from bd3_scale.objectives.ar import Autoregressive
 from bd3_scale.objectives.base import Objective, ObjectiveBase
 from bd3_scale.objectives.bd3 import BlockDiffusion
@@ -73,22 +76,33 @@ def register_objective(traits: Kind) -> Callable[[Class], Class]:
 
 
 class ObjectiveSchedule:
-    """The objective of every step of a run: its stage of `objective.block_size`, on the interval that is tuned or the recipe's."""
+    """The objective of every step of a run: its stage of `objective.block_size`, or the one of a mixture that the step draws, on the
+    interval that is tuned or the recipe's."""
 
     def __init__(
-        self, config: ObjectiveConfig, context: int, mask_id: int, pad_to: int = 1, document_end: int | None = None, row_multiple: int = 1
+        self,
+        config: ObjectiveConfig,
+        context: int,
+        mask_id: int,
+        pad_to: int = 1,
+        document_end: int | None = None,
+        row_multiple: int = 1,
+        seed: int = 0,
     ) -> None:
         """For rows of `context` tokens. `document_end`: the token that ends a document, where documents are kept apart. `row_multiple`:
-        see `base.block_pattern`. Raises RecipeError for what cannot work at some step."""
+        see `base.block_pattern`. `seed`: of the draws of a mixture. Raises RecipeError for what cannot work at some step."""
         check_objective(config, context, document_end is not None)
         values: dict[str, Any] = {item.name: getattr(config, item.name) for item in fields(config)}
         values |= {"context": context, "mask_id": mask_id, "pad_to": pad_to, "document_end": document_end, "row_multiple": row_multiple}
         made: Any = OBJECTIVES[config.kind]
         taken = [item.name for item in fields(made) if item.init and item.name in values]
-        self._stages: list[tuple[int, Any]] = []
-        for start, size in config.stages(context):
+        self._of_size: dict[int, Any] = {}
+        for size in sorted(config.sizes(context)):
             values["block_size"] = size
-            self._stages.append((start, made(**{name: values[name] for name in taken})))
+            self._of_size[size] = made(**{name: values[name] for name in taken})
+        self._stages, self._seed = config.stages(context), seed
+        self.shares = config.shares(context)
+        """{block size: share of the updates} of a mixture, the largest share first; else one entry."""
 
     @classmethod
     def of(cls, recipe: Recipe, mask_id: int, document_end: int | None = None, device: str = "cpu") -> ObjectiveSchedule:
@@ -101,12 +115,25 @@ class ObjectiveSchedule:
             recipe.selected_multiple(device),
             document_end if recipe.data.document_mask else None,
             math.lcm(ROW_MULTIPLE[device], ranks),
+            recipe.run.seed,
         )
 
     def at(self, step: int, interval: Interval | None = None, **tuned: tuple[float, ...]) -> Objective:
         """The objective of update `step` (updates done before it), on `interval` (None: the recipe's), with what else was `tuned`: fields
         of its class, left out where they say nothing. Asking at every step costs nothing: equal arguments give the same object."""
-        objective: Any = [objective for start, objective in self._stages if start <= step][-1]
+        return self.of_size(self.size_at(step), interval, **tuned)
+
+    def size_at(self, step: int) -> int:
+        """The block size of update `step`; of a mixture a function of (seed, step) alone."""
+        if len(self.shares) == 1:
+            return [size for start, size in self._stages if start <= step][-1]
+        place = float(uniform(raw_words(self._seed, "block size", (step,), 1))[0])
+        borders = np.cumsum(list(self.shares.values()))
+        return list(self.shares)[min(int(np.searchsorted(borders, place, side="right")), len(borders) - 1)]
+
+    def of_size(self, size: int, interval: Interval | None = None, **tuned: tuple[float, ...]) -> Objective:
+        """The objective of one of the run's block sizes, as `at`."""
+        objective: Any = self._of_size[size]
         if interval is None or not objective.traits.has_interval:
             return objective
         return _on(objective, (interval[0], interval[1]), **{name: value for name, value in tuned.items() if value})

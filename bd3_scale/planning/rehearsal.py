@@ -172,7 +172,7 @@ def run_stages(cluster: ClusterPlan, layout: Layout, built: list[Transformer]) -
     start = 0
     shape: list[int] = []
     for phase in cluster.phases:
-        objective = _objective(cluster, start, cluster.device.type)  # in the cluster's shapes
+        objective = _objective(cluster, start, cluster.device.type, phase.block_size)  # in the cluster's shapes
         start += phase.steps
         if layout.rank > 0 and start < cluster.recipe.total_steps:
             continue
@@ -213,8 +213,10 @@ def _forward_backward(chunk: Transformer, inputs: NetworkInputs, received: Tenso
     return output
 
 
-def _objective(cluster: ClusterPlan, step: int, device: str = "cpu") -> Objective:
-    return ObjectiveSchedule.of(cluster.recipe, cluster.vocabulary - 1, document_end=0, device=device).at(step)
+def _objective(cluster: ClusterPlan, step: int, device: str = "cpu", block_size: int | None = None) -> Objective:
+    """That of a step, or of one of a mixture's block sizes."""
+    schedule = ObjectiveSchedule.of(cluster.recipe, cluster.vocabulary - 1, document_end=0, device=device)
+    return schedule.at(step) if block_size is None or len(schedule.shares) == 1 else schedule.of_size(block_size)
 
 
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:

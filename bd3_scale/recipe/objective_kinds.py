@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.mixture_weights import weights_problem
 from bd3_scale.recipe.stages import stages
 
 VALIDATION_INTERVAL = (1e-3, 1.0)
@@ -97,8 +98,26 @@ def kind_named(name: str) -> Kind:
     return KINDS[name]
 
 
+def block_size_shares(value: Any) -> dict[int, float]:
+    """`objective.block_size` as {size: share of the updates}, the largest share first; one size for anything but a mixture. Raises
+    RecipeError."""
+    if not isinstance(value, dict):
+        return {block_sizes(value)[-1][1]: 1.0}
+    key, example = "objective.block_size", "{4: 0.5, 16: 0.3, 1024: 0.2}"
+    if not value or not all(type(size) is int and size >= 1 for size in value):
+        raise RecipeError(f"{key} is {value!r}; a mixture gives block sizes their shares, such as {example}")
+    if not all(type(share) in (int, float) for share in value.values()):
+        raise RecipeError(f"{key} is {value!r}, whose shares are not all numbers; set shares that sum up to 1, such as {example}")
+    if (problem := weights_problem(list(value.values()))) is not None:
+        raise RecipeError(f"{key}: {problem}")
+    return {size: float(share) for size, share in sorted(value.items(), key=lambda item: (-item[1], item[0]))}
+
+
 def block_sizes(value: Any) -> tuple[tuple[int, int], ...]:
-    """`objective.block_size` as ((0, size), (from step, size), ...), steps ascending. Raises RecipeError for anything else."""
+    """`objective.block_size` as ((0, size), (from step, size), ...), steps ascending; of a mixture, which has no stages, the size of the
+    largest share. Raises RecipeError for anything else."""
+    if isinstance(value, dict):
+        return ((0, next(iter(block_size_shares(value)))),)
     return stages(
         "objective.block_size",
         DEFAULT_BLOCK_SIZE if value is None else value,

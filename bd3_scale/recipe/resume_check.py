@@ -19,7 +19,8 @@ def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | 
     before, now = flatten(saved), flatten(asked)
     for flat in (before, now):
         flat["data.mixture"] = [source.weight for source in flat["data.mixture"]]  # where they lie may change, as data.path
-        flat["objective.block_size"] = [list(stage) for stage in block_sizes(flat["objective.block_size"]) if stage[0] < max(step, 1)]
+        if not isinstance(sizes := flat["objective.block_size"], dict):
+            flat["objective.block_size"] = [list(stage) for stage in block_sizes(sizes) if stage[0] < max(step, 1)]
     if _past_batches(saved, step) == _past_batches(asked, step):
         now["training.global_batch"] = before["training.global_batch"]
     for key, value in now.items():

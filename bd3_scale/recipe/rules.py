@@ -160,7 +160,7 @@ def time_has_its_conditioning(case: Case) -> Problem | None:
 
 def documents_have_borders(case: Case) -> Problem | None:
     recipe = case.recipe
-    sizes = {size for _, size in recipe.objective.stages(recipe.model.context)}
+    sizes = recipe.objective.sizes(recipe.model.context)
     if not recipe.data.document_mask or not recipe.objective.traits.in_blocks or sizes != {recipe.model.context}:
         return None
     return Problem(

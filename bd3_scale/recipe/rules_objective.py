@@ -38,7 +38,7 @@ def check_objective(config: ObjectiveConfig, context: int, document_mask: bool =
             f"data.document_mask is true, but {kind.name} denoises a row as one block, in which such a mask would tell where documents "
             "end; set data.document_mask=false"
         )
-    for _, size in config.stages(context):
+    for size in sorted(config.sizes(context)):
         check_shape(context, size)
         if config.resample:
             check_resampling(size)

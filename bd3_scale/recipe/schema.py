@@ -13,7 +13,7 @@ from typing import Any
 
 from bd3_scale.batches import BatchSchedule, Shares
 from bd3_scale.recipe.keys import facts_of, key, section
-from bd3_scale.recipe.objective_kinds import SELECTED_MULTIPLE, Kind, block_sizes, kind_named
+from bd3_scale.recipe.objective_kinds import SELECTED_MULTIPLE, Kind, block_size_shares, block_sizes, kind_named
 from bd3_scale.recipe.optimizers import OPTIMIZERS
 from bd3_scale.recipe.stages import batch_schedule
 
@@ -127,7 +127,8 @@ class ObjectiveConfig:
     block_size: Any = None
     """L', tokens per block; divides model.context. Default 4. For bd3 and ssdlm (25 in its paper, which asks for a context such as
     1000; of 1024, 16 and 32 are near). Or its schedule over training: a list of [from step, block size], such as [[0, 1024],
-    [850000, 16]]; the first starts at step 0. A continued run may change the stages of steps to come."""
+    [850000, 16]]; the first starts at step 0. A continued run may change the stages of steps to come. Or a mixture, {L': share}, such as
+    {4: 0.5, 16: 0.3, 1024: 0.2}: every update has one of these, drawn from (seed, step), and validation says the NELBO of each."""
     interval: tuple[float, float] = key((1e-3, 1.0), change="amend")
     """[beta, omega]: training draws t from it. Validation always uses U[1e-3, 1]. Not for ar."""
     density: str = key(
@@ -161,6 +162,14 @@ class ObjectiveConfig:
         if self.traits.in_blocks:
             return block_sizes(self.block_size)
         return ((0, context if self.traits.denoises_whole_rows else 1),)
+
+    def shares(self, context: int) -> dict[int, float]:
+        """{L': share of the updates} of a mixture of block sizes, the largest share first; otherwise {the last stage's L': 1}."""
+        return block_size_shares(self.block_size) if self.traits.in_blocks else {self.stages(context)[0][1]: 1.0}
+
+    def sizes(self, context: int) -> set[int]:
+        """All block sizes that training has."""
+        return {size for _, size in self.stages(context)} | set(self.shares(context))
 
 
 @dataclass

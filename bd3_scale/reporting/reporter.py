@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,13 @@ class Reporter:
             self._progress(line)
         return line
 
-    def validation(self, *, step: int, result: Validated, seconds: float, unigram_perplexity: float | None) -> None:
-        """Write a validation line; `seconds` it took are not counted as training time."""
+    def validation(self, *, step: int, results: Mapping[int, Validated], seconds: float, unigram_perplexity: float | None) -> None:
+        """Write a validation line of the first of `results` ({L': result}), with those of all block sizes where there are several;
+        `seconds` it took are not counted as training time."""
         self.skip(seconds)
         if self.file is None:
             return
+        result = next(iter(results.values()))
         line: dict[str, Any] = {
             "kind": "validation",
             "step": step,
@@ -127,12 +129,23 @@ class Reporter:
         }
         if unigram_perplexity is not None and isinstance(result, Validation):
             line["unigram_perplexity"] = unigram_perplexity
+        if len(results) > 1:
+            line["block_sizes"] = {str(size): asdict(one) for size, one in results.items()}
         self._write(line)
-        self.say(f"step {step}: validation {result}")
+        for size, one in results.items():
+            self.say(f"step {step}: validation {one}{f' at block size {size}' if len(results) > 1 else ''}")
         self.plot()
 
-    def tuner(self, *, step: int, choice: Choice, intervals: Sequence[tuple[float, float]], variances: np.ndarray) -> None:
-        """Write a tuner line: what was chosen and the variance of every candidate."""
+    def tuner(
+        self,
+        *,
+        step: int,
+        choice: Choice,
+        intervals: Sequence[tuple[float, float]],
+        variances: np.ndarray,
+        block_size: int | None = None,
+    ) -> None:
+        """Write a tuner line: what was chosen and the variance of every candidate; `block_size`: of a mixture, the one tuned."""
         if self.file is None:
             return
         all_variances = [{"interval": list(interval), "variance": float(v)} for interval, v in zip(intervals, variances, strict=True)]
@@ -144,12 +157,15 @@ class Reporter:
             "changed": choice.changed,
             "variances": all_variances,
         }
+        if block_size is not None:
+            line["block_size"] = block_size
         if density := choice.density:
             line |= {"density": list(density.learned), "density_variance": density.variance, "uniform_variance": density.uniform_variance}
         self._write(line)
         verb = "changes to" if choice.changed else "stays"
+        of = "" if block_size is None else f" of block size {block_size}"
         if self.recipe.tuner.kind != "density":
-            self.say(f"step {step}: the interval {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
+            self.say(f"step {step}: the interval{of} {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
         if density:
             verb, times = "changes" if density.changed else "stays", density.variance / density.uniform_variance
             self.say(f"step {step}: the density of t {verb} (variance {density.variance:.3g}, {times:.2f} times that of a uniform one)")

@@ -13,7 +13,6 @@ from typing import Any, Self
 from bd3_scale.data.open import Data
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import block_sizes
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class RunState:
     @classmethod
     def begin(cls, recipe: Recipe, data: Data) -> Self:
         """Of a new run."""
-        beta, omega = recipe.objective.interval
-        tuner = TunerState(block_sizes(recipe.objective.block_size)[0][1], (beta, omega))
+        tuner = TunerState.begin(recipe.objective)
         tokenizer = {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint}
         return cls(tuner, tokenizer, {"fingerprint": data.fingerprint})
 

@@ -79,6 +79,7 @@ class Trainer:
         self.step = step
         if self.objectives.advance(step) or self.batches.begins(step):
             self.engine.adam.rule.forget()  # norms of another loss, or of another noise
+            self.heartbeat.forget()  # and steps of another length
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device, and the control of the former."""
@@ -91,10 +92,7 @@ class Trainer:
         tokens = batch * taken.objective.scored_tokens_per_row
         loss = self.engine.forward_backward(taken.inputs, tokens)
         norm = self.engine.step(rate_of(recipe, self.step))
-        before = self.tuning
         self._advance(self.step + 1)
-        if self.tuning is not before or self.batches.begins(self.step):
-            self.heartbeat.forget()
         self.samples += batch
         if self.ema is not None:
             self.ema.update(self.step)
@@ -132,37 +130,42 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time."""
-        start, config, objective = time.perf_counter(), self.recipe.tuner, self.objectives.at(self.step)
+        """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time. Of a mixture of
+        block sizes one pass with each."""
+        start, config, resample = time.perf_counter(), self.recipe.tuner, self.recipe.objective.resample
         self.heartbeat.beat(self.step, "validate")
-        given = objective, self.engine.evaluate, self._stop_in_validation
-        statistics = None
+        results: dict[int, Validated] = {}
+        statistics: dict[int, interval_tuner.IntervalStatistics] = {}
         with self.ema.swapped() if self.ema is not None else nullcontext():
-            if interval_tuner.due(config, self.step):
-                resample = self.recipe.objective.resample
-                validated, statistics = self.validator.and_tune(*given, resample=resample, rows=config.rows)
-            else:
-                validated = self.validator(*given)
-        if validated is None:
-            # Asked to stop: whoever continues the run makes this validation first, so that no line and no tuning is missing.
-            self.state = replace(self.state, unfinished_validation=True)
-            return
-        self.validated = validated
+            for _, objective, _ in self.objectives.in_use(self.step):
+                given, size = (objective, self.engine.evaluate, self._stop_in_validation), objective.block_size
+                if interval_tuner.due(config, self.step):
+                    validated, found = self.validator.and_tune(*given, resample=resample, rows=config.rows)
+                    statistics |= {} if found is None else {size: found}
+                else:
+                    validated = self.validator(*given)
+                if validated is None:
+                    # Asked to stop: whoever continues the run makes this validation first, so that no line and no tuning is missing.
+                    self.state = replace(self.state, unfinished_validation=True)
+                    return
+                results[size] = validated
+        self.validated = next(iter(results.values()))
         seconds = time.perf_counter() - start
-        self.report.validation(step=self.step, result=self.validated, seconds=seconds, unigram_perplexity=self.unigram)
-        if statistics is not None:
-            self.tune(statistics)
+        self.report.validation(step=self.step, results=results, seconds=seconds, unigram_perplexity=self.unigram)
+        for size, found in statistics.items():
+            self.tune(found, size)
 
-    def tune(self, statistics: interval_tuner.IntervalStatistics) -> None:
+    def tune(self, statistics: interval_tuner.IntervalStatistics, block_size: int) -> None:
         """Choose interval and density on the leader, tell everybody, and make sure that everybody heard the same."""
-        choice = self.layout.broadcast(self.objectives.choose(statistics, self.step))
+        choice = self.layout.broadcast(self.objectives.choose(statistics, block_size))
         interval_tuner.agreed(self.layout.all_gather(choice.interval))
         if choice.density is not None:
             interval_tuner.agreed(self.layout.all_gather(choice.density.learned), "densities")
-        if self.objectives.take(choice, self.step):
+        if self.objectives.take(choice, self.step, block_size):
             self.engine.adam.rule.forget()
         self.heartbeat.forget()
-        self.report.tuner(step=self.step, choice=choice, intervals=statistics.intervals, variances=statistics.variances)
+        size = block_size if self.tuning.others else None
+        self.report.tuner(step=self.step, choice=choice, intervals=statistics.intervals, variances=statistics.variances, block_size=size)
 
     def save(self) -> None:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
@@ -180,7 +183,8 @@ class Trainer:
         self.report.skip(seconds)
 
     def flops_per_token(self) -> float:
-        return flops_per_token(self.recipe, self.objectives.at(self.step).pattern, self.vocabulary, self.tuning)
+        parts = self.objectives.in_use(self.step)
+        return sum(share * flops_per_token(self.recipe, one.pattern, self.vocabulary, tuning) for share, one, tuning in parts)
 
     def close(self) -> None:
         """Wait for the last checkpoint, end threads and files, let go of the state; the signals are the caller's again."""

@@ -26,21 +26,29 @@ class TunedObjective:
 
     def at(self, step: int) -> Objective:
         """The objective of update `step` as far as is known now."""
-        tuning = self._tuning_at(step)
-        return self.schedule.at(step, tuning.interval, learned=tuning.density, masked_nll=tuning.masked_nll)
+        return self._of_size(self.schedule.size_at(step))[0]
 
     def advance(self, step: int) -> bool:
-        """The run is at `step`. Whether another block size begins there, whose interval is searched anew."""
+        """The run is at `step`. Whether another block size begins there, whose interval is searched anew; those of a mixture are all
+        there from the beginning."""
         before, self.tuning = self.tuning.block_size, self._tuning_at(step)
-        return self.tuning.block_size != before
+        return self.tuning.block_size != before and not self.tuning.others
+
+    def in_use(self, step: int) -> list[tuple[float, Objective, TunerState]]:
+        """Share of the updates, objective and tuning of the block size at `step`, or of all of a mixture, the largest share first."""
+        found = []
+        for size, share in (self.schedule.shares if self.tuning.others else {self.schedule.size_at(step): 1.0}).items():
+            found.append((share, *self._of_size(size)))
+        return found
 
     def draw_from(self, interval: Interval) -> None:
         """Train on `interval` from now on, with the recipe's density."""
-        self.tuning = replace(self.tuning, interval=interval, density=())
+        others = tuple(replace(other, interval=interval, density=()) for other in self.tuning.others)
+        self.tuning = replace(self.tuning, interval=interval, density=(), others=others)
 
-    def choose(self, statistics: IntervalStatistics, step: int) -> Choice:
-        """What the pass after `step` updates says of interval and density, those of the two that the recipe's tuner searches."""
-        config, tuning = self.recipe.tuner, self._tuning_at(step)
+    def choose(self, statistics: IntervalStatistics, block_size: int) -> Choice:
+        """What a pass with `block_size` says of interval and density, those of the two that the recipe's tuner searches."""
+        config, tuning = self.recipe.tuner, self.tuning.at(block_size, self.recipe.objective.interval)
         if config.kind == "density":
             choice = Choice(tuning.interval, statistics.variance_of(tuning.interval), False)
         else:
@@ -53,10 +61,16 @@ class TunedObjective:
         current = time_density(choice.interval, objective.density, tuple(objective.density_shape or ()), learned)
         return replace(choice, density=choose_density(statistics.counts, tuning.block_size, current, learned, config.margin))
 
-    def take(self, choice: Choice, step: int) -> bool:
-        """Train on what was chosen after `step` updates, and remember it; whether that is another interval or density."""
-        before, self.tuning = self.tuning, self.tuning.after(step, choice)
-        return (self.tuning.interval, self.tuning.density) != (before.interval, before.density)
+    def take(self, choice: Choice, step: int, block_size: int) -> bool:
+        """Train with `block_size` on what was chosen after `step` updates, and remember it; whether that is another interval or density."""
+        before = self.tuning.at(block_size, self.recipe.objective.interval)
+        after = before.after(step, choice)
+        self.tuning = after.at(self.tuning.block_size, self.recipe.objective.interval)
+        return (after.interval, after.density) != (before.interval, before.density)
+
+    def _of_size(self, size: int) -> tuple[Objective, TunerState]:
+        tuning = self.tuning.at(self.schedule.of_size(size).block_size, self.recipe.objective.interval)
+        return self.schedule.of_size(size, tuning.interval, learned=tuning.density, masked_nll=tuning.masked_nll), tuning
 
     def _tuning_at(self, step: int) -> TunerState:
         return self.tuning.at(self.schedule.at(step).block_size, self.recipe.objective.interval)

@@ -48,6 +48,7 @@ MODELS = {
     # Five rows for four ranks: two, two, one, and none.
     "uneven": ["model.conditioning=adaln", "model.conditioning_size=5", "training.epsilon=1e-4", *TUNED],
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
+    "mixture": ["objective.block_size={4: 0.5, 32: 0.5}", *TUNED],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
     "bf16": ["objective.block_size=4", "training.precision=bf16"],
     "muon": ["training.optimizer=muon", "objective.block_size=4", "model.mlp=swiglu", "model.mlp_hidden=48", *TUNED],
@@ -132,6 +133,10 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "ssdlm: data 3": (3, "ssdlm", layout(1, 1, 1, WHOLE)),
     "block sizes that change: data 2, zero 3": (2, "stages", layout(1, 1, 3)),
     "block sizes that change: pipeline 2, zero 3": (2, "stages", layout(1, 2, 3)),
+    "mixture: tensor 2, pipeline 2, sequence": (4, "mixture", layout(2, 2, 1, SEQUENCE)),
+    "mixture: data 2, zero 3": (2, "mixture", layout(1, 1, 3)),
+    "mixture: pipeline 2 x 2 interleaved, data 2": (4, "mixture", layout(1, 2, 1, VIRTUAL)),
+    "mixture: data 3": (3, "mixture", layout()),
     "documents: tensor 2, pipeline 2, sequence": (4, "documents", layout(2, 2, 1, SEQUENCE)),
     "7 rows: data 4, zero 3": (4, "7 rows", layout(1, 1, 3)),
     "7 rows: pipeline 2, data 2": (4, "7 rows", layout(1, 2)),
@@ -172,6 +177,7 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
 }  # fmt: skip
 
 SAID_BY_OTHERS = {
+    "mixture: data 2, zero 3", "mixture: pipeline 2 x 2 interleaved, data 2", "mixture: data 3",
     "data 3, zero 0", "data 3, zero 2", "ssdlm: data 3", "7 rows: pipeline 2 x 2 interleaved, data 2", "7 rows: tensor 2, data 2, sequence",
     "tensor 2, zero 0", "data 4, one micro-batch", "sedd: data 2", "adaln: data 2, zero 0, recomputed", "ssdlm: tensor 2, data 2, sequence",
     "tied: data 4", "tied: tensor 2, data 2, zero 0", "data 4, deepspeed, zero 0", "pipeline 2 x 2 interleaved, data 2, zero 0",
@@ -240,6 +246,10 @@ def test_layout_equals_one_process(runs: Path, name: str, record_property: Calla
         expected, found = (np.array(values(runs / slug(run), kind, key)) for run in (model, name))
         assert len(expected) == len(found) == count
         worst[key] = np.abs(found / expected - 1).max()
+    if model == "mixture":
+        of_both = [values(runs / slug(run), "validation", "block_sizes") for run in (model, name)]
+        sizes = [[[one["nelbo"] for one in both.values()] for both in lines] for lines in of_both]
+        worst["nelbo of both"] = np.abs(np.divide(*sizes) - 1).max()
     intervals = [values(runs / slug(run), "tuner", "interval") for run in (model, name)]
     densities = [[line.get("density") for line in metrics(runs / slug(run)) if line["kind"] == "tuner"] for run in (model, name)]
     shown = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
@@ -247,7 +257,7 @@ def test_layout_equals_one_process(runs: Path, name: str, record_property: Calla
     record_property("table", f"{world_size} processes, {name:48s} {shown}{chosen}")
     assert max(worst.values()) < (BF16 if model == "bf16" else TOLERANCE), worst
     assert intervals[0] == intervals[1] and densities[0] == densities[1]
-    assert len(intervals[0]) == (2 if tuned else 0)
+    assert len(intervals[0]) == (2 if tuned else 0) * (2 if model == "mixture" else 1)
 
 
 def test_the_tuned_interval_moved(runs: Path) -> None:
