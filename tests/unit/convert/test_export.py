@@ -21,6 +21,7 @@ from bd3_scale.checkpoint.region import Region
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.errors import RecipeError
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.table import ObjectiveSchedule
@@ -196,3 +197,15 @@ def test_nothing_is_overwritten_and_damage_is_named(tmp_path: Path, capsys: pyte
         (tmp_path / "b.safetensors").write_bytes(damaged)
         assert convert("import", tmp_path / "b.safetensors", tmp_path / "back") == 1
         assert said in capsys.readouterr().err and not (tmp_path / "back").exists()
+
+
+def test_a_mixture_of_block_sizes_is_sampled_and_exported_with_any_of_them(tmp_path: Path) -> None:
+    """By itself with the one of the largest share."""
+    NETWORKS["mixture"] = ["objective.block_size={2: 0.3, 8: 0.5, 16: 0.2}"]
+    checkpoint_of(tmp_path, "mixture")
+    del NETWORKS["mixture"]
+    assert [load_network(tmp_path, device="cpu", block_size=size).objective.block_size for size in (None, 2, 8, 16)] == [8, 2, 8, 16]
+    with pytest.raises(RecipeError, match=r"the block size is 4, but .* was trained with 2 or 8 or 16"):
+        load_network(tmp_path, device="cpu", block_size=4)
+    assert convert("export", tmp_path, tmp_path / "out") == 0 and convert("import", tmp_path / "out", tmp_path / "back") == 0
+    assert load_network(tmp_path / "back", device="cpu").recipe.objective.block_size == {2: 0.3, 8: 0.5, 16: 0.2}

@@ -67,7 +67,7 @@ def a_run(folder: Path, nelbos: tuple[float, ...] = (6.0, 5.0), layout: Layout =
     for index, nelbo in enumerate(nelbos):
         for step in (10 * index + 5, 10 * index + 10):
             train(reporter, step, 8.0 - 0.1 * step)
-        reporter.validation(step=10 * index + 10, result=validation(nelbo), seconds=0.0, unigram_perplexity=90.0)
+        reporter.validation(step=10 * index + 10, results={4: validation(nelbo)}, seconds=0.0, unigram_perplexity=90.0)
     reporter.close()
     return asked
 
@@ -272,7 +272,7 @@ def test_a_run_without_likelihood_reports_its_cross_entropy_and_no_perplexity(tm
     reporter = Reporter(asked, LAYOUT, tmp_path, first_step=0)
     for step, value in ((10, 3.0), (20, 3.5)):
         train(reporter, step, 4.0)
-        reporter.validation(step=step, result=CrossEntropy(value, 0.01, 32), seconds=0.0, unigram_perplexity=90.0)
+        reporter.validation(step=step, results={4: CrossEntropy(value, 0.01, 32)}, seconds=0.0, unigram_perplexity=90.0)
     reporter.close()
     assert "step 10: validation cross-entropy 3.0000 +- 0.0100 (no likelihood)" in capsys.readouterr().err
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "validation"]
@@ -313,3 +313,11 @@ def test_the_start_says_where_texts_end(tmp_path: Path, capsys: pytest.CaptureFi
         asked.data.row_special = special
         Reporter(asked, LAYOUT, tmp_path / special, first_step=0).close()
         assert capsys.readouterr().err.count("texts of this model end at 128 tokens") == said
+
+
+def test_a_mixture_of_block_sizes_has_one_line_with_all_of_them(tmp_path: Path) -> None:
+    reporter = Reporter(recipe(tmp_path), LAYOUT, tmp_path, first_step=0)
+    reporter.validation(step=10, results={4: validation(3.0), 32: validation(4.0)}, seconds=0.0, unigram_perplexity=None)
+    reporter.close()
+    (line,) = [one for one in read_metrics(tmp_path / "metrics.jsonl") if one["kind"] == "validation"]
+    assert line["nelbo"] == 3.0 and {size: one["nelbo"] for size, one in line["block_sizes"].items()} == {"4": 3.0, "32": 4.0}
