@@ -130,7 +130,7 @@ def device(recipe: Recipe) -> Finding:
 
     from bd3_scale.costs.flops import peak_flops
 
-    chosen = recipes.resolve_device(recipe) if recipe.run.device != "cuda" or torch.cuda.is_available() else "none"
+    chosen = recipes.resolve_device(recipe.run.device) if recipe.run.device != "cuda" or torch.cuda.is_available() else "none"
     if chosen == "none":
         cure = "run on a node with a GPU and a driver, install a CUDA build of torch, or set run.device=cpu"
         return Finding("device", "fail", f"run.device is cuda, but torch {torch.__version__} finds no CUDA device", cure)
@@ -146,7 +146,7 @@ def device(recipe: Recipe) -> Finding:
         return Finding(
             "device", "warn", f"{text}, but of one only {free:.0%} of the memory is free", "end what else runs there (nvidia-smi)"
         )
-    if recipes.resolve_precision(recipe, "cuda") == "bf16" and not torch.cuda.is_bf16_supported():
+    if recipes.resolve_precision(recipe.training, "cuda") == "bf16" and not torch.cuda.is_bf16_supported():
         return Finding("device", "fail", f"{text} has no bf16", "set training.precision=fp32 or take an Ampere GPU or later")
     if peak_flops(names[0], "bf16") is None:
         return Finding("device", "warn", f"{text}: its peak is not in the table", "training works; MFU will be null")
@@ -187,9 +187,9 @@ def compiler(recipe: Recipe) -> Finding:
 # -- Folders and memory ------------------------------------------------------------------------------------------------
 
 
-def run_folder(recipe: Recipe) -> Path:
+def run_folder(dir: str) -> Path:
     """The nearest existing folder of run.dir: where a run would write."""
-    folder = expanded(recipe.run.dir).absolute()
+    folder = expanded(dir).absolute()
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -197,7 +197,7 @@ def run_folder(recipe: Recipe) -> Path:
 
 def disk(recipe: Recipe, probe: int = 1 << 26) -> Finding:
     """Room for the checkpoints that are kept, and the speed of `probe` bytes written and forced to the disk."""
-    folder = run_folder(recipe)
+    folder = run_folder(recipe.run.dir)
     free = shutil.disk_usage(folder).free
     block = os.urandom(1 << 20)
     try:
@@ -227,7 +227,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     """Of a network with GPT-2's vocabulary at most."""
     from bd3_scale.costs import state_memory
 
-    return state_memory.checkpoint_bytes(recipe, 258 if recipe.data.tokenizer == "bytes" else 50258)
+    return state_memory.checkpoint_bytes(recipe.model, recipe.training, 258 if recipe.data.tokenizer == "bytes" else 50258)
 
 
 def shared_memory(recipe: Recipe, folder: Path = Path("/dev/shm")) -> Finding:
@@ -243,7 +243,7 @@ def shared_memory(recipe: Recipe, folder: Path = Path("/dev/shm")) -> Finding:
 
 def clock(recipe: Recipe, now: Callable[[], float] = time.time) -> Finding:
     """Of this machine, against the one that stamps files in the run's folder: a file server, where it is shared."""
-    folder = run_folder(recipe)
+    folder = run_folder(recipe.run.dir)
     before = now()
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(b"-")

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         with exit_on_early_signal(leader=rank == 0, last=arguments is None):
             recipes.settle()
             recipe = recipes.load(options.recipe, options.overrides)
-            device = recipes.resolve_device(recipe)
+            device = recipes.resolve_device(recipe.run.device)
             try:
                 recipes.validate(recipe, world_size, device)
             except RecipeError as misfit:
@@ -88,7 +88,7 @@ def train(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | None = 
     if stopped or not recipe.tracking.sample_tokens or layout.data_rank > 0 or layout.pipeline_rank > 0:
         return
     gc.collect()  # the state of the training goes before the network comes once more
-    text = sample_text(checkpoint, recipe, layout.device.type)
+    text = sample_text(checkpoint, layout.device.type, recipe.tracking.sample_tokens, recipe.run.seed)
     if layout.is_main_rank:
         print(f"\na sample of {recipe.tracking.sample_tokens} tokens:\n{text}", flush=True)
 

@@ -232,7 +232,7 @@ def trained(folder: Path, steps: int, keys: list[str], options: argparse.Namespa
     every = max(1, steps // options.points)
     overrides = [*keys, f"training.steps={steps}", f"validation.every={every}", f"run.dir={folder}", *options.overrides]
     recipe = recipes.load(options.recipe, overrides)
-    device = recipes.resolve_device(recipe)
+    device = recipes.resolve_device(recipe.run.device)
     recipes.validate(recipe, 1, device)
     if not parallel_state.model_parallel_is_initialized():
         layouts.start(recipe.parallel, device)

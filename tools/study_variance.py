@@ -137,7 +137,7 @@ class Frozen:
             controlled.append(losses[-1] - objective.control(inputs, len(rows)) / tokens)
         return {
             "bound": tuple(tuning.interval) == VALIDATION_INTERVAL,
-            "flops": flops_per_token(recipe, objective.pattern, tokenizer.model_vocabulary_size, tuning),
+            "flops": flops_per_token(recipe.model, recipe.objective, objective.pattern, tokenizer.model_vocabulary_size, tuning),
             "block_variance": self.profile.variance(objective.times) if tuning.interval[0] < tuning.interval[1] else math.nan,
             "loss_variance": float(np.var(losses, ddof=1)),
             "controlled_variance": float(np.var(controlled, ddof=1)),

@@ -13,7 +13,7 @@ from bd3_scale.convert.write import Import
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import KINDS, block_sizes
-from bd3_scale.recipe.schema import ObjectiveConfig
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
 
 GPT2_IDS = 50257
 
@@ -32,7 +32,7 @@ def detect(
             # Of a schedule of block sizes the one that was reached: the checkpoint that is made stands at step 0.
             reached = [size for step, size in block_sizes(recipe.objective.block_size) if step < max(1, document["step"])]
             recipe = replace(recipe, objective=replace(recipe.objective, block_size=reached[-1]))
-        found = Import(source, bd3_export.key_map(list(source.shapes)), recipe, _longest(recipe), "bd3_scale", document["tuner"])
+        found = Import(source, bd3_export.key_map(list(source.shapes)), recipe, _longest(recipe.model), "bd3_scale", document["tuner"])
         return _continued(found, objective, block_size), tokenizer or _exported_tokenizer(path, document)
     if published.recognised(source.shapes):
         if block_size is not None:
@@ -74,8 +74,8 @@ def _continued(found: Import, objective: str | None, block_size: int | None) -> 
     return replace(found, recipe=replace(found.recipe, objective=ObjectiveConfig(kind, size)), tuner=None)
 
 
-def _longest(recipe: Recipe) -> int | None:
-    return recipe.model.context if recipe.model.positions == "learned" else None
+def _longest(model: ModelConfig) -> int | None:
+    return model.context if model.positions == "learned" else None
 
 
 def _exported_tokenizer(path: Path, document: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ import torch
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.errors import CheckpointError
 from bd3_scale.generation.load_model import read_recipe
-from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.optimizers import ADAM
+from bd3_scale.recipe.schema import TrainingConfig
 
 DIVIDED_BY_COLUMNS = ("attention.output.weight", "mlp.down.weight")
 """Weights that tensor parallelism divides along dimension 1; all others along 0."""
@@ -56,7 +56,7 @@ def write_universal(checkpoint: Checkpoint, out: Path) -> None:
         torch.save(float(checkpoint.step), parameter / "step.pt")
     version = metadata.version("deepspeed")
     torch.save(
-        {"param_groups": _groups(recipe), "ds_version": version, "clip_grad": recipe.training.clip},
+        {"param_groups": _groups(recipe.training), "ds_version": version, "clip_grad": recipe.training.clip},
         folder / "zero" / "optimizer_state.pt",
     )
     states: dict[str, Any] = {"module": weights, "ds_version": version, "global_steps": checkpoint.step, "dp_world_size": 1}
@@ -65,8 +65,7 @@ def write_universal(checkpoint: Checkpoint, out: Path) -> None:
     (out / "latest_universal").write_text(tag)
 
 
-def _groups(recipe: Recipe) -> list[dict[str, Any]]:
+def _groups(training: TrainingConfig) -> list[dict[str, Any]]:
     """Of AdamW: matrices, which decay, and the rest. The learning rate is the recipe's highest: its schedule stays behind."""
-    training = recipe.training
     common = {"lr": training.learning_rate, "betas": tuple(training.betas), "eps": training.epsilon}
     return [{**common, "weight_decay": training.weight_decay}, {**common, "weight_decay": 0.0}]

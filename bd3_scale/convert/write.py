@@ -30,7 +30,7 @@ from bd3_scale.files import expanded
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.optimizers import OPTIMIZERS
-from bd3_scale.recipe.schema import free_keys
+from bd3_scale.recipe.schema import DataConfig, free_keys
 
 STEPS = 10_000
 """training.steps of the recipe where no budget is asked for."""
@@ -66,7 +66,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
         raise CheckpointError(f"{out} exists and is not empty; name a new folder")
     text = load_tokenizer(tokenizer)
     recipe = _recipe(found, out, _kept_tokenizer(tokenizer, out), data, overrides)
-    fingerprint = _data(recipe, data, text)
+    fingerprint = _fingerprint(recipe.data, recipe.model.context, text) if data is not None else None
     shapes = {name: one.shape for name, one in parameter_shapes(recipe.model, text.model_vocabulary_size).items()}
     sizes = Sizes(text.vocabulary_size, text.words, recipe.model.context, recipe.model.head_size, shapes)
     made = makers(found.source, found.key_map, recipe.model.layers, sizes)
@@ -127,14 +127,12 @@ def _recipe(found: Import, out: Path, tokenizer: str, data: str | None, override
     return asked
 
 
-def _data(recipe: Recipe, data: str | None, tokenizer: Tokenizer) -> str | None:
-    """Fingerprint of the data that the recipe trains on, checked to fit it; None without."""
-    if data is None:
-        return None
-    folder = Path(recipe.data.path)
+def _fingerprint(data: DataConfig, context: int, tokenizer: Tokenizer) -> str:
+    """Of the data that is trained on, checked to fit the recipe."""
+    folder = Path(data.path)
     manifest = Manifest.load(folder / MANIFEST)
-    manifest.require(folder, context=recipe.model.context, tokenizer=tokenizer)
-    manifest.require_preparation(folder, format=recipe.data.format, row_special=recipe.data.row_special)
+    manifest.require(folder, context=context, tokenizer=tokenizer)
+    manifest.require_preparation(folder, format=data.format, row_special=data.row_special)
     return manifest.fingerprint
 
 

@@ -48,7 +48,7 @@ from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.orthogonal_step import exchanged_bytes
 from bd3_scale.costs.parameter_shapes import Shape, Units, parameter_shapes, shard, units_of, whole
 from bd3_scale.costs.sizes import PERSISTENT, VOCABULARY_MULTIPLE, padded_vocabulary
-from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import ParallelConfig, TrainingConfig
 
 REUSE = 1_000_000_000
 """Elements: DeepSpeed 3 keeps a gathered parameter that it needs again within as many (stage3_max_reuse_distance)."""
@@ -75,13 +75,19 @@ class Transfer:
 
 
 def step_traffic(
-    recipe: Recipe, stages: Sequence[range], vocabulary: int, batch: Batch, data: int, micro_batches: int, pipeline_rank: int
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    stages: Sequence[range],
+    vocabulary: int,
+    batch: Batch,
+    data: int,
+    micro_batches: int,
+    pipeline_rank: int,
 ) -> list[Transfer]:
     """Of a rank that holds `stages` (one per virtual stage); `data`: data-parallel ranks. Groups of one rank move nothing."""
-    parallel, model = recipe.parallel, recipe.model
-    multiple = VOCABULARY_MULTIPLE[batch.device]
+    model, multiple = batch.config, VOCABULARY_MULTIPLE[batch.device]
     chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
-    fsdp, simplex = parallel.resolved_engine == "fsdp", recipe.objective.traits.on_simplex
+    fsdp, simplex = parallel.resolved_engine == "fsdp", batch.kind.on_simplex
     sharers = (parallel.shard or data) if fsdp else 1
     """Among whom what is summed at the end of a step has been divided."""
     found: Counter[tuple[str, str]] = Counter()
@@ -94,15 +100,15 @@ def step_traffic(
         sizes = [size for chunk in chunks for size in chunk.sizes]
         _add(found, "data", data_bytes(sizes, parallel.zero, parallel.resolved_engine, batch.weight, micro_batches))
     for layers in stages:
-        one = tensor_bytes(batch, layers, recipe.training.recompute)
+        one = tensor_bytes(batch, layers, training.recompute)
         _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
         if simplex and layers.start == 0:  # the mass of each rank's words
             _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
         times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
         _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
     zero_ranks = (sharers if fsdp else data) if parallel.zero else 1
-    if recipe.training.optimizer == "muon":
-        _add(found, "matrices", {"all_to_all": exchanged_bytes(recipe, stages, vocabulary, zero_ranks, batch.weight)})
+    if training.optimizer == "muon":
+        _add(found, "matrices", {"all_to_all": exchanged_bytes(model, parallel, stages, vocabulary, zero_ranks, batch.weight)})
     if parallel.pipeline > 1:
         _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches, sharers))
         if model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):

@@ -20,19 +20,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bd3_scale.costs.parameter_shapes import units_of
-from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 
 STEPS = 5
 """Of the iteration; torch's."""
 
 
-def exchanged_bytes(recipe: Recipe, stages: Sequence[range], vocabulary: int, sharers: int, weight: int) -> int:
+def exchanged_bytes(
+    model: ModelConfig, parallel: ParallelConfig, stages: Sequence[range], vocabulary: int, sharers: int, weight: int
+) -> int:
     """That a rank sends in a step, on average over those of its stage; `sharers`: ranks that share what ZeRO divides."""
-    parallel, moved = recipe.parallel, 0.0
+    moved = 0.0
     d = sharers if parallel.zero else 1
-    units = [units_of(recipe.model, vocabulary, layers, parallel.tensor) for layers in stages]
+    units = [units_of(model, vocabulary, layers, parallel.tensor) for layers in stages]
     held = sum(sum(unit.sizes) for unit in units)
-    for (rows, columns), tensor in _matrices(recipe, stages):
+    for (rows, columns), tensor in _matrices(model, parallel.tensor, stages):
         whole = rows * columns
         part = whole / tensor
         if parallel.resolved_engine == "fsdp" or parallel.zero == 3:
@@ -44,19 +46,18 @@ def exchanged_bytes(recipe: Recipe, stages: Sequence[range], vocabulary: int, sh
     return round(moved)
 
 
-def orthogonal_flops(recipe: Recipe, stages: Sequence[range], sharers: int) -> float:
+def orthogonal_flops(model: ModelConfig, parallel: ParallelConfig, stages: Sequence[range], sharers: int) -> float:
     """Of a rank in a step, on average over those of its stage."""
     total = 0.0
-    d = sharers if recipe.parallel.zero else 1
-    for (rows, columns), tensor in _matrices(recipe, stages):
+    d = sharers if parallel.zero else 1
+    for (rows, columns), tensor in _matrices(model, parallel.tensor, stages):
         a, b = sorted((rows, columns))
         total += STEPS * (4.0 * a * a * b + 2.0 * a**3) / (tensor * d)
     return total
 
 
-def _matrices(recipe: Recipe, stages: Sequence[range]) -> Iterator[tuple[tuple[int, int], int]]:
+def _matrices(model: ModelConfig, tensor: int, stages: Sequence[range]) -> Iterator[tuple[tuple[int, int], int]]:
     """(rows, columns) of each matrix, undivided and unpacked, and how many tensor ranks divide it."""
-    model, tensor = recipe.model, recipe.parallel.tensor
     query, (key_value, hidden), output, (up, _), down = units_of(model, 1, range(1)).matrices
     packed = 2 if model.mlp == "swiglu" else 1
     layer = [(query, tensor), *[((key_value // 2, hidden), tensor if model.kv_heads % tensor == 0 else 1)] * 2, (output, tensor)]

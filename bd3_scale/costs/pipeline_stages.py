@@ -23,7 +23,7 @@ from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.noise_schedules import expected_masked
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.objectives.time_density import time_density
-from bd3_scale.recipe.schema import ModelConfig
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 
 if TYPE_CHECKING:
     from bd3_scale.recipe import Recipe
@@ -128,26 +128,25 @@ def micro_batch_group(micro_batches: int, stages: int) -> int:
     return next(size for size in sizes if micro_batches % size == 0 or micro_batches % size >= stages)
 
 
-def chunks_of(recipe: Recipe, replicas: int, vocabulary: int, phases: Sequence[Phase]) -> list[range]:
+def chunks_of(
+    model: ModelConfig, objective: ObjectiveConfig, parallel: ParallelConfig, replicas: int, vocabulary: int, phases: Sequence[Phase]
+) -> list[range]:
     """The layers of every chunk, pipeline x virtual stages of them, among `replicas` data-parallel ranks: those that the recipe
     gives, or by cost."""
-    parallel = recipe.parallel
     if parallel.stage_layers is not None:
         return given(parallel.stage_layers)
-    simplex = recipe.objective.traits.on_simplex
-    mean = [0.0] * (recipe.model.layers + 2)
+    mean = [0.0] * (model.layers + 2)
     for phase in phases:
-        share, shares = selected_share(recipe, phase.pattern), recipe.shares(replicas, phase.rows)
-        costs, embedding, head = layer_costs(recipe.model, phase.pattern, vocabulary, share, shares.micro_batch, simplex)
+        share, shares = selected_share(objective, phase.pattern), parallel.shares(replicas, phase.rows)
+        costs, embedding, head = layer_costs(model, phase.pattern, vocabulary, share, shares.micro_batch, objective.traits.on_simplex)
         mean = [sum + phase.steps * shares.micro_batches * cost for sum, cost in zip(mean, [*costs, embedding, head], strict=True)]
     return divide(mean[:-2], parallel.pipeline * parallel.virtual_stages, *mean[-2:])
 
 
-def selected_share(recipe: Recipe, pattern: AttentionPattern, tuning: TunerState | None = None) -> float:
+def selected_share(objective: ObjectiveConfig, pattern: AttentionPattern, tuning: TunerState | None = None) -> float:
     """Expected share of the data tokens that reach the head in training, on the interval and with the density of `tuning`, if any."""
-    if pattern.kind == "causal" or recipe.objective.traits.scores_every_token:
+    if pattern.kind == "causal" or objective.traits.scores_every_token:
         return 1.0
-    objective = recipe.objective
     (beta, omega), learned = (objective.interval, ()) if tuning is None else (tuning.interval, tuning.density)
     return expected_masked(
         objective.schedule, time_density((beta, omega), objective.density, tuple(objective.density_shape or ()), learned)

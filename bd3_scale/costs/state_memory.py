@@ -30,8 +30,8 @@ from dataclasses import astuple, dataclass
 
 from bd3_scale.costs.parameter_shapes import Units, elements, shard, units_of
 from bd3_scale.costs.sizes import LARGEST_BUCKET, PERSISTENT, VOCABULARY_MULTIPLE
-from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.optimizers import OPTIMIZERS
+from bd3_scale.recipe.schema import ModelConfig, ParallelConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,26 @@ class StateBytes:
         return sum(astuple(self))
 
 
-def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int, device: str, bf16: bool) -> StateBytes:
+def state_bytes(
+    model: ModelConfig,
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    stages: list[range],
+    vocabulary: int,
+    data: int,
+    device: str,
+    bf16: bool,
+) -> StateBytes:
     """Of a rank that holds `stages` (one per virtual stage), among `data` data-parallel ranks; `device`: cpu | cuda."""
-    parallel = recipe.parallel
-    chunks = [units_of(recipe.model, vocabulary, layers, parallel.tensor, VOCABULARY_MULTIPLE[device]) for layers in stages]
+    chunks = [units_of(model, vocabulary, layers, parallel.tensor, VOCABULARY_MULTIPLE[device]) for layers in stages]
     sizes = [size for chunk in chunks for size in chunk.sizes]
     if parallel.resolved_engine == "fsdp":
-        return _sharded_bytes(recipe, chunks, parallel.shard or data, 2 if bf16 else 4)
-    n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(recipe.training.ema)
+        return _sharded_bytes(training, parallel, chunks, parallel.shard or data, 2 if bf16 else 4)
+    n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(training.ema)
     hidden = sum(elements(chunk.hidden) for chunk in chunks)
     shared = 1 if zero == 0 else data
     divided = -(-n // shared)
-    moments = moment_bytes(recipe, -(-hidden // shared), divided)
+    moments = moment_bytes(training.optimizer, -(-hidden // shared), divided)
     if zero == 0:
         return StateBytes(4 * n, 4 * n, 0, moments, ema * n, 0)
     if parallel.resolved_engine == "megatron":
@@ -76,22 +84,22 @@ def state_bytes(recipe: Recipe, stages: list[range], vocabulary: int, data: int,
     return StateBytes(weight * n, gradients, 4 * divided, moments, ema * divided, bucket)
 
 
-def moment_bytes(recipe: Recipe, hidden: int, held: int) -> int:
+def moment_bytes(optimizer: str, hidden: int, held: int) -> int:
     """What the optimizer keeps of `held` elements, `hidden` of them of hidden matrices."""
-    states = OPTIMIZERS[recipe.training.optimizer]
+    states = OPTIMIZERS[optimizer]
     return 4 * (len(states.hidden) * hidden + len(states.other) * (held - hidden))
 
 
-def checkpoint_bytes(recipe: Recipe, vocabulary: int) -> int:
+def checkpoint_bytes(model: ModelConfig, training: TrainingConfig, vocabulary: int) -> int:
     """Of a checkpoint's tensors: fp32 weights, the optimizer's states, and the average."""
-    units = units_of(recipe.model, vocabulary, range(recipe.model.layers))
+    units = units_of(model, vocabulary, range(model.layers))
     n = sum(units.sizes)
-    return (8 if recipe.training.ema else 4) * n + moment_bytes(recipe, elements(units.hidden), n)
+    return (8 if training.ema else 4) * n + moment_bytes(training.optimizer, elements(units.hidden), n)
 
 
-def _sharded_bytes(recipe: Recipe, chunks: list[Units], sharers: int, weight: int) -> StateBytes:
+def _sharded_bytes(training: TrainingConfig, parallel: ParallelConfig, chunks: list[Units], sharers: int, weight: int) -> StateBytes:
     """Of the first of the ranks that share a copy: the last ones have fewer rows."""
     own = sum(shard(group, sharers) for chunk in chunks for group in chunk.groups)
     hidden = sum(shard(chunk.hidden, sharers) for chunk in chunks)
-    gathered = weight * sharers * own if recipe.parallel.zero == 2 else 0
-    return StateBytes(gathered, 4 * own, 4 * own, moment_bytes(recipe, hidden, own), 4 * bool(recipe.training.ema) * own, 0)
+    gathered = weight * sharers * own if parallel.zero == 2 else 0
+    return StateBytes(gathered, 4 * own, 4 * own, moment_bytes(training.optimizer, hidden, own), 4 * bool(training.ema) * own, 0)

@@ -26,7 +26,7 @@ from bd3_scale.recipe import Recipe, resolve_precision
 def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) -> Engine:
     """The recipe's network for `vocabulary` ids (MASK included), with initial weights, under its engine."""
     training, parallel = recipe.training, recipe.parallel
-    bf16 = resolve_precision(recipe, layout.device.type) == "bf16"
+    bf16 = resolve_precision(recipe.training, layout.device.type) == "bf16"
     chunks = []
     for layers in layers_of_rank(recipe, layout, vocabulary):
         factory = TensorParallelFactory(
@@ -68,7 +68,6 @@ def mark_partial_gradients(model: Transformer) -> None:
 
 def layers_of_rank(recipe: Recipe, layout: Layout, vocabulary: int) -> list[range]:
     """The layers of this rank's stage, one range per virtual stage."""
-    chunks = pipeline_stages.chunks_of(
-        recipe, layout.data, vocabulary, pipeline_stages.phases_of(recipe, vocabulary - 1, layout.device.type)
-    )
+    phases = pipeline_stages.phases_of(recipe, vocabulary - 1, layout.device.type)
+    chunks = pipeline_stages.chunks_of(recipe.model, recipe.objective, recipe.parallel, layout.data, vocabulary, phases)
     return pipeline_stages.of_rank(chunks, layout.pipeline, layout.pipeline_rank)

@@ -64,7 +64,9 @@ def shape_of(recipe: Recipe, device: str) -> Shape:
     """That of the phase of the run with the most rows: one stream needs no kernel of its own."""
     model = recipe.model
     pattern = max((phase.pattern for phase in phases_of(recipe, 1, device)), key=lambda pattern: pattern.rows)
-    return Shape(pattern, model.heads // model.kv_heads, model.head_size, resolve_precision(recipe, device), recipe.data.document_mask)
+    return Shape(
+        pattern, model.heads // model.kv_heads, model.head_size, resolve_precision(recipe.training, device), recipe.data.document_mask
+    )
 
 
 def probe_recipe(recipe: Recipe, device: torch.device) -> list[Probed]:

@@ -97,13 +97,13 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     kind = ("ema" if "ema" in checkpoint.kinds else "weight") if weights == "auto" else weights
     if kind not in checkpoint.kinds:
         raise CheckpointError(f"checkpoint {checkpoint.path} has no {kind}, only {', '.join(checkpoint.kinds)}; set weights to auto")
-    tokenizer = _tokenizer(checkpoint, recipe)
+    tokenizer = _tokenizer(checkpoint, recipe.data.tokenizer)
     objective = trained_objective(checkpoint, recipe, tokenizer, block_size)
     model = replace(recipe.model, attention="auto")  # a matter of the device, which may be another than that of the training
     network = Transformer(model, tokenizer.model_vocabulary_size, tokenizer.mask_id, TensorParallelFactory(tensor))
     parameters = network.named_parameters()
     checkpoint.load_into([part for name, value in parameters for part in _of_tensor_rank(kind, name, value, tensor)], peers)
-    precision = torch.bfloat16 if recipes.resolve_precision(recipe, place.type) == "bf16" else torch.float32
+    precision = torch.bfloat16 if recipes.resolve_precision(recipe.training, place.type) == "bf16" else torch.float32
     network = network.to(device=place, dtype=precision).eval().requires_grad_(False)
     return LoadedNetwork(recipe, tokenizer, network, objective, checkpoint, kind, place, peers)
 
@@ -150,9 +150,7 @@ def read_recipe(checkpoint: Checkpoint) -> Recipe:
 def _device(name: str) -> torch.device:
     if name not in DEVICES:
         raise RecipeError(f"device is {name!r}; set one of {', '.join(DEVICES)}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device is cuda, but torch finds no CUDA device here; set cpu or install a CUDA build of torch")
-    if name == "cpu" or not torch.cuda.is_available():
+    if recipes.resolve_device(name, "device") == "cpu":
         return torch.device("cpu")
     # Whoever joins the world takes the device of its local rank.
     index = torch.cuda.current_device() if dist.is_initialized() else launched().local_rank
@@ -164,14 +162,14 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> Tokenizer:
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+def _tokenizer(checkpoint: Checkpoint, name: str) -> Tokenizer:
+    tokenizer = load_tokenizer(name)
     trained = checkpoint.run.get("tokenizer")
     fingerprint = trained.get("fingerprint") if isinstance(trained, dict) else None
     if fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was trained with another tokenizer (fingerprint {str(fingerprint)[:12]}) than "
-            f"{recipe.data.tokenizer} is here ({tokenizer.fingerprint[:12]}); put the file it was trained with in that place"
+            f"{name} is here ({tokenizer.fingerprint[:12]}); put the file it was trained with in that place"
         )
     return tokenizer
 

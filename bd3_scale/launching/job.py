@@ -15,6 +15,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import DataConfig
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -86,7 +87,7 @@ def read(options: argparse.Namespace, default_port: int) -> Job:
     overrides = list(options.overrides)
     recipe = recipes.load(options.recipe, overrides)
     if options.data_cache is not None:
-        overrides += _cached(recipe, options.data_cache)
+        overrides += _cached(recipe.data, options.data_cache)
         recipe = recipes.load(options.recipe, overrides)
     device = "cuda" if options.gpus_per_node else "cpu"
     recipes.validate(recipe, most * processes, device)
@@ -112,16 +113,16 @@ def read(options: argparse.Namespace, default_port: int) -> Job:
     )
 
 
-def _cached(recipe: Recipe, cache: str) -> list[str]:
+def _cached(data: DataConfig, cache: str) -> list[str]:
     """The overrides that let each node keep its own copy of the shards it needs."""
-    if recipe.data.mixture:
+    if data.mixture:
         raise RecipeError("--data-cache does not know where sources of data.mixture go; set path and remote of each in the recipe")
-    if recipe.data.source is not None:
-        raise RecipeError(f"--data-cache copies prepared data, but data.source={recipe.data.source} prepares them; leave --data-cache out")
-    remote = recipe.data.remote
+    if data.source is not None:
+        raise RecipeError(f"--data-cache copies prepared data, but data.source={data.source} prepares them; leave --data-cache out")
+    remote = data.remote
     if remote is None:
-        remote = str(expanded(recipe.data.path))
-    return [f"data.remote={remote}", f"data.path={cache.rstrip('/')}/{Path(recipe.data.path).name}"]
+        remote = str(expanded(data.path))
+    return [f"data.remote={remote}", f"data.path={cache.rstrip('/')}/{Path(data.path).name}"]
 
 
 def _nodes(text: str) -> tuple[int, int]:

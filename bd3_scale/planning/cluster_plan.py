@@ -17,6 +17,7 @@ from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.planning.devices import Device
 from bd3_scale.recipe import Recipe, resolve_precision, validate
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,37 @@ class ClusterPlan:
     vocabulary: int
 
     @property
+    def model(self) -> ModelConfig:
+        return self.recipe.model
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        return self.recipe.objective
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.recipe.training
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.recipe.parallel
+
+    @property
     def replicas(self) -> int:
-        return self.world_size // (self.recipe.parallel.tensor * self.recipe.parallel.pipeline)
+        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def sharers(self) -> int:
         """Data-parallel ranks that share one copy of what ZeRO divides."""
-        return self.recipe.parallel.shard or self.replicas
+        return self.parallel.shard or self.replicas
 
     def shares(self, phase: Phase | None = None) -> Shares:
         """Of the replicas in a global batch of a phase (None: the longest); filler is computed, and takes its time."""
-        return self.recipe.shares(self.replicas, (phase or self.longest).rows)
+        return self.parallel.shares(self.replicas, (phase or self.longest).rows)
 
     @property
     def precision(self) -> str:
-        return resolve_precision(self.recipe, self.device.type)
+        return resolve_precision(self.training, self.device.type)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -60,19 +77,19 @@ class ClusterPlan:
         return _chunks(_Key(self.recipe, self.replicas), self.vocabulary, self.phases)
 
     def stages_of(self, pipeline_rank: int) -> list[range]:
-        return pipeline_stages.of_rank(self.chunks, self.recipe.parallel.pipeline, pipeline_rank)
+        return pipeline_stages.of_rank(self.chunks, self.parallel.pipeline, pipeline_rank)
 
     def units_of(self, pipeline_rank: int) -> list[Units]:
         """What one tensor rank of a stage holds, chunk by chunk."""
-        model, tensor, multiple = self.recipe.model, self.recipe.parallel.tensor, VOCABULARY_MULTIPLE[self.device.type]
+        model, tensor, multiple = self.model, self.parallel.tensor, VOCABULARY_MULTIPLE[self.device.type]
         return [units_of(model, self.vocabulary, layers, tensor, multiple) for layers in self.stages_of(pipeline_rank)]
 
     def batch(self, phase: Phase | None = None) -> Batch:
         """The expected micro-batch on one tensor rank in a phase of the run (None: the longest)."""
-        parallel, model = self.recipe.parallel, self.recipe.model
+        parallel, model = self.parallel, self.model
         phase = phase or self.longest
         pattern, rows = phase.pattern, self.shares(phase).micro_batch
-        selected = max(1, round(rows * (model.context - 1) * pipeline_stages.selected_share(self.recipe, pattern)))
+        selected = max(1, round(rows * (model.context - 1) * pipeline_stages.selected_share(self.objective, pattern)))
         multiple = self.recipe.selected_multiple(self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
@@ -85,7 +102,7 @@ class ClusterPlan:
             parallel.sequence,
             weight,
             self.device.type,
-            self.recipe.objective.traits,
+            self.objective.traits,
         )
 
 
@@ -116,7 +133,7 @@ class _Key:
 
 @lru_cache(maxsize=256)
 def _chunks(key: _Key, vocabulary: int, phases: tuple[Phase, ...]) -> list[range]:
-    return pipeline_stages.chunks_of(key.recipe, key.replicas, vocabulary, phases)
+    return pipeline_stages.chunks_of(key.recipe.model, key.recipe.objective, key.recipe.parallel, key.replicas, vocabulary, phases)
 
 
 def cluster_plan(recipe: Recipe, world_size: int, device: Device, vocabulary: int | None = None) -> ClusterPlan:

@@ -86,15 +86,15 @@ def rank_memory(cluster: ClusterPlan, pipeline_rank: int) -> RankMemory:
 
 
 def _phase_memory(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> RankMemory:
-    recipe, parallel, batch = cluster.recipe, cluster.recipe.parallel, cluster.batch(phase)
+    training, parallel, batch = cluster.training, cluster.parallel, cluster.batch(phase)
     held = cluster.stages_of(pipeline_rank)
     bf16 = cluster.precision == "bf16"
-    state = state_bytes(recipe, held, cluster.vocabulary, cluster.replicas, cluster.device.type, bf16)
-    recompute, pipelined, interleaved = recipe.training.recompute, parallel.pipeline > 1, parallel.virtual_stages > 1
+    state = state_bytes(cluster.model, training, parallel, held, cluster.vocabulary, cluster.replicas, cluster.device.type, bf16)
+    recompute, pipelined, interleaved = training.recompute, parallel.pipeline > 1, parallel.virtual_stages > 1
     kept = [
         kept_bytes(batch, layers, cluster.vocabulary, recompute=recompute, pipeline=pipelined, interleaved=interleaved) for layers in held
     ]
-    last = held[-1].stop == recipe.model.layers
+    last = held[-1].stop == cluster.model.layers
     buffers = exchange_bytes(batch, parallel, pipeline_rank) + working_bytes(batch, recompute=recompute) + state.buckets
     return RankMemory(
         weights=state.parameters,
@@ -109,7 +109,7 @@ def _phase_memory(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> Ran
 
 def _reduction_bytes(cluster: ClusterPlan, pipeline_rank: int) -> int:
     """What DeepSpeed and FSDP allocate for a moment to reduce gradients (fp32 on the way) and to gather weights."""
-    parallel, batch = cluster.recipe.parallel, cluster.batch()
+    parallel, batch = cluster.parallel, cluster.batch()
     if parallel.resolved_engine == "fsdp":
         return _gathered_bytes(cluster, pipeline_rank)
     if cluster.replicas == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
@@ -131,7 +131,7 @@ def _elements(cluster: ClusterPlan, pipeline_rank: int) -> int:
 def _gathered_bytes(cluster: ClusterPlan, pipeline_rank: int) -> int:
     """FSDP's, of the chunk that needs the most: the weights of two groups, one that computes and one on its way (and, in ZeRO 3, what the
     root holds), the gradients of one as they arise and, in fp32, as they are sent."""
-    parallel, weight = cluster.recipe.parallel, cluster.batch().weight
+    parallel, weight = cluster.parallel, cluster.batch().weight
     most = 0
     for chunk in cluster.units_of(pipeline_rank):
         sizes = sorted((whole(group, cluster.sharers) for group in chunk.groups), reverse=True)
@@ -145,33 +145,33 @@ def _gathered_bytes(cluster: ClusterPlan, pipeline_rank: int) -> int:
 
 def row_flops(cluster: ClusterPlan, phase: Phase) -> RowFlops:
     """FLOPs of one row of the whole network."""
-    share, simplex = pipeline_stages.selected_share(cluster.recipe, phase.pattern), cluster.recipe.objective.traits.on_simplex
-    return count_flops(cluster.recipe.model, phase.pattern, cluster.vocabulary, share, simplex)
+    share, simplex = pipeline_stages.selected_share(cluster.objective, phase.pattern), cluster.objective.traits.on_simplex
+    return count_flops(cluster.model, phase.pattern, cluster.vocabulary, share, simplex)
 
 
 def autoregressive_flops(cluster: ClusterPlan) -> float:
     """Model FLOPs of one row of the same network in a next-token run: what a run of block diffusion is compared with."""
-    length = cluster.recipe.model.context
-    return count_flops(cluster.recipe.model, AttentionPattern("causal", length, 1), cluster.vocabulary, 1.0).model
+    length = cluster.model.context
+    return count_flops(cluster.model, AttentionPattern("causal", length, 1), cluster.vocabulary, 1.0).model
 
 
 def layer_passes(cluster: ClusterPlan, phase: Phase) -> float:
     """Forwards of the layers that one forward and backward cost: 3, and the share of one that is computed again."""
     row = row_flops(cluster, phase)
-    return 3 + row.recomputed(cluster.recipe.training.recompute) / row.layers
+    return 3 + row.recomputed(cluster.training.recompute) / row.layers
 
 
 def stage_flops(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> float:
     """FLOPs that one tensor rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
-    parallel = cluster.recipe.parallel
-    share = pipeline_stages.selected_share(cluster.recipe, phase.pattern)
-    simplex = cluster.recipe.objective.traits.on_simplex
+    parallel = cluster.parallel
+    share = pipeline_stages.selected_share(cluster.objective, phase.pattern)
+    simplex = cluster.objective.traits.on_simplex
     rows = cluster.shares(phase).micro_batch
-    layers, _, head = pipeline_stages.layer_costs(cluster.recipe.model, phase.pattern, cluster.vocabulary, share, rows, simplex)
+    layers, _, head = pipeline_stages.layer_costs(cluster.model, phase.pattern, cluster.vocabulary, share, rows, simplex)
     passes = layer_passes(cluster, phase)
     held = cluster.stages_of(pipeline_rank)
     own = passes * sum(layers[index] for chunk in held for index in chunk)
-    own += 3 * head if held[-1].stop == cluster.recipe.model.layers else 0
+    own += 3 * head if held[-1].stop == cluster.model.layers else 0
     own += 2 * row_flops(cluster, phase).embedding * rows if held[0].start == 0 else 0
     return own / parallel.tensor
 
@@ -197,7 +197,7 @@ class Pace:
 
 def pace(cluster: ClusterPlan, phase: Phase, mfu: float | None = None) -> Pace:
     """`mfu`: the share of its peak that a device is taken to reach while it computes; None: every part at its limit."""
-    ranks = range(cluster.recipe.parallel.pipeline)
+    ranks = range(cluster.parallel.pipeline)
     if mfu is not None:
         speed = mfu * cluster.device.peak(cluster.precision)
         cost, rank = max((stage_flops(cluster, phase, rank), -rank) for rank in ranks)
@@ -218,20 +218,27 @@ def pace(cluster: ClusterPlan, phase: Phase, mfu: float | None = None) -> Pace:
 
 def bubble_fraction(cluster: ClusterPlan) -> float:
     """Of a step's time in the longest phase, where all stages cost the same: (P - 1) / (v M + P - 1)."""
-    pipeline, virtual = cluster.recipe.parallel.pipeline, cluster.recipe.parallel.virtual_stages
+    pipeline, virtual = cluster.parallel.pipeline, cluster.parallel.virtual_stages
     return (pipeline - 1) / (virtual * cluster.shares().micro_batches + pipeline - 1)
 
 
 def traffic_of(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> list[Transfer]:
     batch, micro_batches = cluster.batch(phase), cluster.shares(phase).micro_batches
     return step_traffic(
-        cluster.recipe, cluster.stages_of(pipeline_rank), cluster.vocabulary, batch, cluster.replicas, micro_batches, pipeline_rank
+        cluster.training,
+        cluster.parallel,
+        cluster.stages_of(pipeline_rank),
+        cluster.vocabulary,
+        batch,
+        cluster.replicas,
+        micro_batches,
+        pipeline_rank,
     )
 
 
 def bandwidth(cluster: ClusterPlan, group: str) -> float:
     """Bytes/s of one device in a group: across nodes as soon as the group, or its neighbours, lie on more than one."""
-    parallel, device = cluster.recipe.parallel, cluster.device
+    parallel, device = cluster.parallel, cluster.device
     span = {
         "tensor": parallel.tensor,
         "data": parallel.tensor * cluster.sharers,
@@ -248,7 +255,7 @@ def step_time(cluster: ClusterPlan, phase: Phase, mfu: float | None = None) -> S
 
 def step_at(cluster: ClusterPlan, phase: Phase, slowest: Pace) -> StepTime:
     """The time of a step at this pace of the slowest stage."""
-    parallel, rank, once = cluster.recipe.parallel, slowest.rank, slowest.once
+    parallel, rank, once = cluster.parallel, slowest.rank, slowest.once
     moved, micro_batches = traffic_of(cluster, phase, rank), cluster.shares(phase).micro_batches
 
     def seconds(group: str, *operations: str) -> float:
@@ -275,8 +282,8 @@ def hidden_exchange(cluster: ClusterPlan, phase: Phase, pipeline_rank: int, prod
     In the backward of a column-parallel linear megatron-core sums the input's gradient while the weight's is computed; under sequence
     parallelism it gathers the input once more while the input's gradient is computed. Each hides as long as its product takes.
     """
-    recipe, parallel, batch = cluster.recipe, cluster.recipe.parallel, cluster.batch(phase)
-    model, tensor = recipe.model, parallel.tensor
+    model, parallel, batch = cluster.model, cluster.parallel, cluster.batch(phase)
+    tensor = parallel.tensor
     if tensor == 1 or cluster.device.type != "cuda":
         return 0.0
     key_value = 2 * model.kv_heads * model.head_size
@@ -297,7 +304,7 @@ def hidden_exchange(cluster: ClusterPlan, phase: Phase, pipeline_rank: int, prod
 def _waited_for(cluster: ClusterPlan, count: int, rank: int, gradients: float, weights: float, once: float, backward: float) -> float:
     """Seconds of the data-parallel communication that nothing hides. `count`: micro-batches; `once`, `backward`: what each computes, and
     behind its forward."""
-    parallel = cluster.recipe.parallel
+    parallel = cluster.parallel
     if cluster.device.type == "cuda" and parallel.resolved_engine == "fsdp":
         # Gradients hide behind all backwards; weights behind what computes with the ones before, and beside the gradients.
         behind = count * once if parallel.zero == 3 else count * backward + (once - backward)

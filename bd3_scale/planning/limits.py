@@ -93,7 +93,7 @@ class LayerLimits:
 
 def layer_limits(cluster: ClusterPlan, batch: Batch, last: bool) -> LayerLimits:
     """`batch`: the expected micro-batch in a phase of the run (`ClusterPlan.batch`); `last`: of the network's last layer."""
-    device, training = cluster.device, cluster.recipe.training
+    device, training = cluster.device, cluster.training
     peak, shares = device.peak(cluster.precision), attention_shares(cluster, batch)
     compiled = training.compile != "none"
     linears, passes, kernels = Part("linears", 0.0, 0.0), Passes(), 0.0
@@ -116,7 +116,7 @@ def layer_limits(cluster: ClusterPlan, batch: Batch, last: bool) -> LayerLimits:
 
 def stage_limits(cluster: ClusterPlan, batch: Batch, pipeline_rank: int, layers: Sequence[LayerLimits]) -> StageLimits:
     """`layers`: of any layer but the network's last, and of that one (`layer_limits`)."""
-    config, device, reached = cluster.recipe.model, cluster.device, cluster.device.reached
+    config, device, reached = cluster.model, cluster.device, cluster.device.reached
     held = cluster.stages_of(pipeline_rank)
     first, last = held[0].start == 0, held[-1].stop == config.layers
     count = sum(len(chunk) for chunk in held)
@@ -141,11 +141,11 @@ def stage_limits(cluster: ClusterPlan, batch: Batch, pipeline_rank: int, layers:
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
     accumulated, updated, started = update_bytes(cluster, pipeline_rank)
     update = _moved(device, "optimizer, clip, EMA", Passes(updated))
-    if cluster.recipe.training.optimizer == "muon":
-        flops = orthogonal_flops(cluster.recipe, held, cluster.sharers)
+    if cluster.training.optimizer == "muon":
+        flops = orthogonal_flops(cluster.model, cluster.parallel, held, cluster.sharers)
         update += Part(update.name, flops / (reached.product * device.peak(cluster.precision)), 0.0, flops)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))
-    compiled = cluster.recipe.training.compile != "none"
+    compiled = cluster.training.compile != "none"
     host = reached.launch * (kernels + started) + reached.layer[compiled] * count
     return StageLimits(tuple(parts), update, host)
 
@@ -198,7 +198,7 @@ def attention_shares(cluster: ClusterPlan, batch: Batch) -> tuple[float, float]:
 
 def simplex_flops(cluster: ClusterPlan, batch: Batch) -> float:
     """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
-    if not cluster.recipe.objective.traits.on_simplex:
+    if not cluster.objective.traits.on_simplex:
         return 0.0
     return 2.0 * batch.config.hidden * (cluster.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
 
@@ -216,7 +216,7 @@ def update_bytes(cluster: ClusterPlan, pipeline_rank: int) -> tuple[float, float
 
     DeepSpeed's row was counted on a stub of the CUDA driver: 18 and 82 bytes for one rank under ZeRO 1 in bf16.
     """
-    recipe, parallel = cluster.recipe, cluster.recipe.parallel
+    recipe, parallel = cluster.recipe, cluster.parallel
     chunks = cluster.units_of(pipeline_rank)
     sizes, groups = [size for chunk in chunks for size in chunk.sizes], sum(len(chunk.groups) for chunk in chunks)
     n, tensors, w = float(sum(sizes)), len(sizes), 2 if cluster.precision == "bf16" else 4

@@ -67,7 +67,7 @@ def rehearse(cluster: ClusterPlan) -> list[str]:
                 f"{time.perf_counter() - began:.1f} s"
             )
     # DeepSpeed 3 compares the ranks by broadcasts, which a fake world only answers rightly on rank 0.
-    deepspeed_3 = cluster.recipe.parallel.zero == 3 and cluster.recipe.parallel.resolved_engine == "deepspeed"
+    deepspeed_3 = cluster.parallel.zero == 3 and cluster.parallel.resolved_engine == "deepspeed"
     for rank in [0] if deepspeed_3 else [0, cluster.world_size - 1]:
         began = time.perf_counter()
         with _explained(rank, cluster.world_size):
@@ -80,7 +80,7 @@ def rehearse(cluster: ClusterPlan) -> list[str]:
 
 def ranks_of_interest(cluster: ClusterPlan) -> dict[int, str]:
     """{rank: what it stands for}. Ranks are numbered with the tensor rank fastest, then data, then pipeline (`layout.ORDER`)."""
-    parallel = cluster.recipe.parallel
+    parallel = cluster.parallel
     stage = cluster.world_size // parallel.pipeline
     found = {0: "first"}
     if parallel.tensor > 1:
@@ -95,7 +95,7 @@ def fake_world(cluster: ClusterPlan, rank: int) -> Iterator[Layout]:
     """This process as `rank` of the world, with the groups of the layout."""
     try:
         dist.init_process_group("fake", rank=rank, world_size=cluster.world_size, store=FakeStore())
-        yield layouts.start(cluster.recipe.parallel, "cpu")
+        yield layouts.start(cluster.parallel, "cpu")
     finally:
         layouts.stop()
 
@@ -122,7 +122,7 @@ def _for_this_machine(recipe: Recipe) -> Recipe:
 
 def _check_layout(cluster: ClusterPlan, layout: Layout) -> None:
     """The numbers of the layout are those that its order of ranks has."""
-    parallel = cluster.recipe.parallel
+    parallel = cluster.parallel
     rest, tensor_rank = divmod(layout.rank, parallel.tensor)
     pipeline_rank, data_rank = divmod(rest, cluster.replicas)
     found = layout.tensor_rank, layout.data_rank, layout.pipeline_rank, layout.data

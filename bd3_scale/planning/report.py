@@ -115,7 +115,7 @@ class Plan:
 def make_plan(cluster: ClusterPlan, mfu: float | None = None, rate: float | None = None) -> Plan:
     """`mfu`: share of its peak that a device is taken to reach while it computes (None: every part at its limit); `rate`: price of a
     device for an hour."""
-    recipe, parallel = cluster.recipe, cluster.recipe.parallel
+    recipe, parallel = cluster.recipe, cluster.parallel
     memory = [rank_memory(cluster, rank) for rank in range(parallel.pipeline)]
     fullest = max(range(parallel.pipeline), key=lambda rank: memory[rank].total)
     peak = cluster.world_size * cluster.device.peak(cluster.precision)
@@ -133,7 +133,7 @@ def make_plan(cluster: ClusterPlan, mfu: float | None = None, rate: float | None
     hours = seconds / 3600 * cluster.world_size
     steps, tokens, shares = recipe.total_steps, total * recipe.model.context, cluster.shares()
     counted = count_parameters(recipe.model, cluster.vocabulary)
-    saved = checkpoint_bytes(recipe, cluster.vocabulary)
+    saved = checkpoint_bytes(recipe.model, recipe.training, cluster.vocabulary)
     on_node = min(cluster.device.per_node, cluster.world_size)
     busiest = max(range(parallel.pipeline), key=lambda rank: sum(one.sent for one in traffic_of(cluster, cluster.longest, rank)))
     return Plan(
@@ -201,7 +201,7 @@ def _assumptions(cluster: ClusterPlan) -> str:
     for name, phase in {cluster.batch(phase).kernel: phase for phase in cluster.phases}.items():
         forward, backward = attention_shares(cluster, cluster.batch(phase))
         kernels.append(f"{name} {forward:.0%} forward and {backward:.0%} backward, on the tiles that are visited")
-    compiled = cluster.recipe.training.compile != "none"
+    compiled = cluster.training.compile != "none"
     return (
         f"products {reached.product:.0%} of {peak / 1e12:.4g} TFLOP/s and their operands moved once; attention of heads of "
         f"{batch.config.head_size}: {'; '.join(kernels)}; memory {reached.memory:.0%} of {device.bandwidth / 1e12:.3g} TB/s; "

@@ -42,9 +42,16 @@ def search(cluster: ClusterPlan, mfu: float | None = None, most: int = 10) -> li
     for seconds, _, other in sorted(tried):  # what is slower than the best that fit need not be counted
         if len(found) >= most and seconds > found[-1].seconds:
             break
-        memory = max(rank_memory(other, rank).total for rank in range(other.recipe.parallel.pipeline))
+        memory = max(rank_memory(other, rank).total for rank in range(other.parallel.pipeline))
         if memory <= cluster.device.usable:
-            found.append(Found(_overrides(other.recipe, cluster.recipe.parallel), memory, seconds, bubble_fraction(other)))
+            found.append(
+                Found(
+                    _overrides(other.parallel, other.training.recompute, cluster.parallel),
+                    memory,
+                    seconds,
+                    bubble_fraction(other),
+                )
+            )
     return sorted(found, key=lambda one: (one.seconds, one.memory))[:most]
 
 
@@ -69,9 +76,9 @@ def _layouts(cluster: ClusterPlan, tensor: int, pipeline: int) -> Iterator[Paral
     # Doubling: half the forwards each time, with the rows that they then have, which may be fewer.
     largest = [2**power for power in range(whole.share.bit_length())]
     micro_batches = sorted({replace(whole, largest=rows).micro_batch for rows in largest})
-    base = replace(cluster.recipe.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
-    sequence = tensor > 1 and cluster.recipe.model.context % tensor == 0
-    virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= cluster.recipe.model.layers] if pipeline > 1 else [1]
+    base = replace(cluster.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
+    sequence = tensor > 1 and cluster.model.context % tensor == 0
+    virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= cluster.model.layers] if pipeline > 1 else [1]
     replicas = cluster.world_size // (tensor * pipeline)
     on_node = cluster.device.per_node // tensor  # data-parallel ranks, as these are neighbours
     ways: list[tuple[int, str, int | None]] = [(0, "auto", None), (1, "auto", None)]
@@ -86,8 +93,7 @@ def _layouts(cluster: ClusterPlan, tensor: int, pipeline: int) -> Iterator[Paral
                 )
 
 
-def _overrides(recipe: Recipe, asked: ParallelConfig) -> list[str]:
-    parallel = recipe.parallel
+def _overrides(parallel: ParallelConfig, recompute: str, asked: ParallelConfig) -> list[str]:
     values: dict[str, Any] = {
         "parallel.tensor": parallel.tensor,
         "parallel.sequence": parallel.sequence,
@@ -95,7 +101,7 @@ def _overrides(recipe: Recipe, asked: ParallelConfig) -> list[str]:
         "parallel.virtual_stages": parallel.virtual_stages,
         "parallel.zero": parallel.zero,
         "parallel.micro_batch": parallel.micro_batch,
-        "training.recompute": recipe.training.recompute,
+        "training.recompute": recompute,
     }
     values |= {"parallel.stage_layers": None} if asked.stage_layers else {}
     values |= {f"parallel.{key}": getattr(parallel, key) for key in ("engine", "shard") if getattr(parallel, key) != getattr(asked, key)}

@@ -1,4 +1,4 @@
-"""What `auto` stands for on a kind of device."""
+"""What `auto` stands for on this machine and on a kind of device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.schema import TrainingConfig
 
 
 def settle() -> None:
@@ -22,10 +22,10 @@ def settle() -> None:
         os.environ["USER"] = f"uid-{os.getuid()}"
 
 
-def resolve_precision(recipe: Recipe, device: str) -> str:
+def resolve_precision(training: TrainingConfig, device: str) -> str:
     """fp32 or bf16 for `auto`: bf16 on CUDA, fp32 on CPU."""
-    if recipe.training.precision != "auto":
-        return recipe.training.precision
+    if training.precision != "auto":
+        return training.precision
     return "bf16" if device == "cuda" else "fp32"
 
 
@@ -36,10 +36,10 @@ def resolve_attention(kernel: str, device: str) -> str:
     return "flex" if device == "cuda" else "tiled"
 
 
-def resolve_device(recipe: Recipe) -> str:
-    """cpu or cuda for `auto`. Raises RecipeError where CUDA is asked for and not there."""
+def resolve_device(requested: str, key: str = "run.device") -> str:
+    """cpu or cuda for `auto`. Raises RecipeError, which names `key`, where CUDA is requested and not there."""
     import torch
 
-    if recipe.run.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("run.device is cuda, but torch finds no CUDA device here; set run.device=cpu or install a CUDA build of torch")
-    return recipe.run.device if recipe.run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"{key} is cuda, but torch finds no CUDA device here; set {key}=cpu or install a CUDA build of torch")
+    return requested if requested != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

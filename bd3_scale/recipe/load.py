@@ -63,7 +63,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     if isinstance(recipe.training.global_batch, str):  # of an environment variable
         with contextlib.suppress(ValueError):
             recipe.training.global_batch = json.loads(recipe.training.global_batch)
-    if rules_device.compiled_in_pieces(recipe) and recipe.parallel.engine == "auto":
+    if rules_device.compiled_in_pieces(recipe.training, recipe.parallel) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe
 

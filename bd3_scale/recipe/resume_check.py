@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bd3_scale.batches import BatchSchedule
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.objective_kinds import block_sizes
 from bd3_scale.recipe.schema import KEYS, Recipe
@@ -21,7 +22,7 @@ def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | 
         flat["data.mixture"] = [source.weight for source in flat["data.mixture"]]  # where they lie may change, as data.path
         if not isinstance(sizes := flat["objective.block_size"], dict):
             flat["objective.block_size"] = [list(stage) for stage in block_sizes(sizes) if stage[0] < max(step, 1)]
-    if _past_batches(saved, step) == _past_batches(asked, step):
+    if _past_batches(saved.batches, step) == _past_batches(asked.batches, step):
         now["training.global_batch"] = before["training.global_batch"]
     for key, value in now.items():
         if KEYS[key].change == "free" or before.get(key) == value:
@@ -37,5 +38,5 @@ def compare(saved: Recipe, asked: Recipe, step: int, since: Mapping[str, int] | 
     return amended
 
 
-def _past_batches(recipe: Recipe, step: int) -> list[tuple[int, int]]:
-    return [(phase.step, phase.rows) for phase in recipe.batches.phases if phase.step < max(step, 1)]
+def _past_batches(batches: BatchSchedule, step: int) -> list[tuple[int, int]]:
+    return [(phase.step, phase.rows) for phase in batches.phases if phase.step < max(step, 1)]

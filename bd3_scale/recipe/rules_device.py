@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bd3_scale.recipe.suggestions import Case, Problem
 
 if TYPE_CHECKING:
-    from bd3_scale.recipe.schema import Recipe
+    from bd3_scale.recipe.schema import ParallelConfig, TrainingConfig
 
 FLEX = ("flex", "flex_triton", "flex_flash")
 
@@ -52,14 +52,13 @@ def tuning_has_a_gpu(case: Case) -> Problem | None:
     )
 
 
-def compiled_in_pieces(recipe: Recipe) -> bool:
+def compiled_in_pieces(training: TrainingConfig, parallel: ParallelConfig) -> bool:
     """Whether layers would be compiled whose weights DeepSpeed gathers linear by linear: its hooks cut a layer at each of them."""
-    parallel = recipe.parallel
-    return recipe.training.compile != "none" and parallel.zero == 3 and parallel.resolved_engine == "deepspeed"
+    return training.compile != "none" and parallel.zero == 3 and parallel.resolved_engine == "deepspeed"
 
 
 def layers_are_compiled_whole(case: Case) -> Problem | None:
-    if not compiled_in_pieces(case.recipe):
+    if not compiled_in_pieces(case.recipe.training, case.parallel):
         return None
     return Problem(
         f"training.compile = {case.recipe.training.compile} compiles whole layers, but parallel.engine = deepspeed with parallel.zero = 3 "

@@ -384,6 +384,10 @@ class ParallelConfig:
             return "megatron"
         return "deepspeed" if self.pipeline == 1 else "fsdp"
 
+    def shares(self, replicas: int, rows: int) -> Shares:
+        """How `replicas` data-parallel ranks share a global batch of so many rows."""
+        return Shares(rows, replicas, self.micro_batch)
+
 
 @dataclass
 class CheckpointConfig:
@@ -439,13 +443,9 @@ class Recipe:
         """The global batch of every update."""
         return batch_schedule(self.training.global_batch)
 
-    def shares(self, replicas: int, rows: int) -> Shares:
-        """How `replicas` data-parallel ranks share a global batch of so many rows."""
-        return Shares(rows, replicas, self.parallel.micro_batch)
-
     def every_shares(self, replicas: int) -> list[Shares]:
         """The same of every global batch of the run."""
-        return [self.shares(replicas, phase.rows) for phase in self.batches.phases]
+        return [self.parallel.shares(replicas, phase.rows) for phase in self.batches.phases]
 
     def micro_batch(self, replicas: int) -> int:
         """The most rows per forward where the global batch is shared by `replicas` data-parallel ranks."""

@@ -47,7 +47,7 @@ class Case:
     @property
     def shares(self) -> Shares:
         """How the replicas share the smallest global batch, which is the hardest to share; only where there is a replica."""
-        return self.recipe.shares(self.replicas, self.recipe.batches.smallest)
+        return self.parallel.shares(self.replicas, self.recipe.batches.smallest)
 
     def changed(self, changes: Changes) -> Case:
         sections: dict[str, Changes] = {}

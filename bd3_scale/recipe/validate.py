@@ -24,7 +24,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     for key, value in flatten(recipe).items():
         _check_key(key, value, defaults[key])
     batch_schedule(recipe.training.global_batch)
-    rules.check(recipe, world_size, device, resolve_precision(recipe, device) if device is not None else None)
+    rules.check(recipe, world_size, device, resolve_precision(recipe.training, device) if device is not None else None)
     check_objective(recipe.objective, recipe.model.context, recipe.data.document_mask)
     check_tuner(recipe.tuner, recipe.objective)
     check_control_variate(recipe)

@@ -27,6 +27,7 @@ from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.estimates import Validated, Validation
 from bd3_scale.objectives.interval_tuner import Choice, TunerState
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
+from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, TrainingConfig
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.reporting.plots import draw
@@ -61,12 +62,14 @@ class Reporter:
             self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
             self.tracker = Tracker(recipe, folder, wandb)
             self.wandb = self.tracker.run_id
-            self.bar = _bar(recipe, first_step)
+            self.bar = None  # on a terminal a progress bar, elsewhere plain lines
+            if recipe.tracking.progress and sys.stderr.isatty():
+                self.bar = tqdm(total=recipe.total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
             if (ends := texts_end_at(recipe.data.row_special, recipe.model.context)) is not None:
                 self.say(ends)
         # Last, so that neither the start of wandb nor a long metrics.jsonl is counted as training.
         self.began = time.perf_counter()
-        self.meter = Meter(layout.device, recipe.tokens_before(first_step), _peak(recipe, layout))
+        self.meter = Meter(layout.device, recipe.tokens_before(first_step), _peak(recipe.training, layout))
 
     def probed(self, found: Sequence[Probed]) -> None:
         """Say and write down which kernels were tried and work; see engines/kernel_probe.py."""
@@ -233,24 +236,19 @@ class Reporter:
             print(f"step {step}/{total}: {text}, ETA {tqdm.format_interval(left)}", file=sys.stderr, flush=True)
 
 
-def _bar(recipe: Recipe, first_step: int) -> Any:
-    """A progress bar on a terminal; plain lines elsewhere."""
-    if not (recipe.tracking.progress and sys.stderr.isatty()):
-        return None
-    return tqdm(total=recipe.total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
-
-
-def _peak(recipe: Recipe, layout: Layout) -> float | None:
+def _peak(training: TrainingConfig, layout: Layout) -> float | None:
     if layout.device.type != "cuda":
         return None
-    one = peak_flops(torch.cuda.get_device_name(layout.device), resolve_precision(recipe, "cuda"))
+    one = peak_flops(torch.cuda.get_device_name(layout.device), resolve_precision(training, "cuda"))
     return None if one is None else one * layout.world_size
 
 
-def flops_per_token(recipe: Recipe, pattern: AttentionPattern, vocabulary: int, tuning: TunerState | None = None) -> float:
+def flops_per_token(
+    model: ModelConfig, objective: ObjectiveConfig, pattern: AttentionPattern, vocabulary: int, tuning: TunerState | None = None
+) -> float:
     """Model FLOPs of a training step per data token, with the expected share of masked positions, as tuned where it is.
 
     Recomputed forwards are not counted: MFU says what came out, and activation checkpointing must not raise it.
     """
-    share, simplex = selected_share(recipe, pattern, tuning), recipe.objective.traits.on_simplex
-    return training_flops_per_token(recipe.model, pattern, vocabulary, share, simplex=simplex)
+    share = selected_share(objective, pattern, tuning)
+    return training_flops_per_token(model, pattern, vocabulary, share, simplex=objective.traits.on_simplex)

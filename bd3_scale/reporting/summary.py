@@ -62,12 +62,12 @@ def _score(values: Mapping[str, Any]) -> str:
     return f"perplexity {values['perplexity']:.2f} (NELBO {values['nelbo']:.4f} +- {values['standard_error']:.4f} nats per data token)"
 
 
-def sample_text(checkpoint: Path, recipe: Recipe, device: str) -> str:
+def sample_text(checkpoint: Path, device: str, length: int, seed: int) -> str:
     """Text from the checkpoint just written, as `python -m bd3_scale.sample` makes it; under tensor parallelism the peers of one
     group call it together, whatever the layout of the training was, and each gets the text."""
     from bd3_scale.generation.generate import generate_tokens
     from bd3_scale.generation.load_model import load_network
 
     loaded = load_network(checkpoint, device=device)
-    result = generate_tokens(loaded, batch=1, length=recipe.tracking.sample_tokens, seed=recipe.run.seed)
+    result = generate_tokens(loaded, batch=1, length=length, seed=seed)
     return loaded.tokenizer.decode(result.tokens[0][1:].tolist())

@@ -69,7 +69,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     engine = build_engine(recipe, layout, vocabulary, data.tokenizer.mask_id)
     decay = recipe.training.ema
     ema = ExponentialAverage(engine.masters, decay, engine.publish, engine.settle) if decay else None
-    step, samples, state = 0, 0, RunState.begin(recipe, data)
+    step, samples, state = 0, 0, RunState.begin(recipe.objective, data)
     if found is not None:
         step, samples, state = found.checkpoint.step, found.checkpoint.samples_consumed, found.state
         found.checkpoint.load_into(engine.fragments(ema.tensors if ema is not None else None), layout)

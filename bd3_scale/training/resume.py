@@ -55,9 +55,9 @@ def find(recipe: Recipe, folder: Path, data: Data, layout: Layout) -> Found | No
     """What to continue from, or None for a new run. Raises the same RecipeError or CheckpointError on all ranks."""
     remarks: list[str] = []
     with on_all_ranks():
-        path = _on_leader(layout, lambda: _decide(recipe, folder, remarks))
+        path = _on_leader(layout, lambda: _decide(recipe.run.resume, recipe.checkpoint.fallback, folder, remarks))
         if path is None and recipe.run.resume == "auto" and recipe.checkpoint.remote is not None:
-            path = _fetched(recipe, folder, layout)
+            path = _fetched(recipe.checkpoint.remote, recipe.total_steps, folder, layout)
     while path is not None:
         checkpoint = Checkpoint(path)  # which may fail on one rank alone
         with on_all_ranks():
@@ -118,22 +118,22 @@ def _check_skip(before: list[list[int]], now: list[list[int]], consumed: int) ->
         )
 
 
-def _decide(recipe: Recipe, folder: Path, remarks: list[str]) -> Path | None:
+def _decide(resume: str, fallback: bool, folder: Path, remarks: list[str]) -> Path | None:
     checkpoints = folder / "checkpoints"
     latest = None
     if checkpoints.is_dir():
         try:
             latest = find_latest(checkpoints)
         except CheckpointError as error:
-            latest = newest_whole(checkpoints, below=step_of_latest(checkpoints)) if recipe.checkpoint.fallback else None
+            latest = newest_whole(checkpoints, below=step_of_latest(checkpoints)) if fallback else None
             if latest is None:
                 raise
             remarks.append(_fallen_back(error, latest))
-    if recipe.run.resume == "never" and latest is not None:
+    if resume == "never" and latest is not None:
         raise RecipeError(
             f"run.resume is never, but {folder} holds {latest.name}; set run.resume=auto to continue it or run.dir to another folder"
         )
-    if recipe.run.resume == "fresh" and folder.exists() and any(path.name != OWNER for path in folder.iterdir()):
+    if resume == "fresh" and folder.exists() and any(path.name != OWNER for path in folder.iterdir()):
         raise RecipeError(f"run.resume is fresh, but {folder} is not empty; set run.dir to a new folder or empty it yourself")
     return latest
 
@@ -142,18 +142,17 @@ def _fallen_back(error: CheckpointError, older: Path) -> str:
     return f"checkpoint.fallback: continuing from {older.name}, because {str(error).split('; the newest older')[0]}"
 
 
-def _fetched(recipe: Recipe, folder: Path, layout: Layout) -> Path | None:
+def _fetched(remote: str, total_steps: int, folder: Path, layout: Layout) -> Path | None:
     """A new cluster goes on with what the old one uploaded; a watcher sees that the run lives meanwhile."""
-    heartbeat = HeartbeatFile(folder if layout.is_main_rank else None, recipe.total_steps, layout.world_size)
+    heartbeat = HeartbeatFile(folder if layout.is_main_rank else None, total_steps, layout.world_size)
     waiting = Waiting(speaks=layout.is_main_rank)
-    shown = without_credentials(recipe.checkpoint.remote)
+    shown = without_credentials(remote)
 
     def beat(done: int, total: int) -> None:
         heartbeat.beat(0, "fetch")
         waiting.look(lambda: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of the checkpoint are here, from {shown}")
 
-    assert recipe.checkpoint.remote is not None
-    return fetch_latest(recipe.checkpoint.remote, folder / "checkpoints", layout, beat)
+    return fetch_latest(remote, folder / "checkpoints", layout, beat)
 
 
 def _check_data(run: dict[str, Any], data: Data) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from bd3_scale.data.open import Data
 from bd3_scale.objectives.interval_tuner import TunerState
-from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.schema import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,10 @@ class RunState:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, recipe: Recipe, data: Data) -> Self:
+    def begin(cls, objective: ObjectiveConfig, data: Data) -> Self:
         """Of a new run."""
-        tuner = TunerState.begin(recipe.objective)
         tokenizer = {"name": data.tokenizer.name, "fingerprint": data.tokenizer.fingerprint}
-        return cls(tuner, tokenizer, {"fingerprint": data.fingerprint})
+        return cls(TunerState.begin(objective), tokenizer, {"fingerprint": data.fingerprint})
 
     @classmethod
     def from_dictionary(cls, run: Mapping[str, Any]) -> Self:

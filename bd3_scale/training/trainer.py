@@ -184,7 +184,8 @@ class Trainer:
 
     def flops_per_token(self) -> float:
         parts = self.objectives.in_use(self.step)
-        return sum(share * flops_per_token(self.recipe, one.pattern, self.vocabulary, tuning) for share, one, tuning in parts)
+        model, config = self.recipe.model, self.recipe.objective
+        return sum(share * flops_per_token(model, config, one.pattern, self.vocabulary, tuning) for share, one, tuning in parts)
 
     def close(self) -> None:
         """Wait for the last checkpoint, end threads and files, let go of the state; the signals are the caller's again."""

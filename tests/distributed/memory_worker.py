@@ -102,7 +102,9 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     cluster = ClusterPlan(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
     planned = rank_memory(cluster, here.pipeline_rank)
     stages = cluster.stages_of(here.pipeline_rank)
-    buckets = state_bytes(recipe, stages, VOCABULARY, here.data, "cpu", cluster.precision == "bf16").buckets
+    buckets = state_bytes(
+        recipe.model, recipe.training, recipe.parallel, stages, VOCABULARY, here.data, "cpu", cluster.precision == "bf16"
+    ).buckets
     expected = planned.activations + exchange_bytes(cluster.batch(), recipe.parallel, here.pipeline_rank)
     if fsdp:  # the weights that are still gathered where a forward ends
         chunks = [units_of(recipe.model, VOCABULARY, layers, here.tensor) for layers in stages]

@@ -113,7 +113,14 @@ def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict
         for number in selected:  # so that the formula has each micro-batch as it is
             one = replace(cluster.batch(), selected=number)
             for moved in step_traffic(
-                recipe, cluster.stages_of(layout.pipeline_rank), VOCABULARY, one, layout.data, len(inputs), layout.pipeline_rank
+                recipe.training,
+                recipe.parallel,
+                cluster.stages_of(layout.pipeline_rank),
+                VOCABULARY,
+                one,
+                layout.data,
+                len(inputs),
+                layout.pipeline_rank,
             ):
                 formula[f"{moved.group} {moved.operation}"] += moved.bytes
         engine.close()

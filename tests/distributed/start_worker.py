@@ -38,7 +38,9 @@ def held_after(recipe: recipes.Recipe, here: layout.Layout) -> tuple[int, int]:
     them in one piece. Moments come later; so do DeepSpeed's gradients, but under ZeRO 3 and of bf16 weights under ZeRO 1."""
     cluster = ClusterPlan(recipe, here.world_size, device_named("cpu", here.world_size), VOCABULARY)
     bf16, parallel = cluster.precision == "bf16", recipe.parallel
-    state = state_bytes(recipe, cluster.stages_of(here.pipeline_rank), VOCABULARY, here.data, "cpu", bf16)
+    state = state_bytes(
+        recipe.model, recipe.training, recipe.parallel, cluster.stages_of(here.pipeline_rank), VOCABULARY, here.data, "cpu", bf16
+    )
     at_once = parallel.resolved_engine == "megatron" or parallel.zero == 3 or (parallel.zero == 1 and bf16)
     copied = state.parameters if parallel.resolved_engine == "deepspeed" and parallel.zero in (1, 2) else 0
     return state.parameters + state.masters + (state.gradients if at_once else 0), copied

@@ -26,9 +26,9 @@ def test_a_large_model_fits_where_it_should() -> None:
     """6.2B parameters in bf16: 16 bytes each and the EMA's 4 do not fit a GPU of 80 GB, the recipe's layout does."""
     recipe = recipes.load(Path(__file__).parents[3] / "recipes" / "owt_7b.yaml")
     whole = replace(recipe, parallel=replace(recipe.parallel, tensor=1, pipeline=1, virtual_stages=1, zero=1))
-    alone = state_bytes(whole, [range(32)], 50258, 1, "cuda", bf16=True)
+    alone = state_bytes(whole.model, whole.training, whole.parallel, [range(32)], 50258, 1, "cuda", bf16=True)
     assert alone.total > 120e9 and alone.moments == 2 * alone.ema == 8 * (alone.parameters // 2)
-    zero_3 = state_bytes(replace(whole, parallel=replace(whole.parallel, zero=3)), [range(32)], 50258, 64, "cuda", bf16=True)
+    zero_3 = state_bytes(whole.model, whole.training, replace(whole.parallel, zero=3), [range(32)], 50258, 64, "cuda", bf16=True)
     assert zero_3.total < 5e9
-    stage = state_bytes(recipe, [range(4), range(16, 20)], 50258, 4, "cuda", bf16=True)
+    stage = state_bytes(recipe.model, recipe.training, recipe.parallel, [range(4), range(16, 20)], 50258, 4, "cuda", bf16=True)
     assert stage.total < 6e9

@@ -78,9 +78,18 @@ def test_parameters_and_flops_are_those_of_the_network(name: str, world_of_one: 
 
 def test_state_is_that_of_the_formula_which_is_measured() -> None:
     for cluster in (large("owt_7b"), large("owt_1b", 64, "h100", "parallel.zero=3")):
-        for rank in range(cluster.recipe.parallel.pipeline):
+        for rank in range(cluster.parallel.pipeline):
             memory = rank_memory(cluster, rank)
-            state = state_bytes(cluster.recipe, cluster.stages_of(rank), cluster.vocabulary, cluster.replicas, "cuda", bf16=True)
+            state = state_bytes(
+                cluster.model,
+                cluster.training,
+                cluster.parallel,
+                cluster.stages_of(rank),
+                cluster.vocabulary,
+                cluster.replicas,
+                "cuda",
+                bf16=True,
+            )
             assert memory.state + state.buckets == state.total
             assert memory.total == memory.state + memory.activations + memory.logits + memory.buffers
 

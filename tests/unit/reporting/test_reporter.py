@@ -296,15 +296,16 @@ def test_flops_follow_the_objective_and_not_the_recomputation(tmp_path: Path) ->
     asked = recipe(tmp_path)
     bd3 = AttentionPattern("block_diffusion", asked.model.context, 8)
     causal = AttentionPattern("causal", asked.model.context, 1)
-    plain = flops_per_token(asked, bd3, 50258)
+    sections = asked.model, asked.objective
+    plain = flops_per_token(*sections, bd3, 50258)
     assert plain == pytest.approx(training_flops_per_token(asked.model, bd3, 50258, 0.5005))
     low, high = (TunerState(8, interval) for interval in ((0.3, 0.4), (0.9, 1.0)))
-    assert flops_per_token(asked, bd3, 50258, low) < plain < flops_per_token(asked, bd3, 50258, high)
+    assert flops_per_token(*sections, bd3, 50258, low) < plain < flops_per_token(*sections, bd3, 50258, high)
     learned = TunerState(8, (0.001, 1.0), density=(2, 1))  # more of the bin of little noise
-    assert flops_per_token(asked, bd3, 50258, learned) < plain
-    assert flops_per_token(asked, causal, 50258) == pytest.approx(training_flops_per_token(asked.model, causal, 50258, 1.0))
+    assert flops_per_token(*sections, bd3, 50258, learned) < plain
+    assert flops_per_token(*sections, causal, 50258) == pytest.approx(training_flops_per_token(asked.model, causal, 50258, 1.0))
     asked.training.recompute = "layer"
-    assert flops_per_token(asked, bd3, 50258) == plain
+    assert flops_per_token(*sections, bd3, 50258) == plain
 
 
 def test_the_start_says_where_texts_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

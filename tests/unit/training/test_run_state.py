@@ -38,7 +38,7 @@ def test_a_new_run_says_nothing_of_what_has_not_happened() -> None:
     data: Any = SimpleNamespace(tokenizer=SimpleNamespace(name="bytes", fingerprint="a"), fingerprint="f")
     recipe = Recipe()
     recipe.objective.block_size, recipe.objective.interval = [[0, 4], [10, 8]], (0.2, 0.9)
-    assert RunState.begin(recipe, data).to_dictionary() == {
+    assert RunState.begin(recipe.objective, data).to_dictionary() == {
         "tuner": {"block_size": 4, "interval": [0.2, 0.9], "history": []},
         "tokenizer": {"name": "bytes", "fingerprint": "a"},
         "data": {"fingerprint": "f"},
