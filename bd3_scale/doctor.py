@@ -338,9 +338,9 @@ def all_reduce(recipe: Recipe) -> Finding:
 
 def nodes(recipe: Recipe) -> Finding:
     """Whether torchrun's command as it stands would find the other nodes."""
-    from bd3_scale.launching.advice import meeting
+    from bd3_scale.launching.meeting import advice
 
-    return Finding("nodes", *meeting(os.environ))
+    return Finding("nodes", *advice(os.environ))
 
 
 def attention(recipe: Recipe) -> Finding:

@@ -67,7 +67,7 @@ def run(recipe: recipes.Recipe, device: str) -> None:
     from bd3_scale.fault_tolerance.agreement import agree, recipe_and_versions
     from bd3_scale.fault_tolerance.hang_watchdog import record_collectives
     from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
-    from bd3_scale.training.threads import set_threads
+    from bd3_scale.launcher import set_threads
 
     if device == "cpu":
         set_threads(recipe.run.threads)

@@ -18,7 +18,7 @@ from reproduce_systems import SYSTEMS, Runs, System, reached_step
 from reproduce_texts import add_text_options, make, real, side_by_side
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.plots import empty_figure
 
 if TYPE_CHECKING:
     import torch

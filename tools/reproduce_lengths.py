@@ -17,7 +17,7 @@ from reproduce_systems import SYSTEMS as ALL
 from reproduce_systems import Runs, System
 from reproduce_texts import add_text_options, document_lengths, make, side_by_side
 
-from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.plots import empty_figure
 
 PAPER = {"AR": "4008 / 131K", "SEDD": "1021 / 1024", "BD3 L' = 16": "798 / 9982"}
 """Median / longest of 500 texts of models trained on OpenWebText."""

@@ -16,7 +16,7 @@ from reproduce_report import Table, cells, logarithmic, number
 from reproduce_systems import SYSTEMS as ALL
 from reproduce_systems import Runs, System
 
-from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.plots import empty_figure
 
 if TYPE_CHECKING:
     from bd3_scale.data.loader import Rows

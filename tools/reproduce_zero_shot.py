@@ -15,7 +15,7 @@ from reproduce_report import Table, cells, logarithmic, with_error
 from reproduce_systems import Runs, System
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.plots import empty_figure
 
 __all__ = ["SYSTEMS", "add_options", "kept", "measure", "table"]
 

@@ -51,8 +51,8 @@ from bd3_scale.objectives.noise import validation_times
 from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
 from bd3_scale.recipe.rules_objective import interval_candidates
-from bd3_scale.reporting.figure import empty_figure
 from bd3_scale.reporting.metrics import read_metrics
+from bd3_scale.reporting.plots import empty_figure
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Interval = tuple[float, float]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bd3_scale.checkpoint.region import KIND, CopyPlan, Region, intersect, kind_order
+from bd3_scale.checkpoint.region import KIND, CopyPlan, Region, kind_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,6 @@ def copy_pieces(source: torch.Tensor, target: torch.Tensor, pieces: CopyPlan) ->
             strided.append(tensor.as_strided((rows, length), (apart * unit, unit), tensor.storage_offset() + begin * unit))
         strided[1].copy_(strided[0])
     return int(pieces.length.sum())
-
-
-def copy(source: torch.Tensor, source_region: Region, target: torch.Tensor, target_region: Region) -> int:
-    """Copy what `source` and `target` (1-D, in the order of their regions) share of one tensor; returns the number of elements."""
-    return copy_pieces(source, target, intersect(source_region, target_region))
 
 
 def share(fragments: Sequence[Fragment], index: int, count: int) -> list[Fragment]:

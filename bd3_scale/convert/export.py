@@ -35,7 +35,7 @@ from bd3_scale.objectives.table import Objective
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import free_keys
 
-HUB = Path(__file__).parent / "hub"
+HUB = Path(__file__).parents[1] / "hub"
 CODE = ("configuration_bd3.py", "modeling_bd3.py")
 Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
 """Name -> (shape, how to make it)."""

@@ -27,7 +27,7 @@ from bd3_scale.recipe.schema import ModelConfig
 MASK_ID = 151669
 """MASK, as the servers have it: the id after those of Qwen3's tokenizer."""
 CONFIGURATION = "configuration_sdar.py"
-HUB = Path(__file__).parent / "hub"
+HUB = Path(__file__).parents[1] / "hub"
 SHAPE: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary",),
     "attention_bias": ("none", "all"),

@@ -31,7 +31,7 @@ DIVIDED_BY_COLUMNS = ("attention.output.weight", "mlp.down.weight")
 def write_universal(checkpoint: Checkpoint, out: Path) -> None:
     """Write the folder `out`, which must not exist. Raises CheckpointError for a checkpoint without AdamW's moments, OSError."""
     recipe, tag = read_recipe(checkpoint), f"global_step{checkpoint.step}_universal"
-    if recipe.training.optimizer != "adamw":
+    if recipe.training.states.whole_matrices:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is of training.optimizer={recipe.training.optimizer}, whose states DeepSpeed's AdamW cannot go "
             "on from; export it to a .safetensors file"

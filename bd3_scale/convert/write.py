@@ -29,7 +29,6 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.optimizers import OPTIMIZERS
 from bd3_scale.recipe.schema import DataConfig, free_keys
 
 STEPS = 10_000
@@ -70,7 +69,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     shapes = {name: one.shape for name, one in parameter_shapes(recipe.model, text.model_vocabulary_size).items()}
     sizes = Sizes(text.vocabulary_size, text.words, recipe.model.context, recipe.model.head_size, shapes)
     made = makers(found.source, found.key_map, recipe.model.layers, sizes)
-    states = OPTIMIZERS[recipe.training.optimizer]
+    states = recipe.training.states
     kept = {name: ["weight"] for name in shapes}
     if fingerprint is not None:
         kept = {name: ["weight", *states.of(name), *(["ema"] if recipe.training.ema else [])] for name in shapes}

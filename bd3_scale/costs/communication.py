@@ -107,7 +107,7 @@ def step_traffic(
         times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
         _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
     zero_ranks = (sharers if fsdp else data) if parallel.zero else 1
-    if training.optimizer == "muon":
+    if training.states.whole_matrices:
         _add(found, "matrices", {"all_to_all": exchanged_bytes(model, parallel, stages, vocabulary, zero_ranks, batch.weight)})
     if parallel.pipeline > 1:
         _add(found, "pipeline", pipeline_bytes(batch, len(stages), parallel.pipeline, pipeline_rank, micro_batches, sharers))

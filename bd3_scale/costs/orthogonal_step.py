@@ -19,11 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bd3_scale.costs.parameter_shapes import units_of
+from bd3_scale.costs.parameter_shapes import layer_parameters, units_of
+from bd3_scale.recipe.optimizers import is_hidden
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 
 STEPS = 5
 """Of the iteration; torch's."""
+
+
+def packed(name: str, rows: int, model: ModelConfig) -> tuple[int, int]:
+    """(matrices in the weight `name`, neighbouring rows of each): they alternate (see attention.py and layers.py)."""
+    if name.endswith("attention.key_value.weight"):
+        return 2, model.head_size
+    if name.endswith("mlp.up.weight") and model.mlp == "swiglu":
+        return 2, 1
+    return 1, rows
 
 
 def exchanged_bytes(
@@ -58,9 +68,11 @@ def orthogonal_flops(model: ModelConfig, parallel: ParallelConfig, stages: Seque
 
 def _matrices(model: ModelConfig, tensor: int, stages: Sequence[range]) -> Iterator[tuple[tuple[int, int], int]]:
     """(rows, columns) of each matrix, undivided and unpacked, and how many tensor ranks divide it."""
-    query, (key_value, hidden), output, (up, _), down = units_of(model, 1, range(1)).matrices
-    packed = 2 if model.mlp == "swiglu" else 1
-    layer = [(query, tensor), *[((key_value // 2, hidden), tensor if model.kv_heads % tensor == 0 else 1)] * 2, (output, tensor)]
-    layer += [*[((up // packed, hidden), tensor)] * packed, (down, tensor)]
+    layer: list[tuple[tuple[int, int], int]] = []
+    for name, one in layer_parameters(model, tensor).items():
+        if is_hidden(name):
+            rows, columns = one.shape
+            count, _ = packed(name, rows, model)
+            layer += [((rows // count, columns), tensor if one.divided >= 0 else 1)] * count
     for layers in stages:
         yield from layer * len(layers)

@@ -30,7 +30,7 @@ from dataclasses import astuple, dataclass
 
 from bd3_scale.costs.parameter_shapes import Units, elements, shard, units_of
 from bd3_scale.costs.sizes import LARGEST_BUCKET, PERSISTENT, VOCABULARY_MULTIPLE
-from bd3_scale.recipe.optimizers import OPTIMIZERS
+from bd3_scale.recipe.optimizers import States
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig, TrainingConfig
 
 
@@ -70,7 +70,7 @@ def state_bytes(
     hidden = sum(elements(chunk.hidden) for chunk in chunks)
     shared = 1 if zero == 0 else data
     divided = -(-n // shared)
-    moments = moment_bytes(training.optimizer, -(-hidden // shared), divided)
+    moments = moment_bytes(training.states, -(-hidden // shared), divided)
     if zero == 0:
         return StateBytes(4 * n, 4 * n, 0, moments, ema * n, 0)
     if parallel.resolved_engine == "megatron":
@@ -84,9 +84,8 @@ def state_bytes(
     return StateBytes(weight * n, gradients, 4 * divided, moments, ema * divided, bucket)
 
 
-def moment_bytes(optimizer: str, hidden: int, held: int) -> int:
+def moment_bytes(states: States, hidden: int, held: int) -> int:
     """What the optimizer keeps of `held` elements, `hidden` of them of hidden matrices."""
-    states = OPTIMIZERS[optimizer]
     return 4 * (len(states.hidden) * hidden + len(states.other) * (held - hidden))
 
 
@@ -94,7 +93,7 @@ def checkpoint_bytes(model: ModelConfig, training: TrainingConfig, vocabulary: i
     """Of a checkpoint's tensors: fp32 weights, the optimizer's states, and the average."""
     units = units_of(model, vocabulary, range(model.layers))
     n = sum(units.sizes)
-    return (8 if training.ema else 4) * n + moment_bytes(training.optimizer, elements(units.hidden), n)
+    return (8 if training.ema else 4) * n + moment_bytes(training.states, elements(units.hidden), n)
 
 
 def _sharded_bytes(training: TrainingConfig, parallel: ParallelConfig, chunks: list[Units], sharers: int, weight: int) -> StateBytes:
@@ -102,4 +101,4 @@ def _sharded_bytes(training: TrainingConfig, parallel: ParallelConfig, chunks: l
     own = sum(shard(group, sharers) for chunk in chunks for group in chunk.groups)
     hidden = sum(shard(chunk.hidden, sharers) for chunk in chunks)
     gathered = weight * sharers * own if parallel.zero == 2 else 0
-    return StateBytes(gathered, 4 * own, 4 * own, moment_bytes(training.optimizer, hidden, own), 4 * bool(training.ema) * own, 0)
+    return StateBytes(gathered, 4 * own, 4 * own, moment_bytes(training.states, hidden, own), 4 * bool(training.ema) * own, 0)

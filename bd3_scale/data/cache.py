@@ -2,11 +2,14 @@
 
 All processes of a node share the folder. Whoever fetches or evicts holds the one lock of the folder, so a file is fetched once and a
 bound is kept together; a training reads far less than one download gives, so taking turns costs nothing. A process holds a shared
-lock on every shard that it has open, and an evictor takes only what it can lock alone.
+lock on every shard that it has open, and an evictor takes only what it can lock alone. Files are fetched with mosaicml-streaming's
+downloaders; `remote` is a folder or a URL (s3://, gs://, azure://, ... as its CloudDownloader knows them).
 
 Invariants: with a `limit`, files of the folder never take more bytes than that, the one that is being fetched included; a shard that
 any process has open is never evicted; of the others the one opened longest ago goes first; what a killed process left (its lock, its
-scratch folder) is removed by the next one that fetches, and at every start `manifest` does.
+scratch folder) is removed by the next one that fetches, and at every start `manifest` does; a file appears under its name only when it is
+complete and has passed its check; a bad copy, found or fetched, is deleted and fetched again at most ATTEMPTS times, then it is an error,
+never a shorter epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from bd3_scale.data.fetch import Check, fetch
+from bd3_scale.data.formats.streaming_compat import import_streaming
 from bd3_scale.data.lock import exclusive
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.errors import DataError
@@ -29,6 +32,11 @@ LOCK, SCRATCH, LATEST = ".fetch.lock", ".fetch", f".remote-{MANIFEST}"
 _Used = TypeVar("_Used")
 PATIENCE = 30.0
 """Seconds to wait for others to let go of shards where there is no room."""
+ATTEMPTS = 3
+TIMEOUT = 60.0
+"""Seconds that a download may stand still."""
+Check = Callable[[Path], str | None]
+"""What is wrong with a file; None: nothing."""
 
 
 class Cache:
@@ -155,3 +163,36 @@ def _removed(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def fetch(remote: str, relative: str, local: Path, scratch: Path, check: Check) -> None:
+    """Put a good copy of `remote`/`relative` at `local`, in place of what is there. `scratch`: a folder to work in, made and removed here.
+    The caller holds the lock of the folder. Raises DataError naming the file, the remote and the last problem.
+    """
+    local.parent.mkdir(parents=True, exist_ok=True)
+    problem: str | None = "is missing"
+    for _ in range(ATTEMPTS):
+        local.unlink(missing_ok=True)
+        problem = _download(remote, relative, local, scratch, check)
+        if problem is None:
+            return
+    raise DataError(f"{local}: cannot be fetched from {remote} ({problem}, {ATTEMPTS} attempts); check data.remote and {relative} there")
+
+
+def _download(remote: str, relative: str, local: Path, scratch: Path, check: Check) -> str | None:
+    """One attempt; what went wrong, or None."""
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir()
+    try:
+        target = scratch / local.name
+        downloader = import_streaming("streaming.base.storage.download").CloudDownloader
+        try:
+            downloader.direct_download(f"{remote.rstrip('/')}/{relative}", str(target), TIMEOUT)
+        except Exception as error:  # every store's client raises its own kinds; the text reaches the user through DataError
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        problem = "nothing arrived" if not target.exists() else check(target)
+        if problem is None:
+            target.replace(local)
+        return problem
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -2,15 +2,18 @@
 
 Each ZeRO stage differs in how its flat fp32 masters are found and in how they are published to the weights that compute.
 Invariants: as in `engine.py`; a parameter that tensor ranks hold whole but of whose gradient each computes a part
-(`sequence_parallel`) has its gradient summed over them before DeepSpeed sees it.
+(`sequence_parallel`) has its gradient summed over them before DeepSpeed sees it. DeepSpeed's version is pinned, since it is patched by
+names of one version.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +24,6 @@ from torch import Tensor, nn
 from bd3_scale.costs.sizes import LARGEST_BUCKET
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, MasterSlice, clip, global_norm, master_slices, owns
-from bd3_scale.engines.zero_device import install, norm_on_device
-from bd3_scale.engines.zero_start import divide, without_broadcast
 from bd3_scale.optimizers.settings import OptimizerSettings
 
 
@@ -195,7 +196,7 @@ def _import_deepspeed(device: str) -> Any:
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    install()
+    patch_norms()
     return deepspeed
 
 
@@ -226,3 +227,90 @@ def _deepspeed_config(model: nn.Module, zero: int, clip: float, bf16: bool, devi
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+# -- a start with a network that has no weights yet ----------------------------------------------------------------------
+#
+# DeepSpeed has the first rank broadcast every weight; here nobody has any. The network was made on the host without being filled, and
+# memory that nobody writes costs nothing. Under ZeRO 3 each parameter gets room on the device, is divided, and gives the room back.
+# Every rank then fills its own masters (`Engine.initialise`).
+
+
+def divide(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, mpu: Any) -> None:
+    """Divide the parameters over the data-parallel ranks, as `deepspeed.initialize` would; `config` and `mpu` as for that."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class Divided(Init):  # type: ignore[misc]
+        def _convert_to_zero_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+            for parameter in dict.fromkeys(parameters):
+                parameter.data = torch.empty(parameter.shape, dtype=dtype, device=self.local_device)
+                self._convert_to_deepspeed_param(parameter)
+                parameter.partition()  # type: ignore[attr-defined]
+
+    Divided(module, data_parallel_group=parallel_state.get_data_parallel_group(), dtype=dtype, config_dict_or_path=config, mpu=mpu)
+
+
+@contextmanager
+def without_broadcast() -> Iterator[None]:
+    """While `deepspeed.initialize` runs: no rank has weights that others want."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda self: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast
+
+
+# -- norms that stay on the device -------------------------------------------------------------------------------------
+#
+# DeepSpeed reads the norm on the host to see whether it is finite, and to see whether to clip: the host waits for the backward, once to
+# four times a step. Here a step is left out on the device (optimizers/adamw.py), so that the first question has no need of an answer, and
+# clipping by a factor of 1 is no clipping. Where a norm is not finite DeepSpeed writes -1 into it, a number that it takes to the device and
+# that torch then reads. In the modules named below, and nowhere else, these functions are bound to ones that do not wait; a test counts
+# the reads of every ZeRO stage.
+
+VERSION = "0.19.8"
+JUDGING = ("bf16_optimizer", "zero.stage_1_and_2", "zero.stage3")
+"""Modules that make no step where `is_invalid_grad_norm`."""
+MARKING = ("utils", "zero.stage_1_and_2", "zero.stage3")
+"""Modules that mark a norm which is not finite by `mask_nan_or_inf_with_val_inplace`."""
+
+
+def patch_norms() -> None:
+    """Bind them; harmless when repeated. Raises RuntimeError for another version of DeepSpeed."""
+    import deepspeed
+
+    if deepspeed.__version__.split("+")[0] != VERSION:
+        raise RuntimeError(f"DeepSpeed {deepspeed.__version__} is installed, but this version of bd3_scale needs {VERSION}: pip install .")
+    modules: dict[str, Any] = {name: importlib.import_module(f"deepspeed.runtime.{name}") for name in (*JUDGING, *MARKING)}
+    for name in JUDGING:
+        assert callable(modules[name].is_invalid_grad_norm)
+        modules[name].is_invalid_grad_norm = _left_to_the_step_rule
+    for name in MARKING:
+        assert callable(modules[name].mask_nan_or_inf_with_val_inplace)
+        modules[name].mask_nan_or_inf_with_val_inplace = _mark
+    assert callable(modules["bf16_optimizer"].clip_tensors_by_global_norm)
+    modules["bf16_optimizer"].clip_tensors_by_global_norm = _clip
+
+
+def norm_on_device(found: Tensor | float, device: torch.device) -> Tensor:
+    """DeepSpeed's global gradient norm as a fp32 scalar on the device, also where it answers a number of Python; -1, its word for one
+    that is not finite, as infinity."""
+    # A number is written there by a kernel; to copy it would be to wait.
+    norm = found.to(device, torch.float32) if isinstance(found, Tensor) else torch.full((), found, dtype=torch.float32, device=device)
+    return norm.masked_fill(norm < 0, torch.inf)
+
+
+def _left_to_the_step_rule(norm: Any) -> bool:
+    return False
+
+
+def _mark(input: Tensor, device: Any = None, val: float = -1.0) -> None:
+    input.masked_fill_(~torch.isfinite(input), val)
+
+
+def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, mpu: Any = None) -> Tensor:
+    clip(input_tensors, global_norm, max_norm)
+    return global_norm

@@ -14,7 +14,7 @@ from typing import Any
 
 from bd3_scale.errors import DataError
 from bd3_scale.evaluation.generation import Text
-from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.plots import empty_figure
 
 SAMPLES, SUMMARY, LENGTHS, PAGE = "samples.jsonl", "summary.json", "lengths.png", "page.html"
 SHOWN = 20

@@ -19,7 +19,7 @@ from bd3_scale.collective_errors import together
 from bd3_scale.distributed import layout as layouts
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.generation.load_model import LoadedNetwork, check_tensor_ranks, load_network, read_recipe
+from bd3_scale.generation.load_model import LoadedNetwork, check_tensor_ranks, device_of_process, load_network, read_recipe
 from bd3_scale.launcher import launched
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ParallelConfig
@@ -34,7 +34,7 @@ def load_replicas(
     `load_network` raises, and RecipeError where the number of processes is no multiple of `tensor` or the network cannot be
     divided by it.
     """
-    layout = _join(read_recipe(Checkpoint(locate(path))), tensor, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    layout = _join(read_recipe(Checkpoint(locate(path))), tensor, device_of_process(device).type)
     # Others may have looked before or after `latest` was moved.
     found = together(layout, lambda: str(locate(path)), str)[0]
     return load_network(found, weights=weights, device=device, block_size=block_size), layout

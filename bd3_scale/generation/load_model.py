@@ -85,7 +85,7 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     without torchrun). Raises CheckpointError for a checkpoint that is missing, damaged or of another tokenizer, DataError
     for a tokenizer that cannot be loaded, RecipeError for the options and for a number of processes that cannot divide it.
     """
-    place = _device(device)
+    place = device_of_process(device)
     if weights not in WEIGHTS:
         raise RecipeError(f"weights is {weights!r}; set one of {', '.join(WEIGHTS)}")
     checkpoint = Checkpoint(locate(path))
@@ -147,7 +147,8 @@ def read_recipe(checkpoint: Checkpoint) -> Recipe:
         raise CheckpointError(f"checkpoint {checkpoint.path}: its {RECIPE_NAME} cannot be read by this version: {error}") from None
 
 
-def _device(name: str) -> torch.device:
+def device_of_process(name: str) -> torch.device:
+    """The device of this process for auto | cpu | cuda. Raises RecipeError where there is none."""
     if name not in DEVICES:
         raise RecipeError(f"device is {name!r}; set one of {', '.join(DEVICES)}")
     if recipes.resolve_device(name, "device") == "cpu":

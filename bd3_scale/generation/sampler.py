@@ -8,25 +8,35 @@ the batch; every call of the network is counted. A network of the next-token los
 L' = 1, its forward of token i being both the commitment of i and the prediction of i + 1. A network that denoises rows as one
 block (L' = L) has no clean rows to go on from: longer texts come from windows of L tokens, each half a window further on,
 whose first half is known from the one before (as in MDLM's published code). Nothing is cached there. Blocks of SSD-LM are denoised by
-`simplex_sampler`, on the same clean rows.
+`SimplexSampler`, on the same clean rows.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.cached_forward import CachedForward, Network, one_block
-from bd3_scale.generation.simplex_sampler import SimplexSampler
-from bd3_scale.generation.token_sampling import SCORE_SAMPLERS, SIMPLEX, SamplingOptions, histogram_entropy
+from bd3_scale.generation.token_sampling import (
+    SCORE_SAMPLERS,
+    SIMPLEX,
+    SamplingOptions,
+    draw,
+    histogram_entropy,
+    keyed_uniforms,
+    keyed_words,
+)
 from bd3_scale.generation.unmasking import UnmaskingPolicy
 from bd3_scale.objectives.base import Objective
 from bd3_scale.objectives.noise_schedules import schedule_named
+from bd3_scale.objectives.simplex import SimplexNoise
 
 ENTROPY_WINDOW = 256
 """Generated tokens whose histogram tells a text that repeats itself."""
@@ -258,3 +268,41 @@ class _Texts:
         unknown = ~self.known[row]
         self.tokens[row, unknown] = self.tokens[row, 0]
         self.known[row] = True
+
+
+class SimplexSampler:
+    """Words of a block by SSD-LM's decoding, for rows `rows` of `seed`: from pure noise, T times a prediction, a word for every position,
+    and less noise.
+
+    At time t of T equal steps the network predicts all words of the block from x_t; a word is drawn for every position from the
+    nucleus of its logits (the paper's sampling projection); its almost-one-hot logits, noised anew to the time before, are the next
+    x_t. After T predictions the words of the last are the block. Known words of a block (a prompt that ends inside it) are noised like
+    the drawn ones, which is what their positions were in training; they are never changed.
+
+    Invariants: a row's words depend on (seed, row index, block, step) and on its own logits, never on the batch; MASK is not drawn;
+    the network is called exactly T times.
+    """
+
+    def __init__(self, options: SamplingOptions, block_size: int, seed: int, rows: range) -> None:
+        self.options, self.seed, self.rows = options, seed, rows
+        self.steps = options.steps or block_size
+
+    def denoise(
+        self, block: int, tokens: np.ndarray, known: np.ndarray, begins: bool, read: Callable[[SimplexNoise, float], Tensor]
+    ) -> None:
+        """Draw the words that are not `known` (bool [B, L']) in tokens int64 [B, L'], in place.
+
+        `begins`: whether the first position is a row's first, which is never noised. `read` gives logits [B, L', V] of `tokens`
+        under this noise at this time.
+        """
+        unknown = np.flatnonzero(~known)
+        for step in range(self.steps):
+            time = (self.steps - step) / self.steps
+            times = np.full(tokens.shape, time)
+            if begins:
+                times[:, 0] = 0.0
+            keys = keyed_words(self.seed, "simplex", self.rows, block, tokens.shape[1], step).view(np.int64)
+            logits = read(SimplexNoise.at(keys, times), time).flatten(0, 1)
+            uniforms = keyed_uniforms(self.seed, "token", self.rows, block, tokens.shape[1], step).ravel()[unknown]
+            chosen = logits[torch.from_numpy(unknown).to(logits.device)]
+            tokens[~known] = draw(chosen, torch.from_numpy(uniforms).to(logits.device), self.options).cpu().numpy()

@@ -1,20 +1,17 @@
-"""From losses to reported numbers: perplexity, mean with standard error over ranks, and the exact bound of small blocks.
+"""From losses to reported numbers: perplexity, mean with standard error over ranks, and what a model has to beat.
 
 The statistics travel as (count, mean, M2) and are joined by Chan's formula, never as sums of squares (which cancel) nor as
-means of per-rank means (which are wrong when ranks hold different numbers of rows). The exact bound is the reference that
-Monte-Carlo losses are tested against (docs/objective.md section 7, property 5). Everything is float64 on the host.
+means of per-rank means (which are wrong when ranks hold different numbers of rows). Everything is float64 on the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
-
-LARGEST_EXACT_BLOCK = 6
 
 
 def perplexity(nelbo: float) -> float:
@@ -66,44 +63,6 @@ def mean_and_standard_error(parts: Iterable[Moments]) -> tuple[float, float]:
     return mean, math.sqrt(m2 / (count - 1) / count) if count > 1 else math.nan
 
 
-def _mask_weight(masked: int, size: int, bounds: tuple[float, float]) -> float:
-    """Integral of p^(m-1) (1-p)^(n-m) over p in `bounds`; (m-1)! (n-m)! / n! over the whole of [0, 1]."""
-    if bounds == (0.0, 1.0):
-        return math.factorial(masked - 1) * math.factorial(size - masked) / math.factorial(size)
-    clean = size - masked
-    terms = (
-        (-1) ** k * math.comb(clean, k) * (bounds[1] ** (masked + k) - bounds[0] ** (masked + k)) / (masked + k) for k in range(clean + 1)
-    )
-    return math.fsum(terms)
-
-
-def exact_block_nelbo(
-    log_probabilities: Callable[[np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    mask_id: int,
-    bounds: tuple[float, float] = (0.0, 1.0),
-) -> float:
-    """The exact bound of one block in nats (a sum over its tokens), by enumerating all masks with at least one masked token.
-
-    The mask probability integrates out: a mask with m of n tokens masked has the weight (m-1)! (n-m)! / n!, times the
-    -log p of its masked tokens, whatever the schedule. `bounds` restricts the mask probability p and gives the integral
-    over that part only (not divided by its width): what is missing from the bound at U[1e-3, 1] is the rest.
-
-    `log_probabilities`: int64 [k, n] blocks, partly `mask_id` -> float [k, n, V], log p of every token given the block and
-    whatever precedes it (closed over). `tokens`: int64 [n], n <= 6. In the first block of a row pass the tokens after
-    token 0 and close over token 0: it is never masked and not counted. Raises ValueError for longer blocks.
-    """
-    tokens = np.asarray(tokens, np.int64)
-    size = len(tokens)
-    if not 1 <= size <= LARGEST_EXACT_BLOCK:
-        raise ValueError(f"the exact bound enumerates 2^n masks and takes 1 to {LARGEST_EXACT_BLOCK} tokens, got {size}")
-    masks = (np.arange(1, 2**size)[:, None] >> np.arange(size)) & 1 == 1
-    log_p = np.asarray(log_probabilities(np.where(masks, mask_id, tokens)), np.float64)
-    of_tokens = log_p[:, np.arange(size), tokens]
-    weights = np.array([_mask_weight(int(count), size, bounds) for count in masks.sum(1)])
-    return float(-(weights[:, None] * np.where(masks, of_tokens, 0.0)).sum())
-
-
 @dataclass(frozen=True)
 class Validation:
     """nats per data token, its standard error over rows, and exp of it."""
@@ -130,3 +89,14 @@ class CrossEntropy:
 
 
 Validated = Validation | CrossEntropy
+
+
+def unigram_perplexity(train_rows: np.ndarray, validation_rows: np.ndarray, vocabulary: int) -> float:
+    """Perplexity per token of `validation_rows` under the token frequencies of `train_rows` (int64 [n, L] and [m, L]).
+
+    Frequencies are smoothed by adding one to the count of each of the `vocabulary` ids. Position 0 is left out of both, as the
+    objective does: it is never masked and not scored.
+    """
+    counts = np.bincount(train_rows[:, 1:].ravel(), minlength=vocabulary) + 1.0
+    held_out = np.bincount(validation_rows[:, 1:].ravel(), minlength=vocabulary)
+    return math.exp(-float(held_out @ np.log(counts / counts.sum())) / float(held_out.sum()))

@@ -33,9 +33,9 @@ from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.sedd import ScoreEntropy
 from bd3_scale.objectives.ssdlm import SimplexDiffusion
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.objective_kinds import KINDS, ROW_MULTIPLE, Kind
+from bd3_scale.recipe.objective_kinds import KINDS, ROW_MULTIPLE, SELECTED_MULTIPLE, Kind
 from bd3_scale.recipe.rules_objective import Interval, check_objective
-from bd3_scale.recipe.schema import ObjectiveConfig
+from bd3_scale.recipe.schema import ObjectiveConfig, ParallelConfig
 
 __all__ = [
     "Autoregressive",
@@ -112,7 +112,7 @@ class ObjectiveSchedule:
             recipe.objective,
             recipe.model.context,
             mask_id,
-            recipe.selected_multiple(device),
+            selected_multiple(recipe.parallel, device),
             document_end if recipe.data.document_mask else None,
             math.lcm(ROW_MULTIPLE[device], ranks),
             recipe.run.seed,
@@ -137,6 +137,11 @@ class ObjectiveSchedule:
         if interval is None or not objective.traits.has_interval:
             return objective
         return _on(objective, (interval[0], interval[1]), **{name: value for name, value in tuned.items() if value})
+
+
+def selected_multiple(parallel: ParallelConfig, device: str) -> int:
+    """What the number of selected positions of a micro-batch is padded to: sequence parallelism divides them over its ranks."""
+    return math.lcm(SELECTED_MULTIPLE[device], parallel.tensor if parallel.sequence else 1)
 
 
 @lru_cache(maxsize=64)

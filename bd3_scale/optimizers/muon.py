@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bd3_scale.costs.orthogonal_step import STEPS
+from bd3_scale.costs.orthogonal_step import STEPS, packed
 from bd3_scale.optimizers.adamw import SkippingAdamW, SkipStepRule
 from bd3_scale.optimizers.matrix_owners import MatrixOwners, Piece
 from bd3_scale.recipe.schema import ModelConfig
@@ -43,15 +43,6 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def packed(name: str, rows: int, config: ModelConfig) -> tuple[int, int]:
-    """(matrices in the weight `name`, neighbouring rows of each): they alternate (see attention.py and layers.py)."""
-    if name.endswith("attention.key_value.weight"):
-        return 2, config.head_size
-    if name.endswith("mlp.up.weight") and config.mlp == "swiglu":
-        return 2, 1
-    return 1, rows
 
 
 def scale(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:

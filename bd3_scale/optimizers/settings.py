@@ -44,12 +44,12 @@ class OptimizerSettings:
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups without parameters, in the order of `group_of`."""
         decayed, plain = {"params": [], "weight_decay": self.weight_decay}, {"params": [], "weight_decay": 0.0}
-        hidden = [] if self.name == "adamw" else [{**decayed, "params": [], "momentum": self.momentum}]
+        hidden = [{**decayed, "params": [], "momentum": self.momentum}] if self.states.whole_matrices else []
         return [decayed, plain, *hidden]
 
     def group_of(self, name: str, dimensions: int) -> int:
         """The group of the parameter `name`."""
-        return 2 if self.name != "adamw" and is_hidden(name) else int(dimensions < 2)
+        return 2 if self.states.whole_matrices and is_hidden(name) else int(dimensions < 2)
 
     def build(self, groups: list[dict[str, Any]], device: torch.device) -> SkippingAdamW:
         """The optimizer of `groups`, to which masters may be added before the first step."""

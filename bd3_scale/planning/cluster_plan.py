@@ -15,6 +15,7 @@ from bd3_scale.costs.parameter_shapes import Units, units_of
 from bd3_scale.costs.pipeline_stages import Phase
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.errors import DataError
+from bd3_scale.objectives.table import selected_multiple
 from bd3_scale.planning.devices import Device
 from bd3_scale.recipe import Recipe, resolve_precision, validate
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
@@ -90,7 +91,7 @@ class ClusterPlan:
         phase = phase or self.longest
         pattern, rows = phase.pattern, self.shares(phase).micro_batch
         selected = max(1, round(rows * (model.context - 1) * pipeline_stages.selected_share(self.objective, pattern)))
-        multiple = self.recipe.selected_multiple(self.device.type)
+        multiple = selected_multiple(parallel, self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
         return Batch(

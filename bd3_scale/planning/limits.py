@@ -141,7 +141,7 @@ def stage_limits(cluster: ClusterPlan, batch: Batch, pipeline_rank: int, layers:
             parts.append(Part("expected embeddings", seconds, seconds, 2 * flops))
     accumulated, updated, started = update_bytes(cluster, pipeline_rank)
     update = _moved(device, "optimizer, clip, EMA", Passes(updated))
-    if cluster.training.optimizer == "muon":
+    if cluster.training.states.whole_matrices:
         flops = orthogonal_flops(cluster.model, cluster.parallel, held, cluster.sharers)
         update += Part(update.name, flops / (reached.product * device.peak(cluster.precision)), 0.0, flops)
     parts.append(_moved(device, "gradients added up", Passes(0, accumulated)))

@@ -22,6 +22,8 @@ class States:
     hidden: tuple[str, ...]
     """Of a hidden matrix."""
     other: tuple[str, ...]
+    whole_matrices: bool = False
+    """Whether a hidden matrix is updated as a whole, with training.momentum: ranks that hold parts of it exchange them."""
 
     def of(self, name: str) -> tuple[str, ...]:
         """Of the parameter `name` (canonical)."""
@@ -34,7 +36,7 @@ class States:
 
 
 ADAM = ("exp_avg", "exp_avg_sq")
-OPTIMIZERS = {"adamw": States(ADAM, ADAM), "muon": States(("momentum_buffer",), ADAM)}
+OPTIMIZERS = {"adamw": States(ADAM, ADAM), "muon": States(("momentum_buffer",), ADAM, whole_matrices=True)}
 
 
 def is_hidden(name: str) -> bool:

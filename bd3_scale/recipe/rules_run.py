@@ -36,7 +36,7 @@ def rewarmup_has_its_change(case: Case) -> Problem | None:
 
 def momentum_has_its_optimizer(case: Case) -> Problem | None:
     training, default = case.recipe.training, TrainingConfig().momentum
-    if training.optimizer == "muon" or training.momentum == default:
+    if training.states.whole_matrices or training.momentum == default:
         return None
     text = f"training.momentum = {training.momentum} is muon's, but training.optimizer = {training.optimizer} has training.betas"
     return Problem(text, lambda: [f"set training.momentum={default}", "set training.optimizer=muon"])

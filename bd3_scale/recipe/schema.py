@@ -7,14 +7,13 @@ omegaconf reads and writes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from bd3_scale.batches import BatchSchedule, Shares
 from bd3_scale.recipe.keys import facts_of, key, section
-from bd3_scale.recipe.objective_kinds import SELECTED_MULTIPLE, Kind, block_size_shares, block_sizes, kind_named
-from bd3_scale.recipe.optimizers import OPTIMIZERS
+from bd3_scale.recipe.objective_kinds import Kind, block_size_shares, block_sizes, kind_named
+from bd3_scale.recipe.optimizers import OPTIMIZERS, States
 from bd3_scale.recipe.stages import batch_schedule
 
 
@@ -305,6 +304,11 @@ class TrainingConfig:
     """torch.compile. blocks: each layer; max-autotune: each layer, its kernels chosen by timing them (CUDA; minutes at the start, tried
     before the run)."""
 
+    @property
+    def states(self) -> States:
+        """What its optimizer keeps."""
+        return OPTIMIZERS[self.optimizer]
+
 
 @dataclass
 class ValidationConfig:
@@ -454,10 +458,6 @@ class Recipe:
     def tokens_before(self, step: int) -> int:
         """Data tokens of the first `step` updates."""
         return self.batches.samples_before(step) * self.model.context
-
-    def selected_multiple(self, device: str) -> int:
-        """What the number of selected positions of a micro-batch is padded to: sequence parallelism divides them over its ranks."""
-        return math.lcm(SELECTED_MULTIPLE[device], self.parallel.tensor if self.parallel.sequence else 1)
 
 
 KEYS = facts_of(Recipe)

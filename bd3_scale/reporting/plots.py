@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.reporting.figure import empty_figure
-
 Lines = Sequence[Mapping[str, Any]]
 SMOOTH_FROM = 200
 """Points from which a curve is drawn pale, with its running mean (over a fiftieth of them) on top."""
@@ -114,4 +112,14 @@ def _tuner_figure(runs: Mapping[str, Lines]) -> Any:
         axes.set_ylabel("omega")
         axes.set_title(f"{name}, step {lines[-1]['step']}")
         axes.legend(loc="lower right")
+    return figure
+
+
+def empty_figure(width: float, height: float) -> Any:
+    """A matplotlib Figure of so many inches on the Agg canvas, whose axes make room for their labels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from bd3_scale.data.open import Data
-from bd3_scale.data.unigram import unigram_perplexity
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.engine import Engine
@@ -22,6 +21,7 @@ from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
 from bd3_scale.fault_tolerance.pace import Pace
 from bd3_scale.fault_tolerance.run_owner import Owner, own
 from bd3_scale.fault_tolerance.stop_request import StopRequest, seconds_left
+from bd3_scale.objectives.estimates import unigram_perplexity
 from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import Recipe
 from bd3_scale.reporting.reporter import Reporter
@@ -29,7 +29,7 @@ from bd3_scale.saving.background import Saver
 from bd3_scale.training import resume
 from bd3_scale.training.feed import Feed
 from bd3_scale.training.run_state import RunState
-from bd3_scale.training.tuned_objective import TunedObjective
+from bd3_scale.training.schedules import TunedObjective
 from bd3_scale.training.validation import Validator
 
 

@@ -27,8 +27,8 @@ from bd3_scale.generation.load_model import read_recipe
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.saving.fetch import fetch_latest
-from bd3_scale.training.learning_rate_schedule import rate_of
 from bd3_scale.training.run_state import RunState
+from bd3_scale.training.schedules import rate_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ device between logging steps.
 
 from __future__ import annotations
 
+import gc
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +24,7 @@ from bd3_scale.objectives.estimates import Validated
 from bd3_scale.recipe.suggestions import as_yaml
 from bd3_scale.reporting.reporter import flops_per_token
 from bd3_scale.training.build import Parts
-from bd3_scale.training.garbage import collect, collected_on_demand
-from bd3_scale.training.learning_rate_schedule import rate_of
+from bd3_scale.training.schedules import rate_of
 
 
 class Trainer:
@@ -206,3 +207,28 @@ class Trainer:
     @property
     def _averages(self) -> list[torch.Tensor] | None:
         return self.ema.tensors if self.ema is not None else None
+
+
+@contextmanager
+def collected_on_demand() -> Iterator[None]:
+    """Inside, Python's garbage is collected by `collect` alone, on all ranks after the same steps; afterwards as before, however it ends.
+    What exists at the beginning (imports, the model) is never looked at.
+
+    By itself the collector runs at moments of its own on every rank; a pause of a tenth of a second on one of 64 ranks makes the other
+    63 wait in their next collective, and nearly every step meets such a rank.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def collect() -> None:
+    """The young objects: a few milliseconds."""
+    gc.collect(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale.engines import zero_device
+from bd3_scale.engines import zero_engine
 from tests.distributed.forked import run_ranks
 
 BF16, TENSOR, PIPELINE, ACCUMULATED = "training.precision=bf16", "parallel.tensor=2", "parallel.pipeline=2", "parallel.micro_batch=1"
@@ -74,7 +74,7 @@ def test_no_step_reads_the_device(counted: dict[str, list], name: str, record_pr
 def test_deepspeed_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import deepspeed
 
-    assert deepspeed.__version__.split("+")[0] == zero_device.VERSION, "look at what zero_device.py binds before its version is raised"
+    assert deepspeed.__version__.split("+")[0] == zero_engine.VERSION, "look at what zero_engine.py binds before its version is raised"
     monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
     with pytest.raises(RuntimeError, match=r"DeepSpeed 0\.20\.0 is installed, but"):
-        zero_device.install()
+        zero_engine.patch_norms()

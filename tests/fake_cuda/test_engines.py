@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_scale.engines.zero_device import norm_on_device
+from bd3_scale.engines.zero_engine import norm_on_device
 from bd3_scale.optimizers.adamw import SkipStepRule
 from bd3_scale.reporting.metrics import Meter
 from tests.fake_cuda.device import DEVICE, fake_cuda

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.checkpoint.fragments import Fragment, copy, copy_pieces, share
+from bd3_scale.checkpoint.fragments import Fragment, copy_pieces, share
 from bd3_scale.checkpoint.region import Region, intersect, tiling_fault
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -50,7 +50,7 @@ def test_copy_carries_exactly_the_shared_elements(pair: tuple[Region, Region], s
     full = positions(source_region.shape) + 1
     source, wanted = source_region.select(full).clone(), target_region.select(full)
     target = torch.zeros(target_region.numel, 3)[:, 1] if strided else torch.zeros(target_region.numel)
-    count = copy(source, source_region, target, target_region)
+    count = copy_pieces(source, target, intersect(source_region, target_region))
     shared = torch.isin(wanted, source)
     assert torch.equal(target, torch.where(shared, wanted, 0))
     assert count == int(shared.sum())

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bd3_scale.costs import sizes
-from bd3_scale.model import cross_entropy
-from bd3_scale.model.cross_entropy import FusedCrossEntropy
+from bd3_scale.model import loss_head
 from bd3_scale.model.layers import TensorParallelFactory
-from bd3_scale.model.loss_head import Head
+from bd3_scale.model.loss_head import FusedCrossEntropy, Head
 from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -28,7 +27,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_compiled", lambda function, backend: function)
+    monkeypatch.setattr(loss_head, "_compiled", lambda function, backend: function)
 
 
 def logits_of(tokens: int, dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +80,7 @@ def test_a_divided_vocabulary_is_the_whole_one(ranks: int, monkeypatch: pytest.M
         meeting.wait()
         tensor.copy_(found)
 
-    monkeypatch.setattr(cross_entropy.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(loss_head.dist, "all_reduce", all_reduce)
     answers: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * ranks
 
     def run(rank: int) -> None:
@@ -124,7 +123,7 @@ def test_a_head_that_is_fused_is_the_head(backend: str, dtype: torch.dtype, monk
     """Chunks of 64, and a shorter last one of many sizes: one graph of each function."""
     monkeypatch.setitem(sizes.LOGITS_CHUNK, "cpu", 1)
     counters.clear()
-    cross_entropy._compiled.cache_clear()
+    loss_head._compiled.cache_clear()
     torch._dynamo.reset()
     for tokens in (200, 131, 64, 90):
         for plain, fused in zip(step("eager", backend, dtype, tokens), step("fused", backend, dtype, tokens), strict=True):
@@ -142,7 +141,7 @@ def test_it_moves_eight_bytes_for_a_logit_at_most(caplog: pytest.LogCaptureFixtu
     tokens, vocabulary = 64, 4096
     logits, place = torch.randn(tokens, vocabulary).bfloat16(), torch.randint(0, vocabulary, (tokens,))
     numbers = torch.rand(tokens)
-    counted: list[Callable[..., Any]] = [cross_entropy.statistics, cross_entropy.put_gradient]
+    counted: list[Callable[..., Any]] = [loss_head.statistics, loss_head.put_gradient]
     torch._logging.set_logs(inductor_metrics=True)
     try:
         metrics.reset()

@@ -25,6 +25,7 @@ from bd3_scale.objectives.table import (
     ObjectiveSchedule,
     ScoreEntropy,
     SimplexDiffusion,
+    selected_multiple,
 )
 from tests.unit.model.test_transformer import LENGTH, MASK, VARIANTS, gradients, network
 
@@ -135,7 +136,7 @@ def test_rows_are_found_where_they_were() -> None:
 def test_positions_are_selected_in_numbers_that_ranks_can_divide(device: str, tensor: int, multiple: int, base: Path) -> None:
     recipe = recipes.load(base, [f"parallel.tensor={tensor}", "parallel.sequence=true"])
     objective: Any = ObjectiveSchedule.of(recipe, MASK, device=device).at(0)
-    assert objective.pad_to == multiple == recipe.selected_multiple(device)
+    assert objective.pad_to == multiple == selected_multiple(recipe.parallel, device)
 
 
 def linear_rows(model: Transformer, inputs: NetworkInputs) -> dict[str, int]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from bd3_scale.objectives import noise
-from bd3_scale.objectives.estimates import exact_block_nelbo
 from bd3_scale.objectives.network_inputs import block_losses
 from bd3_scale.objectives.noise_schedules import SCHEDULES, expected_masked
 from bd3_scale.objectives.sedd import ScoreEntropy
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
 from bd3_scale.objectives.time_density import UNIFORM_SHARE, TimeDensity, time_density
 from bd3_scale.recipe.rules_objective import Interval
+from tests.unit.objectives.exact_bound import exact_block_nelbo
 
 MASK = 3
 WHOLE = (1e-3, 1.0)

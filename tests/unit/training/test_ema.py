@@ -10,7 +10,7 @@ import torch
 from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import load
 from bd3_scale.recipe.schema import TrainingConfig
-from bd3_scale.training.learning_rate_schedule import learning_rate, rate_of
+from bd3_scale.training.schedules import learning_rate, rate_of
 
 
 def test_average_follows_the_ramped_recursion() -> None:

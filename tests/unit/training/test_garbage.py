@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from bd3_scale.training.garbage import collect, collected_on_demand
+from bd3_scale.training.trainer import collect, collected_on_demand
 
 
 class Cycle:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from bd3_scale.data import checked_once
-from bd3_scale.data.cache import Cache
-from bd3_scale.data.fetch import ATTEMPTS
+from bd3_scale.data.cache import ATTEMPTS, Cache
 from bd3_scale.data.formats.mds import xxh64
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.manifest import MANIFEST, FileEntry, Manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bd3_scale.training.threads import threads_of_a_process
+from bd3_scale.launcher import threads_of_a_process
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
 
