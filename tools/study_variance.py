@@ -31,7 +31,7 @@ from bd3_scale.objectives.density_tuner import LossProfile, count_sums, masked_n
 from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
-from bd3_scale.reporting.figure import empty_figure
+from bd3_scale.reporting.plots import empty_figure
 from bd3_scale.reporting.reporter import flops_per_token
 
 ARMS: dict[str, list[str]] = {
