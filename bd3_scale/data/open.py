@@ -155,6 +155,15 @@ def open_data(config: DataConfig, context: int, *, leader: bool, barrier: Callab
     return Data(config, tokenizer, sources, mixture, train, MixedHeldOut(mixture, [source.validation for source in sources]))
 
 
+def open_held_out(path: str, config: DataConfig, context: int, tokenizer: Tokenizer) -> ShardReader:
+    """The held-out rows of another prepared folder, in either format. Raises DataError where they are not rows as those of `config`."""
+    folder = expanded(path).absolute()
+    manifest = Manifest.load(folder / MANIFEST)
+    manifest.require(folder, context=context, tokenizer=tokenizer)
+    manifest.require_preparation(folder, row_special=config.row_special)
+    return ShardReader(folder, "validation", context=context, tokenizer=tokenizer, manifest=manifest, open_shards=1)
+
+
 def _folder(wanted: SourceConfig) -> Path:
     return expanded(wanted.path).absolute()
 

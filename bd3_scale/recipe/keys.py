@@ -38,7 +38,7 @@ class Facts:
 def key(default: Value, **facts: Any) -> Value:
     """A field of a section, with the keywords of `Facts`."""
     noted = {"facts": Facts(**facts)}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy(default), metadata=noted)
     return field(default=default, metadata=noted)
 

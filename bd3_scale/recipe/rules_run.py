@@ -5,6 +5,7 @@ As `rules.py`, which asks them; none of these depends on the layout.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 from bd3_scale.recipe.objective_kinds import block_sizes
@@ -42,6 +43,15 @@ def momentum_has_its_optimizer(case: Case) -> Problem | None:
     return Problem(text, lambda: [f"set training.momentum={default}", "set training.optimizer=muon"])
 
 
+def set_names_are_plain(case: Case) -> Problem | None:
+    """They name plots and keys of wandb."""
+    wrong = [name for name in case.recipe.validation.sets if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)]
+    if not wrong:
+        return None
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", wrong[0]) or "other"
+    return Problem(f"validation.sets has the name {wrong[0]!r}, which must be letters, digits, _ . -", lambda: [f"call it {plain}"])
+
+
 def skipped_ranges_ascend(case: Case) -> Problem | None:
     ranges = case.recipe.data.skip
     pairs = all(isinstance(one, (list, tuple)) and len(one) == 2 and all(type(place) is int for place in one) for one in ranges)
@@ -60,4 +70,11 @@ def amended_keys_may_be(case: Case) -> Problem | None:
     return Problem(text, lambda: [f"use some of {', '.join(amendable)}"])
 
 
-RUN_RULES = (decay_has_its_schedule, rewarmup_has_its_change, momentum_has_its_optimizer, skipped_ranges_ascend, amended_keys_may_be)
+RUN_RULES = (
+    set_names_are_plain,
+    decay_has_its_schedule,
+    rewarmup_has_its_change,
+    momentum_has_its_optimizer,
+    skipped_ranges_ascend,
+    amended_keys_may_be,
+)

@@ -318,6 +318,9 @@ class ValidationConfig:
     """Steps between validations; there is one after the last step. 0: only that one."""
     rows: int = key(512, above=0)
     """Held-out rows used (fewer if the set is smaller)."""
+    sets: dict[str, str] = key({}, change="free")
+    """Other prepared folders whose held-out rows are measured at the same steps, {name: path}: `rows` of each, each with its own lines
+    (validation/NAME), plot and name in wandb. The tuner and the summary know only those of `data`."""
 
 
 @dataclass

@@ -162,6 +162,8 @@ def as_yaml(value: Any) -> str:
     """A value as a person types it in a recipe or as an override."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(as_yaml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {as_yaml(item)}' for name, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -16,8 +16,8 @@ SMOOTH_FROM = 200
 
 
 def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
-    """Write loss.png, perplexity.png, cross_entropy.png (of runs without a perplexity), throughput.png and tuner.png of the named runs into
-    `folder`; what has no data is left out.
+    """Write loss.png, perplexity.png, cross_entropy.png (of runs without a perplexity), the same of every other validation set,
+    throughput.png and tuner.png of the named runs into `folder`; what has no data is left out.
 
     Returns the files written.
     """
@@ -26,6 +26,7 @@ def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
         "loss.png": _figure(runs, "train", "loss", "train loss (nats per data token)"),
         "perplexity.png": _figure(runs, "validation", "perplexity", "validation perplexity"),
         "cross_entropy.png": _figure(runs, "validation", "cross_entropy", "validation cross-entropy (nats; no likelihood)"),
+        **_of_sets(runs),
         "throughput.png": _figure(runs, "train", "tokens_per_second", "data tokens per second"),
         "tuner.png": _tuner_figure(runs),
     }
@@ -35,6 +36,17 @@ def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
             figure.savefig(folder / name, dpi=120)
             written.append(folder / name)
     return written
+
+
+def _of_sets(runs: Mapping[str, Lines]) -> dict[str, Any]:
+    """{file: figure} of the sets of `validation.sets`, one each."""
+    kinds = sorted({str(line.get("kind")) for lines in runs.values() for line in lines if str(line.get("kind")).startswith("validation/")})
+    figures = {}
+    for kind in kinds:
+        name = kind.removeprefix("validation/")
+        figures[f"perplexity_{name}.png"] = _figure(runs, kind, "perplexity", f"perplexity of {name}")
+        figures[f"cross_entropy_{name}.png"] = _figure(runs, kind, "cross_entropy", f"cross-entropy of {name} (nats; no likelihood)")
+    return figures
 
 
 def series(lines: Lines, kind: str, key: str) -> tuple[list[float], list[float]]:
@@ -53,16 +65,18 @@ def _figure(runs: Mapping[str, Lines], kind: str, key: str, label: str) -> Any:
     axes = figure.add_subplot()
     for index, (name, (x, y)) in enumerate(curves.items()):
         color = f"C{index % 10}"
-        if kind == "validation":
+        if kind.startswith("validation"):
             axes.plot(x, y, color=color, label=name, marker="o", markersize=4)
         elif len(y) < SMOOTH_FROM:
             axes.plot(x, y, color=color, label=name)
         else:
             axes.plot(x, y, color=color, alpha=0.25)
             axes.plot(x, running_mean(y, len(y) // 50), color=color, label=name)
-    if key == "perplexity":
+    if key == "perplexity":  # lines of other sets have no unigram model
         for index, (name, lines) in enumerate(runs.items()):
-            unigram = next((line["unigram_perplexity"] for line in lines if _number(line.get("unigram_perplexity"))), None)
+            unigram = next(
+                (line["unigram_perplexity"] for line in lines if line["kind"] == kind and _number(line.get("unigram_perplexity"))), None
+            )
             if unigram is not None:
                 name_of_line = f"unigram model{f' ({name})' if len(runs) > 1 else ''}"
                 axes.axhline(unigram, linestyle="--", color=f"C{index % 10}", label=name_of_line)

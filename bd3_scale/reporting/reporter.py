@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -117,26 +118,30 @@ class Reporter:
             self._progress(line)
         return line
 
-    def validation(self, *, step: int, results: Mapping[int, Validated], seconds: float, unigram_perplexity: float | None) -> None:
-        """Write a validation line of the first of `results` ({L': result}), with those of all block sizes where there are several;
-        `seconds` it took are not counted as training time."""
+    def validation(
+        self,
+        *,
+        step: int,
+        results: Mapping[int, Validated],
+        seconds: float,
+        unigram_perplexity: float | None,
+        sets: Mapping[str, Mapping[int, Validated]] = MappingProxyType({}),
+    ) -> None:
+        """Write a validation line of the first of `results` ({L': result}), with those of all block sizes where there are several, and such
+        a line of kind validation/NAME for each of other `sets`; the `seconds` that all took are not counted as training time."""
         self.skip(seconds)
         if self.file is None:
             return
-        result = next(iter(results.values()))
-        line: dict[str, Any] = {
-            "kind": "validation",
-            "step": step,
-            "data_tokens": self.recipe.tokens_before(step),
-            **asdict(result),
-        }
-        if unigram_perplexity is not None and isinstance(result, Validation):
-            line["unigram_perplexity"] = unigram_perplexity
-        if len(results) > 1:
-            line["block_sizes"] = {str(size): asdict(one) for size, one in results.items()}
-        self._write(line)
-        for size, one in results.items():
-            self.say(f"step {step}: validation {one}{f' at block size {size}' if len(results) > 1 else ''}")
+        for kind, measured in {"validation": results, **{f"validation/{name}": one for name, one in sets.items()}}.items():
+            first = next(iter(measured.values()))
+            line: dict[str, Any] = {"kind": kind, "step": step, "data_tokens": self.recipe.tokens_before(step), **asdict(first)}
+            if kind == "validation" and unigram_perplexity is not None and isinstance(first, Validation):
+                line["unigram_perplexity"] = unigram_perplexity
+            if len(measured) > 1:
+                line["block_sizes"] = {str(size): asdict(one) for size, one in measured.items()}
+            self._write(line)
+            for size, one in measured.items():
+                self.say(f"step {step}: {kind} {one}{f' at block size {size}' if len(measured) > 1 else ''}")
         self.plot()
 
     def tuner(

@@ -6,13 +6,14 @@ take long (data, weights, rows) is there; nothing is written into a run director
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bd3_scale.data.open import Data
+from bd3_scale.data.open import Data, open_held_out
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.engine import Engine
@@ -50,6 +51,8 @@ class Parts:
     objectives: TunedObjective
     feed: Feed
     validator: Validator
+    set_validators: Mapping[str, Validator]
+    """Of `validation.sets`, by name."""
     unigram: float | None
     """Perplexity that a model must beat; see `_unigram`."""
     stop: StopRequest
@@ -77,9 +80,12 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     objectives = TunedObjective(recipe, data.tokenizer, layout.device.type, state.tuner)
     _amend(objectives, step, found, forget=engine.adam.rule.forget)
     feed = Feed(recipe, layout, data, objectives.at, step=step, samples=samples)
-    validator = Validator(
-        data.validation, layout, rows=recipe.validation.rows, micro_batch=recipe.micro_batch(layout.data), seed=recipe.run.seed
-    )
+    validation: dict[str, Any] = {"rows": recipe.validation.rows, "micro_batch": recipe.micro_batch(layout.data), "seed": recipe.run.seed}
+    validator = Validator(data.validation, layout, **validation)
+    set_validators = {}
+    for name, path in recipe.validation.sets.items():
+        with open_held_out(path, recipe.data, recipe.model.context, data.tokenizer) as rows:
+            set_validators[name] = Validator(rows, layout, **validation, name=name)
     stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
     unigram = _unigram(data, recipe.validation.rows) if layout.is_main_rank else None
     report = Reporter(recipe, layout, folder, first_step=step, wandb=state.wandb, may_write=owner.check)
@@ -113,6 +119,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
         objectives=objectives,
         feed=feed,
         validator=validator,
+        set_validators=set_validators,
         unigram=unigram,
         stop=stop,
         report=report,

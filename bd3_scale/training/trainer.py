@@ -35,6 +35,7 @@ class Trainer:
         self.engine, self.ema, self.objectives, self.feed = parts.engine, parts.ema, parts.objectives, parts.feed
         self.report, self.saver, self.heartbeat, self.pace = parts.report, parts.saver, parts.heartbeat, parts.pace
         self.validator, self.unigram, self.stop, self.owner = parts.validator, parts.unigram, parts.stop, parts.owner
+        self.set_validators = parts.set_validators
         self.batches = parts.recipe.batches  # read from the key once, not at every step
         self.step, self.samples, self.total_steps = parts.step, parts.samples, parts.recipe.total_steps
         self.validated: Validated | None = None
@@ -131,28 +132,31 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """NELBO on the held-out rows, with the averaged weights where there are any; tune on the same pass when it is time. Of a mixture of
-        block sizes one pass with each."""
+        """NELBO on the held-out rows and on those of other sets, with the averaged weights where there are any; tune on the pass over the
+        former when it is time. Of a mixture of block sizes one pass with each."""
         start, config, resample = time.perf_counter(), self.recipe.tuner, self.recipe.objective.resample
         self.heartbeat.beat(self.step, "validate")
         results: dict[int, Validated] = {}
+        sets: dict[str, dict[int, Validated]] = {name: {} for name in self.set_validators}
         statistics: dict[int, interval_tuner.IntervalStatistics] = {}
         with self.ema.swapped() if self.ema is not None else nullcontext():
             for _, objective, _ in self.objectives.in_use(self.step):
                 given, size = (objective, self.engine.evaluate, self._stop_in_validation), objective.block_size
-                if interval_tuner.due(config, self.step):
-                    validated, found = self.validator.and_tune(*given, resample=resample, rows=config.rows)
-                    statistics |= {} if found is None else {size: found}
-                else:
-                    validated = self.validator(*given)
-                if validated is None:
-                    # Asked to stop: whoever continues the run makes this validation first, so that no line and no tuning is missing.
-                    self.state = replace(self.state, unfinished_validation=True)
-                    return
-                results[size] = validated
+                passes = [(results, self.validator), *((sets[name], one) for name, one in self.set_validators.items())]
+                for measured, validator in passes:
+                    if validator is self.validator and interval_tuner.due(config, self.step):
+                        validated, found = validator.and_tune(*given, resample=resample, rows=config.rows)
+                        statistics |= {} if found is None else {size: found}
+                    else:
+                        validated = validator(*given)
+                    if validated is None:
+                        # Asked to stop: whoever continues the run makes this validation first, so that no line and no tuning is missing.
+                        self.state = replace(self.state, unfinished_validation=True)
+                        return
+                    measured[size] = validated
         self.validated = next(iter(results.values()))
         seconds = time.perf_counter() - start
-        self.report.validation(step=self.step, results=results, seconds=seconds, unigram_perplexity=self.unigram)
+        self.report.validation(step=self.step, results=results, seconds=seconds, unigram_perplexity=self.unigram, sets=sets)
         for size, found in statistics.items():
             self.tune(found, size)
 

@@ -32,12 +32,13 @@ EVALUATED_TOGETHER = 32
 class Validator:
     """Holds this replica's share of the held-out rows. Every replica makes the same number of forwards, as ZeRO-3 needs."""
 
-    def __init__(self, reader: Rows, layout: Layout, *, rows: int, micro_batch: int, seed: int) -> None:
+    def __init__(self, reader: Rows, layout: Layout, *, rows: int, micro_batch: int, seed: int, name: str = "data") -> None:
+        """`name`: of the set, for errors."""
         self.layout, self.micro_batch, self.seed = layout, micro_batch, seed
         self.total = min(rows, len(reader))
         if self.total < layout.data:
             raise RecipeError(
-                f"validation.rows gives {self.total} held-out rows for {layout.data} data-parallel ranks, but each needs one; "
+                f"validation.rows gives {self.total} held-out rows of {name} for {layout.data} data-parallel ranks, but each needs one; "
                 f"set validation.rows={layout.data} or more, or prepare a larger held-out set"
             )
         self.indices, self.rows = validation_rows(reader, rows, layout.data_rank, layout.data)

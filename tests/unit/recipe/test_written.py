@@ -67,3 +67,12 @@ def test_a_number_is_no_other_than_it_looks(
         section, _, key = override.partition("=")[0].partition(".")
         (tmp_path / "file.yaml").write_text(f"{section}: {{{key}: {override.partition('=')[2]}}}")
         assert named in refused(tmp_path / "file.yaml", [])
+
+
+def test_validation_sets_are_text_by_plain_names(base: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(base, ["validation.sets={0012: 007, on: /b}"])
+    assert recipe.validation.sets == {"0012": "007", "on": "/b"}
+    (tmp_path / "again.yaml").write_text(recipes.to_yaml(recipe))
+    assert recipes.load(tmp_path / "again.yaml") == recipe
+    recipes.compare(recipes.load(base), recipe, 10)  # a continued run may measure more
+    assert "validation.sets has the name 'a/b'" in refused(base, ["validation.sets={a/b: /c}"])

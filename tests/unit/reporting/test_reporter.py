@@ -28,6 +28,7 @@ from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import running_mean, series
 from bd3_scale.reporting.reporter import Reporter, flops_per_token
 from bd3_scale.reporting.summary import summary
+from bd3_scale.reporting.tracking import _numbers
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = Layout(0, 1, torch.device("cpu"), tensor=1, tensor_rank=0, pipeline=1, pipeline_rank=0, data=1, data_rank=0)
@@ -322,3 +323,18 @@ def test_a_mixture_of_block_sizes_has_one_line_with_all_of_them(tmp_path: Path) 
     reporter.close()
     (line,) = [one for one in read_metrics(tmp_path / "metrics.jsonl") if one["kind"] == "validation"]
     assert line["nelbo"] == 3.0 and {size: one["nelbo"] for size, one in line["block_sizes"].items()} == {"4": 3.0, "32": 4.0}
+
+
+def test_every_validation_set_has_its_line_plot_and_key_of_wandb(tmp_path: Path) -> None:
+    of_run = recipe(tmp_path)
+    reporter = Reporter(of_run, LAYOUT, tmp_path, first_step=0)
+    for step in (10, 20):
+        sets = {"books": {4: validation(3.0)}, "0012": {4: validation(2.0)}}
+        reporter.validation(step=step, results={4: validation(6.0)}, seconds=0.0, unigram_perplexity=90.0, sets=sets)
+    reporter.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["nelbo"] for line in lines if line["kind"] == "validation/books"] == [3.0, 3.0]
+    assert [line["nelbo"] for line in lines if line["kind"] == "validation"] == [6.0, 6.0]
+    assert _numbers(next(line for line in lines if line["kind"] == "validation/0012"))["validation/0012/nelbo"] == 2.0
+    drawn = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"perplexity.png", "perplexity_books.png", "perplexity_0012.png"} <= drawn
