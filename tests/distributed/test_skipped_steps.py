@@ -15,7 +15,7 @@ from tests.distributed.forked import run_ranks
 POISON = """
 import sys
 from bd3_scale.objectives.table import BlockDiffusion
-from bd3_scale.engines import adamw
+from bd3_scale.optimizers import adamw
 from bd3_scale.training.trainer import Trainer
 from tests.distributed import worker
 adamw.REMEMBERED = 8  # a norm is compared with four others or more
