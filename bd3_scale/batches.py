@@ -1,10 +1,10 @@
 """How many rows each update takes, and how the data-parallel replicas share them.
 
 A `BatchSchedule` counts: a phase begins with the first update before which at least so many samples (rows) were consumed; one that is over
-before an update could begin it has none. `Shares` is the one place that knows how many rows of a global batch each replica computes, and
-which. Any number of replicas up to the number of rows works, so that a run goes on where a node is lost. All replicas compute the same
-number of micro-batches of the same number of rows, as ZeRO 3 and pipelines need; what a replica has no row for is *filler*: it is
-computed, and counts nowhere.
+before an update could begin it has none. Rows are rows of data, for each of which an objective may draw noise several times. `Shares` is
+the one place that knows how many rows of a global batch each replica computes, and which. Any number of replicas up to the number of rows
+works, so that a run goes on where a node is lost. All replicas compute the same number of micro-batches of the same number of rows, as
+ZeRO 3 and pipelines need; what a replica has no row for is *filler*: it is computed, and counts nowhere.
 
 Invariants: the rows of an update, the samples before it and the updates of a budget are functions of the schedule alone; every slot of
 the global batch is one row of one replica; shares differ by at most one row; filler stands behind the real rows of a replica, in its last
@@ -77,6 +77,8 @@ class Shares:
     global_batch: int
     replicas: int
     largest: int | None = None
+    draws: int = 1
+    """Of noise for each row; only said, never counted here."""
 
     @property
     def share(self) -> int:
@@ -117,7 +119,8 @@ class Shares:
 
     def __str__(self) -> str:
         each = [str(rows) for rows in sorted({self.rows_of(0), self.rows_of(self.replicas - 1)}, reverse=True)]
-        text = f"{self.global_batch} rows on {self.replicas} replicas: {' or '.join(each)} each"
+        rows = "rows" if self.draws == 1 else f"rows of {self.draws} draws"
+        text = f"{self.global_batch} {rows} on {self.replicas} replicas: {' or '.join(each)} each"
         return text if self.computed == self.global_batch else f"{text}, {100 * self.filler:.1f} % of the computed rows are filler"
 
     @property

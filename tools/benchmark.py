@@ -2,6 +2,7 @@
 
     python tools/benchmark.py step --layers 12 --hidden 768 --heads 12 --context 1024 --block-size 16
     python tools/benchmark.py one-block --micro-batch 4
+    python tools/benchmark.py draws --micro-batch 4
     python tools/benchmark.py features
     python tools/benchmark.py memory --contexts 1024 2048 3072 4096
     python tools/benchmark.py device --contexts 2048 4096 --recompute layer
@@ -13,6 +14,7 @@
 `step`: the training step of block diffusion against (a) its naive form (dense 2L x 2L mask, every layer on both halves,
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, the peak of
 memory above weights, gradients and optimizer, and where the time goes. `one-block`: a step at L' = L against `mdlm` and `ar`.
+`draws`: a step on as many noisy rows, of which 1, 2 or 4 share a clean half.
 `features`: the same step with each saving switched off alone. `memory`: its peak against L. `device`: the 1.3B network on a
 GPU, with each backend of FlexAttention and each way to compile. `limits`: what the device reaches of them, as `plan` takes it (numbers of
 planning/devices.py). `sampling`: decoding with the cache against without, same seed,
@@ -33,7 +35,14 @@ from pathlib import Path
 import torch
 from benchmark_limits import benchmark_limits
 from benchmark_measure import machine, write_report
-from benchmark_network import benchmark_device, benchmark_features, benchmark_memory, benchmark_one_block, benchmark_step
+from benchmark_network import (
+    benchmark_device,
+    benchmark_draws,
+    benchmark_features,
+    benchmark_memory,
+    benchmark_one_block,
+    benchmark_step,
+)
 from benchmark_runs import benchmark_sampling, benchmark_tuner
 from benchmark_world import benchmark_world
 
@@ -42,6 +51,7 @@ from bd3_scale.recipe import KEYS
 COMMANDS = {
     "step": benchmark_step,
     "one-block": benchmark_one_block,
+    "draws": benchmark_draws,
     "features": benchmark_features,
     "memory": benchmark_memory,
     "device": benchmark_device,
@@ -62,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in (
         ("step", "training step against its naive form and an autoregressive step"),
         ("one-block", "training step at L' = L against masked diffusion and an autoregressive step"),
+        ("draws", "training step on as many noisy rows (--micro-batch), of which 1, 2 or 4 share a clean half"),
         ("features", "every saving switched off alone"),
         ("memory", "peak of a step as rows grow"),
         ("limits", "what the device reaches of its limits: products, memory, attention, the head's loss"),
@@ -69,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         network = commands.add_parser(name, help=text)
         shape = {"layers": 24, "hidden": 2048, "heads": 16} if name == "device" else {"layers": 12, "hidden": 768, "heads": 12}
-        for key, value in {**shape, "block-size": 16, "micro-batch": 1}.items():
+        for key, value in {**shape, "block-size": 16, "micro-batch": 4 if name == "draws" else 1}.items():
             network.add_argument(f"--{key}", type=int, default=value)
         if name in ("memory", "device"):
             default = [2048, 4096] if name == "device" else [1024, 2048, 3072, 4096]

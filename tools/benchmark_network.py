@@ -206,10 +206,41 @@ def benchmark_one_block(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+DRAWS = (1, 2, 4)
+
+
+def benchmark_draws(options: argparse.Namespace) -> dict[str, Any]:
+    """A step on as many noisy rows, of which 1, 2 or 4 share a clean half: the very same rows and masks, so the very same loss."""
+    made, most = bench(options), max(DRAWS)
+    rows = made.rows[: options.micro_batch // most]
+
+    def inputs_of(draws: int) -> NetworkInputs:
+        each = np.repeat(rows, most // draws, axis=0)
+        objective = BlockDiffusion(VOCABULARY - 1, options.context, options.block_size, draws=draws)
+        return objective.training_inputs(each, np.arange(len(each)), 0, 0, len(each)).to(made.device)
+
+    inputs = {f"{draws} draws": inputs_of(draws) for draws in DRAWS}
+    made.inputs = inputs["1 draws"]
+    totals = {name: partial(lambda one: made.model(one)[0], one) for name, one in inputs.items()}
+    made.same({name: (total, "auto") for name, total in totals.items()}, tolerance(made.device))
+    sides = {name: made.side(total) for name, total in totals.items()}
+    seconds = alternate(sides, options.rounds, made.device)
+    peaks = {name: peak_bytes(step, made.device) for name, step in sides.items()}
+    return {
+        "masked_positions": len(made.inputs.selected),
+        "median_seconds": {name: statistics_module.median(values) for name, values in seconds.items()},
+        "seconds": seconds,
+        "time_over_1_draw": {name: paired_ratio(values, seconds["1 draws"]) for name, values in seconds.items()},
+        "the_same_in_exact_flops": {name: flops(made, one) / flops(made, made.inputs) for name, one in inputs.items()},
+        "peak_over_1_draw": {name: peak / peaks["1 draws"] for name, peak in peaks.items()},
+    }
+
+
 def flops(made: Bench, inputs: NetworkInputs) -> float:
-    """FLOPs of a training step on these inputs, both halves counted, exactly the selected positions."""
-    selected = int((inputs.weights > 0).sum()) / (len(made.rows) * (inputs.pattern.length - 1))
-    return len(made.rows) * count_flops(made.model.config, inputs.pattern, VOCABULARY, selected).model
+    """FLOPs of a training step on these inputs, all streams counted, exactly the selected positions."""
+    rows, pattern = len(inputs.tokens), inputs.pattern
+    selected = int((inputs.weights > 0).sum()) / (rows * pattern.draws * (pattern.length - 1))
+    return rows * count_flops(made.model.config, pattern, VOCABULARY, selected).model
 
 
 def speed(made: Bench, seconds: float) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def write_down(path: Path) -> None:
         os.write(file, (json.dumps(record) + "\n").encode())  # one write: a kill leaves whole lines
 
     def seen(inputs: Any, index: int) -> str:
-        length = inputs.pattern.length
+        length = inputs.pattern.scored_rows
         selected, weights = inputs.selected.numpy(), inputs.weights.numpy()
         own = (selected // length == index) & (weights != 0)  # weight 0: padding
         told = () if inputs.noise_levels is None else (inputs.noise_levels[index],)

@@ -1,7 +1,7 @@
 """Bytes of activations on one rank, from the recipe alone: what a forward leaves behind for its backward, and how often.
 
 Counted are the tensors that autograd keeps, operation by operation, of one micro-batch of b rows (n: rows of the network that a
-rank computes, 2L b for block diffusion; r: the part of them that it holds between the linears,
+rank computes, (k + 1) L b for block diffusion with k draws; r: the part of them that it holds between the linears,
 n / tensor under sequence parallelism; w: bytes of a weight that computes; h hidden; q, k: width of the query heads and of the key
 heads on this rank; m: MLP units on this rank). Kept by one layer:
 
@@ -45,7 +45,7 @@ class Batch:
     config: ModelConfig
     pattern: AttentionPattern
     rows: int
-    """b, rows of L data tokens."""
+    """b, rows of L data tokens, each with all its draws."""
     selected: int
     """Scored positions that reach the head."""
     tensor: int = 1
@@ -175,7 +175,7 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     heads, key_heads = config.heads // batch.tensor, max(1, config.kv_heads // batch.tensor)
     everything = pattern.rows * batch.rows
     # Tiles are whole, whatever the clean half is short of.
-    whole = 2 * pattern.length * batch.rows if batch.kernel == "tiled" and pattern.clean_rows else everything
+    whole = (pattern.draws + 1) * pattern.length * batch.rows if batch.kernel == "tiled" and pattern.clean_rows else everything
     queries = pattern.scored_rows * batch.rows if last else whole
     selected = batch.selected if last and batch.sparse else 0
     query, key = queries * heads * config.head_size, everything * key_heads * config.head_size

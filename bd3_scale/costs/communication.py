@@ -103,7 +103,7 @@ def step_traffic(
         one = tensor_bytes(batch, layers, training.recompute)
         _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
         if simplex and layers.start == 0:  # the mass of each rank's words
-            _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.length * batch.rows})
+            _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.scored_rows * batch.rows})
         times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
         _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
     zero_ranks = (sharers if fsdp else data) if parallel.zero else 1
@@ -169,7 +169,7 @@ def conditions_of(batch: Batch) -> int:
     row's blocks and its clean half (ssdlm)."""
     if not batch.kind.noise_conditioned:
         return 1
-    return batch.rows * (1 if batch.kind.denoises_whole_rows else batch.pattern.length // batch.pattern.block_size + 1)
+    return batch.rows * (1 if batch.kind.denoises_whole_rows else batch.pattern.scored_rows // batch.pattern.block_size + 1)
 
 
 def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:

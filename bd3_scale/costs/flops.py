@@ -42,7 +42,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class RowFlops:
-    """FLOPs of one *forward* over one row of L data tokens, by part; training totals as properties, per row as well."""
+    """FLOPs of one *forward* over one row of L data tokens with all its draws, by part; training totals as properties, per row as well."""
 
     projections: float
     """Query, key, value and output linears."""
@@ -93,14 +93,14 @@ def _part(name: str) -> str:
 
 
 def count_flops(config: ModelConfig, pattern: AttentionPattern, vocabulary: int, selected: float, simplex: bool = False) -> RowFlops:
-    """FLOPs of one row under `pattern`; `selected`: the expected share of scored data tokens that reach the head.
+    """FLOPs of one row of data under `pattern`; `selected`: the expected share of its scored rows that reach the head.
 
     For block diffusion that is the mean mask probability over the interval, for next-token prediction 1.
     `simplex`: whether noisy rows are expected embeddings of all words (ssdlm), of which every one is scored.
     """
     hidden, width = config.hidden, config.heads * config.head_size
     # Queries, attention output and MLP run on all rows, in the last layer on what is scored alone (token 0 never is).
-    scored = selected * (pattern.length - 1)
+    scored = selected * pattern.draws * (pattern.length - 1)
     every_token = simplex or pattern.kind == "causal"
     rows = (config.layers - 1) * pattern.rows + (pattern.scored_rows if every_token else scored)
     pairs = (config.layers - 1) * pattern.visible_pairs + scored_pairs(pattern)
@@ -110,14 +110,14 @@ def count_flops(config: ModelConfig, pattern: AttentionPattern, vocabulary: int,
         attention=4 * width * pairs,
         mlp=2 * hidden * config.mlp_size * (3 if config.mlp == "swiglu" else 2) * rows,
         head=2.0 * hidden * vocabulary * scored,
-        embedding=2.0 * hidden * (vocabulary - 1) * pattern.length if simplex else 0.0,
+        embedding=2.0 * hidden * (vocabulary - 1) * pattern.scored_rows if simplex else 0.0,
     )
 
 
 def scored_pairs(pattern: AttentionPattern) -> int:
-    """Visible pairs whose query row can have a loss: for block diffusion those of the noisy half, L (L + L') / 2."""
+    """Visible pairs whose query row can have a loss: for block diffusion those of the noisy streams, L (L + L') / 2 each."""
     if pattern.kind == "block_diffusion":
-        return pattern.length * (pattern.length + pattern.block_size) // 2
+        return pattern.draws * (pattern.length * (pattern.length + pattern.block_size) // 2)
     return pattern.visible_pairs
 
 
@@ -129,7 +129,7 @@ def training_flops_per_token(
     recompute: str = "none",
     simplex: bool = False,
 ) -> float:
-    """FLOPs of a training step per data token (L of them in a row, counted once although 2L rows are computed).
+    """FLOPs of a training step per data token (L of them in a row, counted once although (draws + 1) L rows are computed).
 
     `recompute` none: model FLOPs, the numerator of MFU. Else those that run under this `training.recompute`.
     """

@@ -38,7 +38,7 @@ class Phase:
 
     steps: int
     rows: int
-    """Of the global batch."""
+    """Of data, in the global batch."""
     block_size: int
     pattern: AttentionPattern
 

@@ -94,6 +94,7 @@ class Loader:
         *,
         global_batch: Any,
         micro_batch: int | None,
+        draws: int = 1,
         replica: int,
         replicas: int,
         prefetch: int = 2,
@@ -102,18 +103,19 @@ class Loader:
         host: range | None = None,
         prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
     ) -> None:
-        """`global_batch`: rows, or a schedule as `training.global_batch` has it. `micro_batch`: the most rows at a time. `download_ahead`:
-        shards fetched and opened after those of the batches read ahead. `by_shard`: the rows of a batch stand in the order of their
-        shards, so that a replica reads few of them. `host`: the replicas that share this host's folder (this one alone). `prepare`:
-        (samples consumed, its micro-batches) -> what `take` gives with them, made where they are read.
+        """`global_batch`: rows, or a schedule as `training.global_batch` has it. `micro_batch`: the most rows at a time. `draws`: rows that
+        `global_batch` counts for each that is read. `download_ahead`: shards fetched and opened after those of the batches read ahead.
+        `by_shard`: the rows of a batch stand in the order of their shards, so that a replica reads few of them. `host`: the replicas that
+        share this host's folder (this one alone). `prepare`: (samples consumed, its micro-batches) -> what `take` gives with them, made
+        where they are read.
 
         Raises RecipeError where there are fewer rows than replicas.
         """
-        self._batches = batch_schedule(global_batch)
+        self._batches = batch_schedule(global_batch, draws)
         if replicas > (fewest := self._batches.smallest):
             raise RecipeError(
-                f"training.global_batch {fewest} must be at least the {replicas} data-parallel replicas because each needs a row; "
-                f"set training.global_batch={at_least(global_batch, replicas)}"
+                f"training.global_batch {fewest * draws} must be at least the {replicas} data-parallel replicas because each needs a row; "
+                f"set training.global_batch={at_least(global_batch, replicas * draws)}"
             )
         if not 0 <= replica < replicas:
             raise ValueError(f"replica {replica} of {replicas}")

@@ -91,6 +91,7 @@ class Data:
         *,
         global_batch: Any,
         micro_batch: int | None,
+        draws: int = 1,
         replica: int,
         replicas: int,
         host: range | None = None,
@@ -100,12 +101,13 @@ class Data:
         time."""
         for source in self.sources:
             order = GlobalOrder(source.train.shard_rows, seed, self.config.window)
-            source.train.require_room(order.shards_at_once(batch_schedule(global_batch).largest * (self.config.prefetch + 1)))
+            source.train.require_room(order.shards_at_once(batch_schedule(global_batch, draws).largest * (self.config.prefetch + 1)))
         return Loader(
             self.train,
             self.order(seed),
             global_batch=global_batch,
             micro_batch=micro_batch,
+            draws=draws,
             replica=replica,
             replicas=replicas,
             prefetch=self.config.prefetch,

@@ -7,8 +7,9 @@ heads = groups x kv_heads (head h reads kv head h // groups; K and V are never r
 
 The tiled form rests on one observation: cut the L positions into tiles of T. Among the 2T rows of one tile the mask is
 the block-diffusion mask of a sequence of length T (small, the same for all tiles); every *earlier* tile is seen whole
-by both halves, and only its clean half. So attention = one masked call over all tiles at once + one unmasked call per
-tile, merged by their log-sum-exp. No K or V is copied for the long part and nothing of size L^2 exists. Segments become masks of
+by both halves, and only its clean half (with k draws: (k + 1) T rows of k + 1 streams). So attention = one masked call over
+all tiles at once + one unmasked call per tile, merged by their log-sum-exp. No K or V is copied for the long part and nothing of
+size L^2 exists. Segments become masks of
 these calls, made where they are needed (forward and backward) and nowhere else.
 """
 
@@ -67,11 +68,12 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, 
     """Exact attention that computes only the visible quarter; see the module's docstring."""
     if pattern.kind != "block_diffusion":
         if segments is None:
-            return _sdpa(q, k, v, None, causal=pattern.kind == "causal")
+            return _one_stream(q, k, v, pattern)
         # By query tiles, so that the masks are of L * tile, not L^2.
         starts = range(0, q.shape[0], CPU_TILE)
         return torch.cat([_causal_tile(q, k, v, pattern, segments, start, min(start + CPU_TILE, q.shape[0])) for start in starts])
-    return _TiledAttention.apply(q, k, v, pattern, tile_length(pattern, CPU_TILE), segments)
+    # The rows of a tile are one masked problem: the more streams there are, the shorter it is.
+    return _TiledAttention.apply(q, k, v, pattern, tile_length(pattern, 2 * CPU_TILE // (pattern.draws + 1)), segments)
 
 
 def flex_attention(
@@ -88,7 +90,7 @@ def flex_attention(
     `backend`: torch's `BACKEND` kernel option; without one torch chooses. Raises RecipeError where none could be taken: on CPU.
     """
     if pattern.kind != "block_diffusion" and segments is None:
-        return _sdpa(q, k, v, None, causal=pattern.kind == "causal")
+        return _one_stream(q, k, v, pattern)
     run = _flex(q.is_cuda, backend)
     mask = _block_mask(pattern, q.shape[0], q.device, segments) if block_mask is None else block_mask
     heads_first = (t.permute(1, 2, 0, 3) for t in (q, k, v))
@@ -120,6 +122,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = F
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.permute(2, 0, 1, 3)
+
+
+def _one_stream(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    """Attention of rows that have no clean half; each draw of a sample is one of its own."""
+    if pattern.draws == 1:
+        return _sdpa(q, k, v, None, causal=pattern.kind == "causal")
+    q, k, v = (t.unflatten(0, (pattern.draws, -1)).transpose(0, 1).flatten(1, 2) for t in (q, k, v))
+    return _sdpa(q, k, v, None).unflatten(1, (pattern.draws, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _same(query_segments: Tensor, key_segments: Tensor) -> Tensor:
@@ -214,9 +224,9 @@ def _tile_tables(pattern: AttentionPattern, query_rows: int, tile: int, device: 
 
 
 @lru_cache(maxsize=16)
-def _additive_tile_mask(pattern: AttentionPattern, tile: int, halves: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """[groups * halves * tile, 2 * tile]: 0 where visible, -inf elsewhere, for query rows ordered (group, half, position)."""
-    mask = tile_mask(pattern, tile)[: halves * tile].repeat(groups, 1)
+def _additive_tile_mask(pattern: AttentionPattern, tile: int, streams: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """[groups * streams * tile, all streams * tile]: 0 where visible, -inf elsewhere, for query rows ordered (group, stream, position)."""
+    mask = tile_mask(pattern, tile)[: streams * tile].repeat(groups, 1)
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
@@ -245,8 +255,8 @@ class _Tiles:
     """How rows are regrouped: q to [batch, tiles, parts, kv_heads, rows, d], k and v likewise.
 
     Where the clean half is short of its last block, zeros stand in the last tile for what nobody sees.
-    Where tile = L', no mask is needed inside a tile if the halves are kept apart (parts = halves); otherwise both
-    halves of a tile are the rows of one small masked problem (parts = 1).
+    Where tile = L', no mask is needed inside a tile if the streams are kept apart (parts = streams that ask); otherwise all of a
+    tile are the rows of one small masked problem (parts = 1).
     """
 
     def __init__(self, q: Tensor, k: Tensor, pattern: AttentionPattern, tile: int, segments: Tensor | None) -> None:
@@ -254,37 +264,38 @@ class _Tiles:
         self.batch, self.kv_heads, self.head_size = k.shape[1:]
         self.groups = q.shape[2] // self.kv_heads
         self.query_rows = q.shape[0]
-        self.halves = -(-q.shape[0] // pattern.length)
+        self.streams = pattern.draws + 1
+        self.asking = -(-q.shape[0] // pattern.length)
         if segments is not None:
-            self.segments = _filled(segments.t(), 2 * pattern.length).t()
+            self.segments = _filled(segments.t(), self.streams * pattern.length).t()
         self.tiles = pattern.length // tile
         self.apart = tile == pattern.block_size and pattern.clean_half == "block_causal"
         self.dtype = q.dtype
         # Compiled code knows no cache, and warns of it.
         make = _additive_tile_mask.__wrapped__ if torch.compiler.is_compiling() else _additive_tile_mask
-        self.mask = None if self.apart else make(pattern, tile, self.halves, self.groups, q.dtype)
+        self.mask = None if self.apart else make(pattern, tile, self.asking, self.groups, q.dtype)
 
     def near_mask(self) -> Tensor | None:
         """Of the rows of each tile among themselves, with the segments: [batch * tiles * parts, 1, rows, keys]."""
         if self.segments is None:
             return self.mask
-        tiled = self.segments.unflatten(1, (2, self.tiles, self.tile)).transpose(1, 2)  # [batch, tiles, half, position]
+        tiled = self.segments.unflatten(1, (self.streams, self.tiles, self.tile)).transpose(1, 2)  # [batch, tiles, stream, position]
         if self.apart:
-            queries = keys = tiled[:, :, : self.halves].flatten(0, 2)
+            queries = keys = tiled[:, :, : self.asking].flatten(0, 2)
         else:
-            queries, keys = tiled[:, :, : self.halves].flatten(2).flatten(0, 1), tiled.flatten(2).flatten(0, 1)
+            queries, keys = tiled[:, :, : self.asking].flatten(2).flatten(0, 1), tiled.flatten(2).flatten(0, 1)
         mask = self._additive(queries, keys)
         if mask is None or self.mask is None:
             return self.mask if mask is None else mask
         return mask + self.mask
 
     def far_mask(self, j: int, part: int, seen: int) -> Tensor | None:
-        """Of the queries of tile j (of one half, where they are apart) and the first `seen` clean keys: [batch, 1, rows, seen]."""
+        """Of the queries of tile j (of one stream, where they are apart) and the first `seen` clean keys: [batch, 1, rows, seen]."""
         if self.segments is None:
             return None
-        tiled = self.segments.unflatten(1, (2, self.tiles, self.tile))[:, :, j]
-        queries = tiled[:, part] if self.apart else tiled[:, : self.halves].flatten(1)
-        return self._additive(queries, self.segments[:, self.pattern.length :][:, :seen])
+        tiled = self.segments.unflatten(1, (self.streams, self.tiles, self.tile))[:, :, j]
+        queries = tiled[:, part] if self.apart else tiled[:, : self.asking].flatten(1)
+        return self._additive(queries, self.segments[:, self.pattern.scored_rows :][:, :seen])
 
     def _additive(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """0 where segments are equal, HIDDEN elsewhere; None where they all are and one may look."""
@@ -294,8 +305,8 @@ class _Tiles:
         return torch.zeros(same.shape, dtype=self.dtype).masked_fill_(~same, HIDDEN)
 
     def queries(self, q: Tensor) -> Tensor:
-        q = _filled(q, self.halves * self.pattern.length)
-        x = q.reshape(self.halves, self.tiles, self.tile, self.batch, self.kv_heads, self.groups, self.head_size)
+        q = _filled(q, self.asking * self.pattern.length)
+        x = q.reshape(self.asking, self.tiles, self.tile, self.batch, self.kv_heads, self.groups, self.head_size)
         if self.apart:
             return x.permute(3, 1, 0, 4, 5, 2, 6).flatten(4, 5)
         return x.permute(3, 1, 4, 5, 0, 2, 6).flatten(3, 5)[:, :, None]
@@ -305,32 +316,32 @@ class _Tiles:
         if self.apart:
             x = x.unflatten(4, (self.groups, self.tile)).permute(2, 1, 5, 0, 3, 4, 6)
         else:
-            x = x[:, :, 0].unflatten(3, (self.groups, self.halves, self.tile)).permute(4, 1, 5, 0, 2, 3, 6)
-        return x.reshape(self.halves * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)[: self.query_rows]
+            x = x[:, :, 0].unflatten(3, (self.groups, self.asking, self.tile)).permute(4, 1, 5, 0, 2, 3, 6)
+        return x.reshape(self.asking * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)[: self.query_rows]
 
     def keys(self, k: Tensor) -> Tensor:
-        k = _filled(k, 2 * self.pattern.length)
-        x = k.reshape(2, self.tiles, self.tile, self.batch, self.kv_heads, self.head_size)
+        k = _filled(k, self.streams * self.pattern.length)
+        x = k.reshape(self.streams, self.tiles, self.tile, self.batch, self.kv_heads, self.head_size)
         if self.apart:
-            return x[: self.halves].permute(3, 1, 0, 4, 2, 5)
+            return x[: self.asking].permute(3, 1, 0, 4, 2, 5)
         return x.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)[:, :, None]
 
     def rows_of_keys(self, x: Tensor) -> Tensor:
         """Inverse of `keys`: back to [rows, batch, kv_heads, d]; the clean half is 0 where `keys` left it out."""
         if self.apart:
             x = x.permute(2, 1, 4, 0, 3, 5)
-            x = x if self.halves == 2 else torch.cat([x, torch.zeros_like(x)])
+            x = x if self.asking == self.streams else torch.cat([x, torch.zeros_like(x[:1])])
         else:
-            x = x[:, :, 0].unflatten(3, (2, self.tile)).permute(3, 1, 4, 0, 2, 5)
-        return x.reshape(2 * self.pattern.length, self.batch, self.kv_heads, self.head_size)[: self.pattern.rows]
+            x = x[:, :, 0].unflatten(3, (self.streams, self.tile)).permute(3, 1, 4, 0, 2, 5)
+        return x.reshape(self.streams * self.pattern.length, self.batch, self.kv_heads, self.head_size)[: self.pattern.rows]
 
     def clean(self, k: Tensor) -> Tensor:
         """View [batch, kv_heads, L, d] of the clean half."""
-        return k[self.pattern.length :].permute(1, 2, 0, 3)
+        return k[self.pattern.scored_rows :].permute(1, 2, 0, 3)
 
     def earlier(self) -> list[tuple[int, int, int]]:
         """(tile, part, number of earlier clean positions) for all tiles that have earlier ones."""
-        parts = self.halves if self.apart else 1
+        parts = self.asking if self.apart else 1
         return [(j, part, j * self.tile) for j in range(1, self.tiles) for part in range(parts)]
 
 
@@ -364,8 +375,9 @@ class _TiledAttention(torch.autograd.Function):
         near = [t.flatten(0, 2) for t in (grad, queries, keys, values, out, lse)]
         grad_queries, grad_keys, grad_values = _attend_backward(near, tiles.near_mask())
         grad_queries = grad_queries.reshape(queries.shape)
-        grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape))
-        grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape))
+        # In fp32: a clean row adds up what comes back from every later tile.
+        grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape)).float()
+        grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape)).float()
         clean_k, clean_v, clean_grad_k, clean_grad_v = (tiles.clean(t) for t in (k, v, grad_k, grad_v))
         for j, part, seen in tiles.earlier():
             row = [t[:, j, part] for t in (grad, queries, out, lse)]
@@ -374,4 +386,4 @@ class _TiledAttention(torch.autograd.Function):
             grad_queries[:, j, part] += dq
             clean_grad_k[:, :, :seen] += dk
             clean_grad_v[:, :, :seen] += dv
-        return tiles.rows_of_queries(grad_queries), grad_k, grad_v, None, None, None
+        return tiles.rows_of_queries(grad_queries), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

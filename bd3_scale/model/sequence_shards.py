@@ -1,11 +1,10 @@
 """Which rows of the stream a tensor rank holds between the linears, and how they come together for attention.
 
 Without sequence parallelism every rank holds all rows and everything here is the identity. With it, each of the R tensor
-ranks holds an equal part of *both* stream halves: rank r has rows [r L/R, (r+1) L/R) of the noisy half, then its R-th of
-the clean half (which may be shorter, see `attention_mask`). So the ranks stay equally busy where only the noisy half goes on (last
-layer, head), and gathering the noisy rows alone gives them in order. What the linears gather from all ranks lies rank by
-rank ("gathered order"): `gather_halves` puts it half by half, as the mask and the rotary positions have it, and `split_halves` is its
-inverse.
+ranks holds an equal part of *both* stream halves: rank r has the r-th part of the noisy half (rows [r L/R, (r+1) L/R) of one
+draw), then its R-th of the clean half (which may be shorter, see `attention_mask`). So the ranks stay equally busy where only the noisy
+half goes on (last layer, head), and gathering the noisy rows alone gives them in order. What the linears gather from all ranks lies rank
+by rank ("gathered order"): `together` puts it half by half, as the mask and the rotary positions have it, and `apart` is its inverse.
 
 Invariant: for every R the rows are the same rows with the same positions, dropout and mask; only their place differs.
 """

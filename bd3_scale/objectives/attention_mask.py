@@ -7,6 +7,9 @@ form (FlexAttention on CUDA). They agree for every (length, block size); the tes
 Invariants: a clean row never sees a noisy one; a noisy row of block b and its clean twin both see (b + 1) L' keys, so
 that L^2 + L L' of the 4 L^2 pairs are visible; only `document_segments` depends on the data, so a mask is made once per pattern.
 
+Several noisy draws of a row may share its clean half: the rows are then [x_t^1 ; ... ; x_t^k ; x_0], k + 1 streams. Each draw sees what it
+would see without the others, and no draw sees another.
+
 No noisy row sees the clean rows of the last block. A pattern may leave them out (`last_clean`), which leaves exactly L^2 pairs; with
 L' = L nothing is left of the clean half, and the pattern is `full` (see `base.block_pattern`).
 
@@ -30,7 +33,7 @@ from torch import Tensor
 class AttentionPattern:
     """Hashable description of a mask. `length` is L (data tokens), `block_size` is L'.
 
-    kind `block_diffusion`: 2L rows, the noisy half first; `causal` and `full`: L rows.
+    kind `block_diffusion`: (draws + 1) L rows, the noisy ones first; `full`: draws x L rows; `causal`: L rows.
     `clean_half` says how clean rows of one block see each other: block_causal (all) or causal.
     """
 
@@ -42,11 +45,13 @@ class AttentionPattern:
     """The token after which another document begins that must not see the ones before; None: a row is one text."""
     last_clean: bool = True
     """Whether the clean half has its last block, which no scored row sees."""
+    draws: int = 1
+    """k, noisy streams of L rows each; 1 for `causal`."""
 
     @property
     def rows(self) -> int:
         """Rows of the network's input per sample."""
-        return self.length + self.clean_rows
+        return self.scored_rows + self.clean_rows
 
     @property
     def clean_rows(self) -> int:
@@ -57,32 +62,32 @@ class AttentionPattern:
 
     @property
     def scored_rows(self) -> int:
-        """Rows that can have a loss: the noisy half, or everything. They come first."""
-        return self.length
+        """Rows that can have a loss: the noisy streams, or everything. They come first, draw after draw."""
+        return self.draws * self.length
 
     @property
     def visible_pairs(self) -> int:
         """Number of (query, key) pairs that may attend."""
         n, block = self.length, self.block_size
         if self.kind == "full":
-            return n * n
+            return self.draws * n * n
         if self.kind == "causal":
             return n * (n + 1) // 2
         rows = self.clean_rows
         clean = rows * (rows + block) // 2 if self.clean_half == "block_causal" else rows * (rows + 1) // 2
-        return n * (n + block) // 2 + clean
+        return self.draws * (n * (n + block) // 2) + clean
 
 
 def visible(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
     """The definition. `query`, `key`: integer row indices of any broadcastable shapes; returns bool of their joint shape."""
+    n, block, scored = pattern.length, pattern.block_size, pattern.scored_rows
     if pattern.kind == "full":
-        return (query >= 0) & (key >= 0)
+        return query // n == key // n
     if pattern.kind == "causal":
         return key <= query
-    n, block = pattern.length, pattern.block_size
-    query_noisy, key_noisy = query < n, key < n
+    query_noisy, key_noisy = query < scored, key < scored
     query_block, key_block = (query % n) // block, (key % n) // block
-    own_block = query_noisy & key_noisy & (query_block == key_block)
+    own_block = query_noisy & key_noisy & (query // block == key // block)  # of its own draw, since L' divides L
     before = query_noisy & ~key_noisy & (key_block < query_block)
     clean_order = key_block <= query_block if pattern.clean_half == "block_causal" else key <= query
     return own_block | before | (~query_noisy & ~key_noisy & clean_order)
@@ -95,7 +100,7 @@ def dense(pattern: AttentionPattern, device: torch.device | str = "cpu") -> Tens
 
 
 def document_segments(tokens: np.ndarray, pattern: AttentionPattern) -> np.ndarray:
-    """int32 [m, pattern.rows]: the segment of every row of the network, for clean tokens int64 [m, L]; ascending in each half.
+    """int32 [m, pattern.rows]: the segment of every row of the network, for clean tokens int64 [m, L]; ascending in each stream.
 
     Rows may see each other only where their segments are equal (and `visible` holds). Token 0 ends nothing: it is the row's BOS.
     """
@@ -103,9 +108,9 @@ def document_segments(tokens: np.ndarray, pattern: AttentionPattern) -> np.ndarr
     ends[:, 0] = False
     clean = np.cumsum(ends, axis=1, dtype=np.int32)
     if pattern.kind != "block_diffusion":
-        return clean
+        return np.tile(clean, pattern.draws)
     before_block = np.maximum(np.arange(pattern.length) // pattern.block_size * pattern.block_size - 1, 0)
-    return np.concatenate([clean[:, before_block], clean[:, : pattern.clean_rows]], axis=1)
+    return np.concatenate([np.tile(clean[:, before_block], pattern.draws), clean[:, : pattern.clean_rows]], axis=1)
 
 
 def tile_length(pattern: AttentionPattern, target: int) -> int:
@@ -116,7 +121,7 @@ def tile_length(pattern: AttentionPattern, target: int) -> int:
 
 
 def tile_mask(pattern: AttentionPattern, tile: int, device: torch.device | str = "cpu") -> Tensor:
-    """bool [2 * tile, 2 * tile]: the mask among the rows (noisy, then clean) of one tile; the same for every tile."""
+    """bool [(draws + 1) * tile] twice: the mask among the rows of one tile, noisy streams before clean; the same for every tile."""
     return dense(replace(pattern, length=tile, last_clean=True), device)
 
 
@@ -139,7 +144,7 @@ def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int =
     query_tiles, key_tiles = -(-query_rows // tile), -(-pattern.rows // tile)
     some = np.zeros((query_tiles, key_tiles), bool)
     every = np.ones((query_tiles, key_tiles), bool)
-    # A tile may straddle the two stream halves: judge it by segments that lie in one half each.
+    # A tile may straddle streams: judge it by segments that lie in one stream each.
     query_segments, key_segments = _segments(pattern, query_rows, tile), _segments(pattern, pattern.rows, tile)
     any_visible, all_visible = _segment_visibility(pattern, query_segments, key_segments)
     where = np.ix_(query_segments["tile"], key_segments["tile"])
@@ -160,21 +165,18 @@ def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int =
 
 
 def _segments(pattern: AttentionPattern, rows: int, tile: int) -> dict[str, np.ndarray]:
-    borders = {*range(0, rows, tile), rows}
-    if pattern.kind == "block_diffusion" and rows > pattern.length:
-        borders.add(pattern.length)
-    edge = np.array(sorted(borders))
+    length = pattern.length
+    edge = np.array(sorted({*range(0, rows, tile), *range(0, rows, length), rows}))
     first, last = edge[:-1], edge[1:] - 1
-    noisy = (first < pattern.length) & (pattern.kind == "block_diffusion")
-    return {"tile": first // tile, "noisy": noisy, "first": first % pattern.length, "last": last % pattern.length}
+    return {"tile": first // tile, "stream": first // length, "first": first % length, "last": last % length}
 
 
 def _segment_visibility(pattern: AttentionPattern, query: dict[str, Any], key: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     q = {name: value[:, None] for name, value in query.items()}
     k = {name: value[None, :] for name, value in key.items()}
+    same = q["stream"] == k["stream"]
     if pattern.kind == "full":
-        always = np.ones(np.broadcast_shapes(q["tile"].shape, k["tile"].shape), bool)
-        return always, always
+        return same, same
     causal = k["first"] <= q["last"], k["last"] <= q["first"]
     if pattern.kind == "causal":
         return causal
@@ -182,7 +184,8 @@ def _segment_visibility(pattern: AttentionPattern, query: dict[str, Any], key: d
     own = (k_low <= q_high) & (k_high >= q_low), (q_low == q_high) & (k_low == q_low) & (k_high == q_low)
     before = k_low < q_high, k_high < q_low
     clean = (k_low <= q_high, k_high <= q_low) if pattern.clean_half == "block_causal" else causal
-    cases = [q["noisy"] & k["noisy"], q["noisy"] & ~k["noisy"], ~q["noisy"] & ~k["noisy"]]
+    q_noisy, k_noisy = q["stream"] < pattern.draws, k["stream"] < pattern.draws
+    cases = [q_noisy & same, q_noisy & ~k_noisy, ~q_noisy & same]
     any_visible = np.select(cases, [own[0], before[0], clean[0]], False)
     all_visible = np.select(cases, [own[1], before[1], clean[1]], False)
     return any_visible, all_visible

@@ -5,6 +5,7 @@ Invariant: token 0 of a row is never counted, whatever the kind.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, Protocol, cast
 
 import numpy as np
@@ -40,10 +41,10 @@ class Objective(Protocol):
 
     @property
     def scored_tokens_per_row(self) -> int:
-        """Data tokens that a row contributes to every denominator: all but token 0."""
+        """Scored tokens that a row of data contributes to the denominator of training: all but token 0 of each of its draws."""
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
-        """Lay out rows int64 [m, L] that fill `slots` int64 [m] of step `step`'s global batch.
+        """Lay out rows int64 [m, L] that fill `slots` int64 [m] of step `step`'s global batch, which has `global_batch` rows of data.
 
         Raises DataError for a token that equals MASK or lies beyond it, ValueError for shapes that do not fit.
         """
@@ -81,24 +82,32 @@ class ObjectiveBase:
     @property
     def scored_tokens_per_row(self) -> int:
         """As `Objective.scored_tokens_per_row`."""
-        return self.context - 1
+        return self.pattern.draws * (self.context - 1)
+
+    @property
+    def of_one_draw(self) -> AttentionPattern:
+        """The pattern of validation, which draws once a row."""
+        return replace(self.pattern, draws=1)
 
     def control(self, inputs: NetworkInputs, real: int) -> float:
         """As `Objective.control`: nothing is known."""
         return 0.0
 
 
-def block_pattern(context: int, block_size: int, clean_half: str, document_end: int | None, row_multiple: int = 1) -> AttentionPattern:
+def block_pattern(
+    context: int, block_size: int, clean_half: str, document_end: int | None, row_multiple: int = 1, draws: int = 1
+) -> AttentionPattern:
     """Who sees whom in rows of [x_t ; x_0], without the clean rows that no noisy row sees: all of them where L' = L, else those of the
     last block, unless the others are no multiple of `row_multiple`. Raises RecipeError for a block size or clean half that cannot work.
     """
     check_shape(context, block_size)
     check_clean_half(clean_half)
     if block_size == context:
-        return AttentionPattern("full", context, context)  # documents of a row are not kept apart inside of a block
+        # Documents of a row are not kept apart inside of a block.
+        return AttentionPattern("full", context, context, draws=draws)
     order = cast(Literal["block_causal", "causal"], clean_half)
     whole = (context - block_size) % row_multiple != 0
-    return AttentionPattern("block_diffusion", context, block_size, order, document_end, last_clean=whole)
+    return AttentionPattern("block_diffusion", context, block_size, order, document_end, last_clean=whole, draws=draws)
 
 
 def check_padding(pad_to: int) -> None:

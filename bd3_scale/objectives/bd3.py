@@ -16,6 +16,7 @@ from bd3_scale.objectives import noise
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_padding
 from bd3_scale.objectives.control_variate import control
+from bd3_scale.objectives.draws import NoisyRows, fold
 from bd3_scale.objectives.mask_resampling import resampled_tokens
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
@@ -29,7 +30,7 @@ from bd3_scale.objectives.network_inputs import (
 from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
 from bd3_scale.objectives.time_density import TimeDensity, time_density
 from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
-from bd3_scale.recipe.rules_objective import check_resampling, check_schedule, check_shape, checked_interval
+from bd3_scale.recipe.rules_objective import check_draws, check_resampling, check_schedule, check_shape, checked_interval
 
 
 class AbsorbingDiffusion(ObjectiveBase):
@@ -45,6 +46,8 @@ class AbsorbingDiffusion(ObjectiveBase):
     masked_nll: tuple[float, ...]
     pad_to: int
     resample: bool
+    draws: int = 1
+    pairs: str = "independent"
 
     def _check(self) -> None:
         check_shape(self.context, self.block_size)
@@ -54,6 +57,7 @@ class AbsorbingDiffusion(ObjectiveBase):
         object.__setattr__(self, "density_shape", tuple(self.density_shape or ()))
         if self.resample:
             check_resampling(self.block_size)
+        check_draws(self.draws, self.pairs, self.schedule, "learned" if self.learned else self.density)
 
     @property
     def times(self) -> TimeDensity:
@@ -62,16 +66,19 @@ class AbsorbingDiffusion(ObjectiveBase):
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t of the interval and density, the schedule's mask probability and weight."""
-        schedule = schedule_named(self.schedule)
-        times, corrections = self.times.draw(noise.block_times(seed, step, slots, global_batch, self.blocks, (0.0, 1.0)))
+        schedule, noisy = schedule_named(self.schedule), NoisyRows.of(slots, global_batch, self.draws, self.pairs)
+        of_draws, folded = (seed, step, noisy.slots), fold(self.pairs, self.interval)
+        positions = noise.block_times(*of_draws, noisy.batch, self.blocks, (0.0, 1.0), noisy.mirrored, folded)
+        times, corrections = self.times.draw(positions)
         probabilities = schedule.mask_probability(times)
         if self.resample:
             low, high = schedule.mask_probability(np.array(self.interval))
             maskable = counted_tokens(self.pattern)
-            masked = resampled_tokens(seed, step, slots, probabilities, maskable, self.block_size, (float(low), float(high)))
+            bounds = float(low), float(high)
+            masked = resampled_tokens(*of_draws, probabilities, maskable, self.block_size, bounds, noisy.mirrored)
         else:
-            masked = noise.masked_tokens(seed, step, slots, probabilities, self.block_size)
-        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots), corrections)
+            masked = noise.masked_tokens(*of_draws, probabilities, self.block_size, noisy.mirrored)
+        return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots), self.pattern, corrections)
 
     def control(self, inputs: NetworkInputs, real: int) -> float:
         """As `Objective.control`, where `masked_nll` is known."""
@@ -89,7 +96,7 @@ class AbsorbingDiffusion(ObjectiveBase):
         """Held-out rows at t ~ U[beta, omega] of one's own choice, linear schedule, weight 1/t: for studies of an interval."""
         times = noise.validation_times(seed, row_indices, self.blocks, checked_interval(interval))
         masked = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), self.block_size)
-        return self._inputs(rows, masked, times, LINEAR, np.zeros(len(row_indices), np.int64))
+        return self._inputs(rows, masked, times, LINEAR, np.zeros(len(row_indices), np.int64), self.of_one_draw)
 
     def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
         """As `Objective.block_samples`: the B blocks of each row with t ~ U[1e-3, 1].
@@ -118,18 +125,21 @@ class AbsorbingDiffusion(ObjectiveBase):
         times: np.ndarray,
         schedule: Schedule,
         dropout_keys: np.ndarray,
+        pattern: AttentionPattern,
         corrections: np.ndarray | None = None,
     ) -> NetworkInputs:
-        """`corrections` of the density that `times` come from, float64 [m, blocks] both; None: it is uniform."""
-        rows = checked_rows(rows, len(masked), masked.shape[1], self.mask_id)
-        noisy = np.where(masked, self.mask_id, rows)
+        """Rows [m, L], and for each of their draws, row after row, what is masked [m draws, L] and the times [m draws, B], with the
+        `corrections` of the density that these come from (None: it is uniform)."""
+        rows = checked_rows(rows, len(dropout_keys), masked.shape[1], self.mask_id)
+        drawn = np.repeat(rows, pattern.draws, axis=0)
+        noisy = np.where(masked, self.mask_id, drawn).reshape(len(rows), pattern.scored_rows)
         selected = np.flatnonzero(masked)
         # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
         block = selected // self.block_size
         weights = schedule.weight(times.ravel()[block])
         if corrections is not None:
             weights = weights * corrections.ravel()[block]
-        return network_inputs(noisy, rows, selected, rows.ravel()[selected], weights, dropout_keys, self.pattern, self.pad_to, sparse=True)
+        return network_inputs(noisy, rows, selected, drawn.ravel()[selected], weights, dropout_keys, pattern, self.pad_to, sparse=True)
 
 
 @dataclass(frozen=True)
@@ -165,9 +175,13 @@ class BlockDiffusion(AbsorbingDiffusion):
     """Documents that share a row and end with this token do not see each other (see `attention_mask`)."""
     row_multiple: int = 1
     """The clean half is cut where nothing is seen of it if it stays a multiple of this."""
+    draws: int = 1
+    """k, noisy draws in training that share the clean half of their row (see `draws`)."""
+    pairs: str = "independent"
+    """How two draws belong together: independent | complement | antithetic."""
     pattern: AttentionPattern = field(init=False)
 
     def __post_init__(self) -> None:
-        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
+        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple, self.draws)
         self._check()
         object.__setattr__(self, "pattern", pattern)

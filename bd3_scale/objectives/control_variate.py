@@ -29,7 +29,7 @@ def control(inputs: NetworkInputs, real: int, masked_nll: tuple[float, ...], int
     known = (weight_sums(inputs) * np.asarray(masked_nll)[pools(fraction)]).sum()
     sizes, counts = np.unique(maskable, return_counts=True)
     mean = sum(count * size * _mean(masked_nll, int(size), interval) for size, count in zip(sizes, counts, strict=True))
-    return float(known - real * mean)
+    return float(known - real * inputs.pattern.draws * mean)
 
 
 @lru_cache(maxsize=16)

@@ -28,12 +28,12 @@ class NetworkInputs:
     """
 
     tokens: Tensor
-    """int64 [m, pattern.rows]: [x_t ; x_0] for block diffusion, x_t for masked diffusion, x_0 for the next-token loss; for ssdlm
-    [x_0 ; x_0], of whose first half the network sees what `simplex` leaves. Of the clean half the first `pattern.clean_rows`."""
+    """int64 [m, pattern.rows]: [x_t ; x_0] for block diffusion (an x_t for every draw), x_t for masked diffusion, x_0 for the next-token
+    loss; for ssdlm x_0 in place of x_t, of which the network sees what `simplex` leaves. Of the clean half the first `clean_rows`."""
     positions: Tensor
-    """int64 [pattern.rows]: rotary position of each row of the network, from 0 in both halves."""
+    """int64 [pattern.rows]: rotary position of each row of the network, from 0 in every stream."""
     selected: Tensor
-    """int64 [n]: flat index b * L + i of each scored position of sample b in the scored half (the first L rows)."""
+    """int64 [n]: flat index b * pattern.scored_rows + i of each scored position of sample b in its scored rows (the first ones)."""
     targets: Tensor
     """int64 [n]: the token to predict at each selected position: token i, for the next-token loss token i + 1."""
     weights: Tensor
@@ -44,15 +44,15 @@ class NetworkInputs:
     segments: Tensor | None = None
     """int32 [m, pattern.rows]: which document of its row each row of the network is in; None where rows are one text."""
     noise_levels: Tensor | None = None
-    """float32: how noisy the input is, for networks conditioned on it; None: for the others. [m]: each row (sedd's sigma). [m, B]: each
-    noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""
+    """float32: how noisy the input is, for networks conditioned on it; None: for the others. [m]: each row (sedd's sigma). [m, draws B]:
+    each noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""
     uses_cross_entropy: bool = True
     """Whether positions are scored by cross-entropy, or by the score entropy of exp(logits) (see `sedd`)."""
     sparse: bool = False
     """Whether many of the scored rows are not selected: the network's last layer then computes the selected ones alone, and of the
     others keys and values. The answer is the same."""
     simplex: SimplexNoise | None = None
-    """What becomes of the words of the first L rows, [m, L], before the network sees them (ssdlm; see `simplex`); None: nothing."""
+    """What becomes of the words of the scored rows, [m, draws L], before the network sees them (ssdlm; see `simplex`); None: nothing."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NetworkInputs:
         """A copy on `device`. `non_blocking` to CUDA goes through pinned memory, without which it would block."""
@@ -96,8 +96,8 @@ def network_inputs(
     pad_to: int,
     sparse: bool = False,
 ) -> NetworkInputs:
-    """`NetworkInputs` of the scored half and the data tokens, int64 [m, L] both, and of host arrays of the same names, the selected
-    positions padded to a multiple of `pad_to`."""
+    """`NetworkInputs` of the scored rows int64 [m, pattern.scored_rows], the data tokens int64 [m, L], and of host arrays of the same
+    names, the selected positions padded to a multiple of `pad_to`."""
     capacity = -(-max(len(selected), 1) // pad_to) * pad_to
     padding = (0, capacity - len(selected))
     return NetworkInputs(
@@ -114,11 +114,11 @@ def network_inputs(
 
 
 def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
-    """The same inputs of which only the first `real` rows are scored: the others become padding, which adds exactly nothing to loss,
-    gradients and statistics. Shapes stay as they are."""
+    """The same inputs of which only the first `real` rows of data are scored: the others become padding, which adds exactly nothing to
+    loss, gradients and statistics. Shapes stay as they are."""
     if real == inputs.tokens.shape[0]:
         return inputs
-    ours = inputs.selected < real * inputs.pattern.length
+    ours = inputs.selected < real * inputs.pattern.scored_rows
     return replace(
         inputs,
         selected=torch.where(ours, inputs.selected, 0),
@@ -162,9 +162,9 @@ def counted_tokens(pattern: AttentionPattern) -> np.ndarray:
 
 
 def _block_sums(inputs: NetworkInputs, values: np.ndarray) -> np.ndarray:
-    """Sum of float64 [n] `values` over each block's selected positions, float64 [m, B]; padding adds exactly nothing."""
+    """Sum of float64 [n] `values` over each block's selected positions, float64 [m, B] of m noisy rows; padding adds exactly nothing."""
     pattern = inputs.pattern
-    rows, blocks = inputs.tokens.shape[0], pattern.length // pattern.block_size
+    rows, blocks = inputs.tokens.shape[0] * pattern.draws, pattern.length // pattern.block_size
     # The last row of a causal pattern is never selected, so that the predicted token i + 1 stays in its own sample.
     predicted = inputs.selected.cpu().numpy() + (pattern.kind == "causal")
     return np.bincount(predicted // pattern.block_size, values, minlength=rows * blocks).reshape(rows, blocks)

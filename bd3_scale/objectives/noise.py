@@ -6,10 +6,10 @@ world size, micro-batch nor restarts. No generator is ever part of a run's state
 The streams are those of `keyed_random`. Golden values are in tests/golden/noise.json: a change here makes every older checkpoint resume
 as another run.
 
-Purposes and indices in use here ("slot": row's position in its global batch; "row": index in the held-out set):
-    strata (step); jitter, mask, mask count, dropout, simplex (step, slot); validation strata, validation jitter, validation mask,
-    validation simplex (row); sampling token, sampling order (row, block); sampling reveal, sampling token, sampling simplex
-    (row, block, step).
+Purposes and indices in use here ("slot": a draw's place in its global batch, see `draws`; "row": index in the held-out set):
+    strata (step); jitter, mask, mask count, simplex (step, slot); dropout (step, row's place in the batch); validation strata,
+    validation jitter, validation mask, validation simplex (row); sampling token, sampling order (row, block); sampling reveal,
+    sampling token, sampling simplex (row, block, step).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from bd3_scale.keyed_random import WORD, permutation, raw_words, uniform
+from bd3_scale.objectives.draws import reflected
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
 
 
@@ -43,12 +44,27 @@ def _per_row(draw: Iterable[np.ndarray], rows: int, columns: int) -> np.ndarray:
     return np.stack(values) if values else np.zeros((rows, columns), np.uint64)
 
 
-def block_times(seed: int, step: int, slots: np.ndarray, global_batch: int, blocks: int, interval: tuple[float, float]) -> np.ndarray:
+def _mirrored(words: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
+    """Words uint64 [m, n] of which some rows, bool [m], are to be those of 1 - u instead of u."""
+    return words if mirrored is None else np.where(mirrored[:, None], ~words, words)
+
+
+def block_times(
+    seed: int,
+    step: int,
+    slots: np.ndarray,
+    global_batch: int,
+    blocks: int,
+    interval: tuple[float, float],
+    mirrored: np.ndarray | None = None,
+    fold: float = 0.0,
+) -> np.ndarray:
     """t of every block of the given slots, float64 [m, blocks] in [beta, omega].
 
     The interval is cut into global_batch * blocks strata, and a permutation keyed by (seed, step) hands each of them to
     exactly one block of one slot; the place inside the stratum is keyed by (seed, step, slot). The marginal of t is
-    therefore uniform for every slot and every block position, and depends on no other slot asked for.
+    therefore uniform for every slot and every block position, and depends on no other slot asked for. Rows that are `mirrored`, bool [m],
+    have the times of their slot reflected (see `draws`).
 
     `slots`: int64 [m], each in [0, global_batch). Raises ValueError for a slot outside.
     """
@@ -58,33 +74,47 @@ def block_times(seed: int, step: int, slots: np.ndarray, global_batch: int, bloc
     count = global_batch * blocks
     stratum = _strata(int(seed), int(step), count).reshape(global_batch, blocks)[slots]
     words = _per_row((raw_words(seed, "jitter", (step, int(slot)), blocks) for slot in slots), len(slots), blocks)
-    return in_interval((stratum + uniform(words)) / count, interval)
+    positions = (stratum + uniform(words)) / count
+    if mirrored is not None:
+        positions = np.where(mirrored[:, None], reflected(positions, fold), positions)
+    return in_interval(positions, interval)
 
 
-def masked_tokens(seed: int, step: int, slots: np.ndarray, probabilities: np.ndarray, block_size: int) -> np.ndarray:
+def masked_tokens(
+    seed: int, step: int, slots: np.ndarray, probabilities: np.ndarray, block_size: int, mirrored: np.ndarray | None = None
+) -> np.ndarray:
     """Which tokens are masked, bool [m, blocks * block_size]: u < mask probability of the token's block.
 
     `probabilities`: float64 [m, blocks] (with the linear schedule this is t itself). Probability 1 masks every token.
-    Token 0 of a row is never masked: nothing precedes it that could predict it.
+    Token 0 of a row is never masked: nothing precedes it that could predict it. `mirrored`, bool [m]: rows with 1 - u for u.
     """
-    return _masked(seed, "mask", [(step, int(slot)) for slot in slots], probabilities, block_size)
+    return _masked(seed, "mask", [(step, int(slot)) for slot in slots], probabilities, block_size, mirrored)
 
 
-def _masked(seed: int, purpose: str, keys: list[tuple[int, ...]], probabilities: np.ndarray, block_size: int) -> np.ndarray:
+def _masked(
+    seed: int,
+    purpose: str,
+    keys: list[tuple[int, ...]],
+    probabilities: np.ndarray,
+    block_size: int,
+    mirrored: np.ndarray | None = None,
+) -> np.ndarray:
     length = probabilities.shape[1] * block_size
-    words = _per_row((raw_words(seed, purpose, key, length) for key in keys), len(keys), length)
+    words = _mirrored(_per_row((raw_words(seed, purpose, key, length) for key in keys), len(keys), length), mirrored)
     masked = uniform(words) < np.repeat(probabilities, block_size, axis=1)
     masked[:, 0] = False
     return masked
 
 
-def count_uniforms(seed: int, step: int, slots: np.ndarray, blocks: int) -> np.ndarray:
+def count_uniforms(seed: int, step: int, slots: np.ndarray, blocks: int, mirrored: np.ndarray | None = None) -> np.ndarray:
     """One number in [0, 1) for every block, float64 [m, blocks], from which a masked count can be made."""
     words = _per_row((raw_words(seed, "mask count", (step, int(slot)), blocks) for slot in slots), len(slots), blocks)
-    return uniform(words)
+    return uniform(_mirrored(words, mirrored))
 
 
-def masked_subsets(seed: int, step: int, slots: np.ndarray, counts: np.ndarray, block_size: int) -> np.ndarray:
+def masked_subsets(
+    seed: int, step: int, slots: np.ndarray, counts: np.ndarray, block_size: int, mirrored: np.ndarray | None = None
+) -> np.ndarray:
     """Which tokens are masked where their number is given, bool [m, blocks * block_size]: those with the smallest words.
 
     `counts`: int64 [m, blocks], at most block_size, one less in the first block: token 0 of a row is never masked. Every
@@ -92,6 +122,7 @@ def masked_subsets(seed: int, step: int, slots: np.ndarray, counts: np.ndarray, 
     """
     blocks = counts.shape[1]
     words = _per_row((raw_words(seed, "mask", (step, int(slot)), blocks * block_size) for slot in slots), len(slots), blocks * block_size)
+    words = _mirrored(words, mirrored)
     words[:, 0] = WORD - 1
     order = np.argsort(words.reshape(-1, blocks, block_size), axis=-1, kind="stable")
     masked = np.empty(order.shape, bool)

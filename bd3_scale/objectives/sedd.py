@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.mdlm import MaskedDiffusion
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.noise_schedules import Schedule
@@ -53,9 +54,10 @@ class ScoreEntropy(MaskedDiffusion):
         times: np.ndarray,
         schedule: Schedule,
         dropout_keys: np.ndarray,
+        pattern: AttentionPattern,
         corrections: np.ndarray | None = None,
     ) -> NetworkInputs:
-        inputs = super()._inputs(rows, masked, times, schedule, dropout_keys, corrections)
+        inputs = super()._inputs(rows, masked, times, schedule, dropout_keys, pattern, corrections)
         return replace(inputs, noise_levels=noise_levels(schedule.mask_probability(times[:, 0])), uses_cross_entropy=False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_padding
+from bd3_scale.objectives.draws import NoisyRows
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
     NetworkInputs,
@@ -26,7 +27,7 @@ from bd3_scale.objectives.network_inputs import (
 )
 from bd3_scale.objectives.simplex import SimplexNoise, conditioning_times
 from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
-from bd3_scale.recipe.rules_objective import checked_interval
+from bd3_scale.recipe.rules_objective import check_draws, checked_interval
 
 
 @dataclass(frozen=True)
@@ -46,44 +47,52 @@ class SimplexDiffusion(ObjectiveBase):
     pad_to: int = 1
     document_end: int | None = None
     row_multiple: int = 1
+    draws: int = 1
     pattern: AttentionPattern = field(init=False)
 
     def __post_init__(self) -> None:
         check_padding(self.pad_to)
+        check_draws(self.draws)
         object.__setattr__(self, "interval", checked_interval(self.interval))
-        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple)
+        pattern = block_pattern(self.context, self.block_size, self.clean_half, self.document_end, self.row_multiple, self.draws)
         object.__setattr__(self, "pattern", pattern)
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t ~ U[beta, omega], in strata as for the other kinds."""
-        times = noise.block_times(seed, step, slots, global_batch, self.blocks, self.interval)
-        keys = noise.simplex_keys(seed, step, slots, self.context)
-        return self._inputs(rows, times, keys, noise.dropout_keys(seed, step, slots))
+        noisy = NoisyRows.of(slots, global_batch, self.draws)
+        times = noise.block_times(seed, step, noisy.slots, noisy.batch, self.blocks, self.interval)
+        keys = noise.simplex_keys(seed, step, noisy.slots, self.context)
+        return self._inputs(rows, times, keys, noise.dropout_keys(seed, step, slots), self.pattern)
 
     def validation_inputs(self, rows: np.ndarray, row_indices: np.ndarray, seed: int) -> NetworkInputs:
         """As `Objective.validation_inputs`: t ~ U[1e-3, 1], weight 1."""
         times = noise.validation_times(seed, row_indices, self.blocks)
         keys = noise.validation_simplex_keys(seed, row_indices, self.context)
-        return self._inputs(rows, times, keys, np.zeros(len(row_indices), np.int64))
+        return self._inputs(rows, times, keys, np.zeros(len(row_indices), np.int64), self.of_one_draw)
 
     def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
         """As `Objective.block_samples`; every counted token is scored."""
         times = noise.validation_times(seed, row_indices, self.blocks)
         return BlockSamples(times, block_losses(inputs, nll), masked_counts(inputs), counted_tokens(self.pattern))
 
-    def _inputs(self, rows: np.ndarray, times: np.ndarray, keys: np.ndarray, dropout_keys: np.ndarray) -> NetworkInputs:
-        rows = checked_rows(rows, len(keys), self.context, self.mask_id)
-        scored = np.arange(rows.size).reshape(rows.shape)[:, 1:].ravel()
+    def _inputs(
+        self, rows: np.ndarray, times: np.ndarray, keys: np.ndarray, dropout_keys: np.ndarray, pattern: AttentionPattern
+    ) -> NetworkInputs:
+        """Rows [m, L], and for each of their draws, row after row, the times [m draws, B] and the keys of its noise [m draws, L]."""
+        rows = checked_rows(rows, len(dropout_keys), self.context, self.mask_id)
+        drawn, streams = np.repeat(rows, pattern.draws, axis=0), (len(rows), pattern.scored_rows)
+        scored = np.arange(drawn.size).reshape(drawn.shape)[:, 1:].ravel()
         made = network_inputs(
-            rows,
+            drawn.reshape(streams),
             rows,
             scored,
-            rows[:, 1:].ravel(),
+            drawn[:, 1:].ravel(),
             np.ones(len(scored)),
             dropout_keys,
-            self.pattern,
+            pattern,
             self.pad_to,
         )
         of_positions = np.repeat(times, self.block_size, axis=1)
         of_positions[:, 0] = 0.0
-        return replace(made, noise_levels=conditioning_times(times), simplex=SimplexNoise.at(keys, of_positions))
+        simplex = SimplexNoise.at(keys.reshape(streams), of_positions.reshape(streams))
+        return replace(made, noise_levels=conditioning_times(times.reshape(len(rows), pattern.draws * self.blocks)), simplex=simplex)

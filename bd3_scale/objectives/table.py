@@ -3,7 +3,8 @@
 An objective lays rows of data tokens out as `NetworkInputs` on the host; the network answers with one negative
 log-likelihood (nll; of `sedd` a score entropy, which bounds it) per selected position. Two numbers come of that and are never mixed:
 
-    train loss = sum(weight * nll) / (global_batch * (L - 1)), over all ranks and micro-batches, at the training interval;
+    train loss = sum(weight * nll) / (global_batch * (L - 1)), over all ranks and micro-batches, at the training interval; each draw of a
+                 row is one of the batch;
     NELBO      = the same quotient over the held-out rows at t ~ U[1e-3, 1], linear schedule, fixed noise: nats per data token.
 
 `ssdlm` has no NELBO: its quotient over the held-out rows is a cross-entropy, and is called so.
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from bd3_scale.errors import RecipeError
 from bd3_scale.keyed_random import raw_words, uniform
 from bd3_scale.objectives.ar import Autoregressive
 from bd3_scale.objectives.base import Objective, ObjectiveBase
@@ -96,6 +98,8 @@ class ObjectiveSchedule:
         values |= {"context": context, "mask_id": mask_id, "pad_to": pad_to, "document_end": document_end, "row_multiple": row_multiple}
         made: Any = OBJECTIVES[config.kind]
         taken = [item.name for item in fields(made) if item.init and item.name in values]
+        if config.draws > 1 and "draws" not in taken:
+            raise RecipeError(f"objective.draws is {config.draws}, but {made.__name__} draws noise once a row; set objective.draws=1")
         self._of_size: dict[int, Any] = {}
         for size in sorted(config.sizes(context)):
             values["block_size"] = size

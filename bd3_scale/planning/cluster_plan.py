@@ -57,7 +57,7 @@ class ClusterPlan:
 
     def shares(self, phase: Phase | None = None) -> Shares:
         """Of the replicas in a global batch of a phase (None: the longest); filler is computed, and takes its time."""
-        return self.parallel.shares(self.replicas, (phase or self.longest).rows)
+        return self.parallel.shares(self.replicas, (phase or self.longest).rows, self.objective.draws)
 
     @property
     def precision(self) -> str:
@@ -90,7 +90,8 @@ class ClusterPlan:
         parallel, model = self.parallel, self.model
         phase = phase or self.longest
         pattern, rows = phase.pattern, self.shares(phase).micro_batch
-        selected = max(1, round(rows * (model.context - 1) * pipeline_stages.selected_share(self.objective, pattern)))
+        share = pipeline_stages.selected_share(self.objective, pattern)
+        selected = max(1, round(rows * pattern.draws * (model.context - 1) * share))
         multiple = selected_multiple(parallel, self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4

@@ -200,7 +200,7 @@ def simplex_flops(cluster: ClusterPlan, batch: Batch) -> float:
     """Of a forward of expected embeddings (ssdlm) on one tensor rank; their backward is one more."""
     if not cluster.objective.traits.on_simplex:
         return 0.0
-    return 2.0 * batch.config.hidden * (cluster.vocabulary - 1) * batch.pattern.length * batch.rows / batch.tensor
+    return 2.0 * batch.config.hidden * (cluster.vocabulary - 1) * batch.pattern.scored_rows * batch.rows / batch.tensor
 
 
 def update_bytes(cluster: ClusterPlan, pipeline_rank: int) -> tuple[float, float, int]:

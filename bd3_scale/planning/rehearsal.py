@@ -235,6 +235,7 @@ def narrow(cluster: ClusterPlan) -> ClusterPlan:
         recipe.model, context=8 * tensor, hidden=2 * recipe.model.heads, head_width=2, mlp_hidden=2 * tensor, conditioning_size=4
     )
     shares = cluster.shares()
+    draws = recipe.objective.draws
     micro_batches, rows = min(shares.micro_batches, 2 * pipeline), min(shares.micro_batch, 2)
     return replace(
         cluster,
@@ -242,7 +243,7 @@ def narrow(cluster: ClusterPlan) -> ClusterPlan:
             recipe,
             model=model,
             objective=replace(recipe.objective, block_size=8 if recipe.objective.traits.in_blocks else None),
-            training=replace(recipe.training, global_batch=rows * micro_batches * cluster.replicas, precision=cluster.precision),
+            training=replace(recipe.training, global_batch=rows * draws * micro_batches * cluster.replicas, precision=cluster.precision),
             parallel=replace(recipe.parallel, micro_batch=rows, stage_layers=[len(chunk) for chunk in cluster.chunks]),
         ),
         vocabulary=NARROW_VOCABULARY,
@@ -258,7 +259,7 @@ def run_engine(cluster: ClusterPlan, rank: int) -> str:
         objective = _objective(small, 0)
         engine = build_engine(recipe, layout, small.vocabulary, small.vocabulary - 1)
         average = ExponentialAverage(engine.masters, recipe.training.ema, engine.publish, engine.settle) if recipe.training.ema else None
-        batch, rows = recipe.training.global_batch, small.shares().micro_batch
+        batch, rows = recipe.batches.largest, small.shares().micro_batch
         share = batch // layout.data
         first = layout.data_rank * share
         for step in range(2):

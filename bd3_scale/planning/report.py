@@ -75,6 +75,8 @@ class Plan:
     tokens: int
     tokens_per_step: int
     """Of the longest phase, as the layout's micro-batches, shares, bubble and traffic."""
+    draws: int
+    """Of noise for each row."""
     shares: str
     """How the replicas share a step's rows, and what of the computed rows is filler."""
     filler: float
@@ -126,7 +128,9 @@ def make_plan(cluster: ClusterPlan, mfu: float | None = None, rate: float | None
         step = step_at(cluster, phase, slowest)
         per_step = phase.rows * recipe.model.context * per_token
         reached, parts = per_step / (step.total * peak), _parts(cluster, phase, slowest)
-        phases.append(PhasePlan(phase.steps, phase.rows, phase.block_size, per_token, step, step.total, reached, parts))
+        phases.append(
+            PhasePlan(phase.steps, phase.rows * recipe.objective.draws, phase.block_size, per_token, step, step.total, reached, parts)
+        )
         flops += phase.steps * per_step
     total = recipe.batches.samples_before(recipe.total_steps)
     seconds = sum(phase.steps * phase.step_seconds for phase in phases)
@@ -161,6 +165,7 @@ def make_plan(cluster: ClusterPlan, mfu: float | None = None, rate: float | None
         steps=steps,
         tokens=tokens,
         tokens_per_step=cluster.longest.rows * recipe.model.context,
+        draws=recipe.objective.draws,
         shares=str(shares),
         filler=shares.filler,
         flops=flops,
@@ -218,13 +223,14 @@ def as_text(plan: Plan) -> str:
     parts = [f"{name} {layout[name]}" for name in ("tensor", "pipeline", "data")]
     parts[0] += " (sequence)" if layout["sequence"] else ""
     parts[1] += f" x {layout['virtual_stages']} virtual" if layout["virtual_stages"] > 1 else ""
+    draws = "" if plan.draws == 1 else f" of {plan.draws} draws"
     again = "" if layout["recompute"] == "none" else f", recomputed: {layout['recompute']}"
     shares = ", ".join(f"{name} {count(number)}" for name, number in asdict(plan.parameters).items() if number)
     lines = [
         f"{plan.name} on {plan.world_size} x {plan.device}, {plan.precision}",
         f"parameters  {plan.total_parameters:,} ({shares})",
         f"layout      {' x '.join(parts)}, ZeRO {layout['zero']}{again}",
-        f"step        {layout['micro_batches']} micro-batches of {layout['micro_batch']} rows on each of {layout['data']} replicas: "
+        f"step        {layout['micro_batches']} micro-batches of {layout['micro_batch']} rows{draws} on each of {layout['data']} replicas: "
         f"{plan.tokens_per_step:,} data tokens",
         *([f"            {plan.shares}"] if plan.filler else []),
         f"run         {plan.steps:,} steps, {plan.tokens:,} data tokens, {plan.flops:.3g} FLOPs: "

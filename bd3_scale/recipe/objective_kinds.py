@@ -62,10 +62,10 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("bd3"),
-        Kind("mdlm", ("block_size", "clean_half"), denoises_whole_rows=True),
+        Kind("mdlm", ("block_size", "clean_half", "draws", "pairs"), denoises_whole_rows=True),
         Kind(
             "sedd",
-            ("block_size", "clean_half"),
+            ("block_size", "clean_half", "draws", "pairs"),
             denoises_whole_rows=True,
             noise_conditioned=True,
             unconditioned="mdlm",
@@ -73,7 +73,7 @@ KINDS = {
         ),
         Kind(
             "ssdlm",
-            ("schedule", "density", "density_shape", "resample"),
+            ("schedule", "density", "density_shape", "resample", "pairs"),
             scores_every_token=True,
             noise_conditioned=True,
             unconditioned="bd3",
@@ -82,7 +82,7 @@ KINDS = {
         ),
         Kind(
             "ar",
-            ("block_size", "interval", "density", "density_shape", "clean_half", "schedule", "resample"),
+            ("block_size", "interval", "density", "density_shape", "clean_half", "schedule", "resample", "draws", "pairs"),
             scores_every_token=True,
             predicts_next_token=True,
         ),

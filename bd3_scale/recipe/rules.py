@@ -321,10 +321,11 @@ def world_is_whole_replicas(case: Case) -> Problem | None:
 
 def every_replica_has_a_row(case: Case) -> Problem | None:
     asked, batch, replicas = case.recipe.training.global_batch, case.recipe.batches.smallest, case.replicas
+    draws = case.recipe.objective.draws
     if replicas <= batch:
         return None
     # An interleaved schedule needs more than one.
-    rows = (at_least(asked, replicas * count) for count in range(1, case.parallel.pipeline + 1))
+    rows = (at_least(asked, replicas * count * draws) for count in range(1, case.parallel.pipeline + 1))
 
     def fewer_replicas() -> str | None:
         """The same rows: more ranks for each replica."""
@@ -335,7 +336,9 @@ def every_replica_has_a_row(case: Case) -> Problem | None:
         return found if len(case.recipe.batches.phases) == 1 else found[::-1]  # a run cannot change the batches that it has had
 
     return Problem(
-        f"training.global_batch = {as_yaml(asked)} must be at least the data-parallel ranks = {replicas} because each needs a row", cures
+        f"training.global_batch = {as_yaml(asked)} must be at least the data-parallel ranks = {replicas} because each needs a row"
+        + (f" with its objective.draws = {draws}" if draws > 1 else ""),
+        cures,
     )
 
 

@@ -19,6 +19,7 @@ NOISE_SCHEDULES = ("linear", "cosine", "square", "sqrt", "log")
 DENSITY_SHAPES: dict[str, tuple[float, ...]] = {"beta": (2.0, 2.0), "pareto": (-0.5,)}
 """objective.density -> its objective.density_shape where the recipe sets none."""
 CLEAN_HALVES = KEYS["objective.clean_half"].choices
+PAIRS = KEYS["objective.pairs"].choices
 
 
 def check_objective(config: ObjectiveConfig, context: int, document_mask: bool = False) -> None:
@@ -44,6 +45,7 @@ def check_objective(config: ObjectiveConfig, context: int, document_mask: bool =
             check_resampling(size)
     check_clean_half(config.clean_half)
     check_schedule(config.schedule)
+    check_draws(config.draws, config.pairs, config.schedule, config.density)
     check_density(config)
 
 
@@ -98,6 +100,28 @@ def check_clean_half(name: str) -> None:
     """Raises RecipeError for a name that is not in CLEAN_HALVES."""
     if name not in CLEAN_HALVES:
         raise RecipeError(f"objective.clean_half is {name!r}; set {' or '.join(CLEAN_HALVES)}")
+
+
+def check_draws(draws: int, pairs: str = "independent", schedule: str = "linear", density: str = "uniform") -> None:
+    """Raises RecipeError for a number of draws, or for pairs of them, that cannot be."""
+    if draws < 1:
+        raise RecipeError(f"objective.draws is {draws}; set 1 or more")
+    if pairs not in PAIRS:
+        raise RecipeError(f"objective.pairs is {pairs!r}; set one of {', '.join(PAIRS)}")
+    if pairs == "independent":
+        return
+    if draws % 2:
+        raise RecipeError(f"objective.pairs={pairs} makes pairs of draws, but objective.draws is {draws}; set objective.draws={draws + 1}")
+    if pairs == "complement" and schedule != "linear":
+        raise RecipeError(
+            f"objective.pairs=complement masks what is left at 1 - t, which is the complement of the linear schedule alone, not of "
+            f"objective.schedule={schedule}; set objective.pairs=antithetic or objective.schedule=linear"
+        )
+    if pairs == "complement" and density != "uniform":
+        raise RecipeError(
+            f"objective.pairs=complement needs 1 - t to be drawn as often as t, but objective.density is {density}; set "
+            "objective.pairs=antithetic or objective.density=uniform"
+        )
 
 
 def check_schedule(name: str) -> None:
@@ -156,6 +180,8 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
             f"objective.resample is on, whose loss is no bound that tuner.kind={tuner.kind} could keep; set objective.resample=false "
             "or tuner.kind=interval"
         )
+    if tuner.kind != "interval":
+        check_draws(objective.draws, objective.pairs, density=f"learned (tuner.kind={tuner.kind})")
     if tuner.kind == "density":
         if objective.interval[0] == objective.interval[1]:
             raise RecipeError(

@@ -150,6 +150,14 @@ class ObjectiveConfig:
     """Keep the *realised* masked fraction of a block, not only its t, inside `interval`. Training only. With omega < 1 the
     fully masked block is then never trained, although every block starts sampling in that state; and the expected train
     loss is no longer the bound over the interval. Not for ar and ssdlm, not for L' = 1."""
+    draws: int = key(1, above=0)
+    """k noisy draws of every row of data, which share its clean half: [x_t^1 ; ... ; x_t^k ; x_0], so that a scored row costs (k + 1) / k
+    rows of the network instead of 2. training.global_batch counts noisy rows and must be a multiple of k; a data token is counted
+    once whatever k is (tokens, budgets, tokens per second). Training only. For bd3 and ssdlm."""
+    pairs: str = key("independent", choices=("independent", "complement", "antithetic"))
+    """How draws 2j and 2j + 1 of a row belong together (objectives/draws.py); all but independent need even `draws`. antithetic: the
+    second is made of the mirrored random numbers of the first. complement: it masks what the first leaves, at 1 - t, for every t whose
+    1 - t lies in `interval`, too; needs schedule=linear and a uniform density. Each draw by itself is distributed as ever. For bd3."""
 
     @property
     def traits(self) -> Kind:
@@ -256,7 +264,8 @@ class TrainingConfig:
     global_batch: Any = 512
     """Rows per optimizer step over all ranks and micro-batches, at least one for each data-parallel rank; or a schedule [[0, rows],
     [from sample, rows], ...]: as many from the first step on before which so many samples (rows) were consumed. What counts steps (warmup,
-    schedule, decay, every, ema) goes on counting steps."""
+    schedule, decay, every, ema) goes on counting steps. With objective.draws = k these are noisy rows, of a k-th as many rows of data;
+    samples are rows of data."""
     optimizer: str = key("adamw", choices=tuple(OPTIMIZERS))
     """muon: momentum made orthogonal for the linears inside of the layers (optimizers/muon.py), AdamW for everything else. Both use the
     same learning rate and weight decay."""
@@ -371,8 +380,8 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1): norms, dropout and residuals divided over the tensor ranks along the rows."""
     micro_batch: int | None = key(1, above=0)
-    """The most rows per forward on one replica; its share of training.global_batch is computed in as few forwards as that allows, of
-    equally many rows (batches.py). null: the whole share at once."""
+    """The most rows of data per forward on one replica, each with all its draws; the replica's share of training.global_batch is
+    computed in as few forwards as that allows, of equally many rows (batches.py). null: the whole share at once."""
     timeout: int = key(1800, above=0)
     """Seconds after which a collective that does not finish is an error."""
     hang: int = key(20, least=0)
@@ -391,9 +400,9 @@ class ParallelConfig:
             return "megatron"
         return "deepspeed" if self.pipeline == 1 else "fsdp"
 
-    def shares(self, replicas: int, rows: int) -> Shares:
-        """How `replicas` data-parallel ranks share a global batch of so many rows."""
-        return Shares(rows, replicas, self.micro_batch)
+    def shares(self, replicas: int, rows: int, draws: int = 1) -> Shares:
+        """How `replicas` data-parallel ranks share a global batch of so many rows of data, each with `draws` draws."""
+        return Shares(rows, replicas, self.micro_batch, draws)
 
 
 @dataclass
@@ -447,15 +456,15 @@ class Recipe:
 
     @property
     def batches(self) -> BatchSchedule:
-        """The global batch of every update."""
-        return batch_schedule(self.training.global_batch)
+        """The rows of data of every update. Raises RecipeError as `batch_schedule`."""
+        return batch_schedule(self.training.global_batch, self.objective.draws)
 
     def every_shares(self, replicas: int) -> list[Shares]:
         """The same of every global batch of the run."""
-        return [self.parallel.shares(replicas, phase.rows) for phase in self.batches.phases]
+        return [self.parallel.shares(replicas, phase.rows, self.objective.draws) for phase in self.batches.phases]
 
     def micro_batch(self, replicas: int) -> int:
-        """The most rows per forward where the global batch is shared by `replicas` data-parallel ranks."""
+        """The most rows of data per forward where the global batch is shared by `replicas` data-parallel ranks."""
         return max(shares.micro_batch for shares in self.every_shares(replicas))
 
     def tokens_before(self, step: int) -> int:

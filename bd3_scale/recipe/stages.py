@@ -35,11 +35,18 @@ def stages(key: str, value: Any, *, counted: str, number: str, least: str, examp
     return tuple(found)
 
 
-def batch_schedule(value: Any) -> BatchSchedule:
-    """What `training.global_batch` says. Raises RecipeError for anything else."""
+def batch_schedule(value: Any, draws: int = 1) -> BatchSchedule:
+    """What `training.global_batch` says, which counts `draws` rows for each of data. Raises RecipeError for anything else."""
     phases: list[BatchPhase] = []
     step, samples = 0, 0
-    for start, rows in _batch_stages(value):
+    for start, noisy in _batch_stages(value):
+        rows, left = divmod(noisy, draws)
+        if left:
+            fitting = next(size for size in range(draws, 0, -1) if noisy % size == 0)
+            raise RecipeError(
+                f"training.global_batch has {noisy} noisy rows, but objective.draws = {draws} makes {draws} of each row of data; set "
+                f"{(rows + 1) * draws} rows, or objective.draws={fitting}"
+            )
         if phases:
             more = max(0, -(-(start - samples) // phases[-1].rows))
             step, samples = step + more, samples + more * phases[-1].rows
@@ -51,7 +58,7 @@ def batch_schedule(value: Any) -> BatchSchedule:
 
 
 def at_least(value: Any, rows: int) -> Any:
-    """`value` of `training.global_batch` with no batch below `rows`."""
+    """`value` of `training.global_batch` with no batch below `rows` noisy rows."""
     raised = [[start, max(rows, size)] for start, size in _batch_stages(value)]
     kept = [stage for index, stage in enumerate(raised) if index == 0 or stage[1] != raised[index - 1][1]]
     return kept if len(kept) > 1 else kept[0][1]

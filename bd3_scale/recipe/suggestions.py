@@ -130,7 +130,7 @@ def _batches(case: Case) -> Iterator[Changes]:
     for micro_batch in fitting_micro_batches(case) if case.parallel.virtual_stages > 1 else ():
         yield {"parallel.micro_batch": micro_batch}
     if case.shares.global_batch < case.replicas:
-        yield {"training.global_batch": at_least(case.recipe.training.global_batch, case.replicas)}
+        yield {"training.global_batch": at_least(case.recipe.training.global_batch, case.replicas * case.recipe.objective.draws)}
 
 
 def fitting_micro_batches(case: Case) -> list[int]:

@@ -23,7 +23,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     defaults = flatten(Recipe())
     for key, value in flatten(recipe).items():
         _check_key(key, value, defaults[key])
-    batch_schedule(recipe.training.global_batch)
+    batch_schedule(recipe.training.global_batch, recipe.objective.draws)
     rules.check(recipe, world_size, device, resolve_precision(recipe.training, device) if device is not None else None)
     check_objective(recipe.objective, recipe.model.context, recipe.data.document_mask)
     check_tuner(recipe.tuner, recipe.objective)

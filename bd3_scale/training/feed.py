@@ -48,6 +48,7 @@ class Feed:
             self._seed,
             global_batch=recipe.training.global_batch,
             micro_batch=recipe.parallel.micro_batch,
+            draws=recipe.objective.draws,
             replica=layout.data_rank,
             replicas=layout.data,
             host=layout.replicas_of_this_host,

@@ -50,6 +50,11 @@ MODELS = {
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "mixture": ["objective.block_size={4: 0.5, 32: 0.5}", *TUNED],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
+    # 5 rows of data with 4 draws each
+    "draws": ["objective.block_size=4", "objective.draws=4", "objective.pairs=antithetic", "training.global_batch=20",
+              "data.document_mask=true", *TUNED],
+    "ssdlm draws": ["objective.kind=ssdlm", "objective.block_size=16", "objective.draws=2", "model.conditioning=adaln",
+                    "training.epsilon=1e-4"],
     "bf16": ["objective.block_size=4", "training.precision=bf16"],
     "muon": ["training.optimizer=muon", "objective.block_size=4", "model.mlp=swiglu", "model.mlp_hidden=48", *TUNED],
     "7 rows": ["objective.block_size=4", "training.global_batch=7", *TUNED, "tuner.kind=interval", "objective.density=beta"],
@@ -138,6 +143,12 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "mixture: pipeline 2 x 2 interleaved, data 2": (4, "mixture", layout(1, 2, 1, VIRTUAL)),
     "mixture: data 3": (3, "mixture", layout()),
     "documents: tensor 2, pipeline 2, sequence": (4, "documents", layout(2, 2, 1, SEQUENCE)),
+    "draws: tensor 2, pipeline 2, sequence": (4, "draws", layout(2, 2, 1, SEQUENCE)),
+    "draws: tensor 2, data 2, sequence, zero 2": (4, "draws", layout(2, 1, 2, SEQUENCE)),
+    "draws: pipeline 2 x 2 interleaved, data 2": (4, "draws", layout(1, 2, 1, VIRTUAL, "parallel.micro_batch=1")),
+    "draws: data 4, zero 3": (4, "draws", layout(1, 1, 3)),
+    "draws: compiled: data 2, fsdp, zero 3": (2, "draws", layout(1, 1, 3, FSDP, COMPILED)),
+    "ssdlm draws: tensor 2, pipeline 2, sequence": (4, "ssdlm draws", layout(2, 2, 1, SEQUENCE)),
     "7 rows: data 4, zero 3": (4, "7 rows", layout(1, 1, 3)),
     "7 rows: pipeline 2, data 2": (4, "7 rows", layout(1, 2)),
     "7 rows: pipeline 2 x 2 interleaved, data 2": (4, "7 rows", layout(1, 2, 1, VIRTUAL)),
@@ -190,7 +201,9 @@ SAID_BY_OTHERS = {
     "muon: tensor 2, pipeline 2, sequence", "muon: pipeline 2 x 2 interleaved, data 2, zero 2",
     "data 2, zero 2", "pipeline 2, zero 0", "data 3, zero 1", "data 4, zero 0", "pipeline 2, data 2", "pipeline 2, zero 2",
     "pipeline 2 x 2 interleaved, zero 2", "tensor 4, sequence, shared key heads", "tensor 2, data 2, sequence, zero 2",
-    "tied: pipeline 2, data 2, zero 3", "muon: tensor 2, data 2, zero 3",
+    "tied: pipeline 2, data 2, zero 3", "muon: tensor 2, data 2, zero 3", "draws: tensor 2, data 2, sequence, zero 2",
+    "draws: pipeline 2 x 2 interleaved, data 2", "draws: data 4, zero 3", "draws: compiled: data 2, fsdp, zero 3",
+    "ssdlm draws: tensor 2, pipeline 2, sequence",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]
@@ -210,7 +223,8 @@ def runs(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
     for world_size in (1, 2, 3, 4):
         plan: list[tuple[str, list[str]]] = []
         if world_size == 1:
-            plan += [(str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *model]) for name, model in MODELS.items()]
+            compared = {LAYOUTS[name][1]: MODELS[LAYOUTS[name][1]] for name in TRAINED}
+            plan += [(str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *model]) for name, model in compared.items()]
         for name in TRAINED:
             size, model, parallel = LAYOUTS[name]
             if size == world_size:

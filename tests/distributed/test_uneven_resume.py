@@ -17,7 +17,8 @@ TUNED = [
     "tuner.margin=0",
     "tracking.control_variate=true",
 ]
-COMMON = ["objective.block_size=4", *TUNED, "validation.every=5"]
+DRAWS = ["objective.block_size=4", "objective.draws=2", "training.global_batch=16"]  # 8 rows of data
+COMMON = [*DRAWS, *TUNED, "validation.every=5"]
 LAYOUTS = {"zero_1": ["parallel.zero=1"], "zero_3": ["parallel.zero=3", "parallel.micro_batch=null"]}
 
 

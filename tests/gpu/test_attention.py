@@ -43,17 +43,18 @@ class Case:
     dtype: torch.dtype = BF16
     last_clean: bool = True
     kind: str = "block_diffusion"
+    draws: int = 1
 
     def __str__(self) -> str:
         words = [f"d{self.head_size}", f"L{self.length}", f"block{self.block_size}", f"heads{self.heads[0]}over{self.heads[1]}"]
         words += [name for name in ("documents", "scored") if getattr(self, name)]
         words += ["fp32"] * (self.dtype == FP32) + ["cut"] * (not self.last_clean) + [self.kind] * (self.kind != "block_diffusion")
-        return "-".join(words)
+        return "-".join(words + [f"{self.draws}draws"] * (self.draws > 1))
 
     @property
     def pattern(self) -> AttentionPattern:
         end = END if self.documents else None
-        return AttentionPattern(self.kind, self.length, self.block_size, document_end=end, last_clean=self.last_clean)  # type: ignore[arg-type]
+        return AttentionPattern(self.kind, self.length, self.block_size, document_end=end, last_clean=self.last_clean, draws=self.draws)  # type: ignore[arg-type]
 
 
 CASES = [
@@ -70,6 +71,8 @@ CASES = [
     Case(64, 1024, 1, documents=True, kind="causal"),
     Case(64, 1040, 16, heads=(4, 2), dtype=FP32),
     Case(128, 1024, 4, documents=True, scored=True, dtype=FP32),
+    Case(64, 1024, 16, draws=2),
+    Case(128, 1040, 4, heads=(4, 2), documents=True, last_clean=False, draws=4),
 ]
 
 

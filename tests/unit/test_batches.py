@@ -19,9 +19,10 @@ SCHEDULES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size
 )
 
 
-@given(SCHEDULES)
-def test_every_update_is_the_one_that_a_walk_finds(value: list[list[int]]) -> None:
-    schedule, samples = batch_schedule(value), 0
+@given(SCHEDULES, st.integers(1, 4))
+def test_every_update_is_the_one_that_a_walk_finds(value: list[list[int]], draws: int) -> None:
+    """Of rows of data, each of which the recipe counts once for every draw."""
+    schedule, samples = batch_schedule([[start, rows * draws] for start, rows in value], draws), 0
     for step in range(120):
         rows = [size for start, size in value if start <= samples][-1]
         assert (schedule.samples_before(step), schedule.rows_at(step), schedule.rows_after(samples)) == (samples, rows, rows)

@@ -66,6 +66,12 @@ def test_one_block_is_masked_diffusion(tmp_path: Path) -> None:
     assert result["the_same_in_exact_flops"] < 1.2, "half the logits for twice the pairs"
 
 
+def test_draws_cost_what_their_rows_cost(tmp_path: Path) -> None:
+    result = run(tmp_path, "draws", "--context", "64")  # checks that their losses are one
+    exact = result["the_same_in_exact_flops"]
+    assert 0.9 < exact["4 draws"] < exact["2 draws"] < exact["1 draws"] == 1, "most of so small a network is its head"
+
+
 def test_a_thousand_ranks_are_simulated(tmp_path: Path) -> None:
     """Done when: an index below 5 MB, and half a gigabyte a rank for what start and save keep account of. Times are only measured."""
     result = run(tmp_path, "world", "--ranks", "1024", "--shards", "2000")["1024 ranks"]

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[ModelConfig, str, str, bool]] = {
     "gpt2": (replace(PLAIN, positions="learned", attention_bias="all", norm_bias=True), "bd3", "none", False),
     "qwen3, bf16": (replace(LLAMA, query_key_norm=True), "bd3", "none", True),
     "dense": (replace(PLAIN, attention="dense"), "bd3", "none", False),
+    "3 draws": (LLAMA, "3 draws", "none", False),
     "mdlm": (PLAIN, "mdlm", "none", False),
     "mdlm, qwen3, bf16": (replace(LLAMA, query_key_norm=True), "mdlm", "none", True),
     "mdlm, llama, recomputed": (LLAMA, "mdlm", "layer", False),
@@ -58,6 +59,7 @@ def test_a_forward_keeps_what_the_formula_says(name: str, world_of_one: object, 
     wrap_blocks(model.blocks.values(), recompute=recompute, compile="none")
     objective = {
         "bd3": lambda: BlockDiffusion(V - 1, CONTEXT, 16),
+        "3 draws": lambda: BlockDiffusion(V - 1, CONTEXT, 16, draws=3),
         "mdlm": lambda: MaskedDiffusion(V - 1, CONTEXT),
         "sedd": lambda: ScoreEntropy(V - 1, CONTEXT),
         "ar": lambda: Autoregressive(V - 1, CONTEXT),

@@ -85,8 +85,9 @@ def network(config: ModelConfig) -> Transformer:
 
 def inputs_of(config: ModelConfig, kind: str) -> NetworkInputs:
     rows = np.random.default_rng(1).integers(0, VOCABULARY - 1, (1, config.context))
-    bd3 = BlockDiffusion(VOCABULARY - 1, config.context, 8).training_inputs(rows, np.arange(1), 0, 0, 1)
-    if kind == "block_diffusion":
+    draws = 3 if kind == "3 draws" else 1
+    bd3 = BlockDiffusion(VOCABULARY - 1, config.context, 8, draws=draws).training_inputs(rows, np.arange(1), 0, 0, 1)
+    if kind in ("block_diffusion", "3 draws"):
         return bd3
     length = config.context
     return NetworkInputs(
@@ -155,11 +156,11 @@ def test_published_small_model_has_its_published_size() -> None:
     assert round(count_parameters(config, 50258).total / 1e6, 1) == 169.6
 
 
-@pytest.mark.parametrize("kind", ["block_diffusion", "causal", "full"])
+@pytest.mark.parametrize("kind", ["block_diffusion", "3 draws", "causal", "full"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_forward_flops_are_those_that_run(config: ModelConfig, kind: str, world_of_one: object) -> None:
     model, inputs = network(config), inputs_of(config, kind)
-    count = count_flops(config, inputs.pattern, VOCABULARY, len(inputs.selected) / (config.context - 1))
+    count = count_flops(config, inputs.pattern, VOCABULARY, len(inputs.selected) / inputs.pattern.draws / (config.context - 1))
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
         model(inputs)
     ran = counter.get_flop_counts()["Global"]

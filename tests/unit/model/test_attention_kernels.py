@@ -101,6 +101,20 @@ def test_both_ways_to_arrange_a_tile_are_tested(monkeypatch: pytest.MonkeyPatch)
     assert arranged == {(True, True), (True, False), (False, True), (False, False)}
 
 
+@pytest.mark.parametrize("target", [4, 64])
+@pytest.mark.parametrize("draws", [2, 3])
+def test_several_draws_attend_as_the_mask_says(draws: int, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    for (length, block), clean_half, last_clean in itertools.product(
+        [(12, 4), (24, 1), (66, 11)], ["block_causal", "causal"], [True, False]
+    ):
+        pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=last_clean, draws=draws)  # type: ignore[arg-type]
+        for query_rows in (pattern.rows, pattern.scored_rows):
+            assert_attends(pattern, 4, 2, 2, query_rows, HERE)
+    alone = AttentionPattern("full", 12, 12, draws=draws)
+    assert_attends(alone, 4, 2, 2, alone.rows, HERE)
+
+
 @pytest.mark.parametrize("clean_half", ["block_causal", "causal"])
 @pytest.mark.parametrize(("length", "block"), [(13, 1), (35, 7), (64, 64), (130, 13)])
 def test_dense_and_flex_attend_as_the_mask_says(length: int, block: int, clean_half: str) -> None:
@@ -158,8 +172,8 @@ def test_documents_are_kept_apart_by_every_kernel(
     length: int, block: int, clean_half: str, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
-    whole = clean_half == "causal" or block == length
-    pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=whole)  # type: ignore[arg-type]
+    whole, draws = clean_half == "causal" or block == length, 2 if target == 16 else 1
+    pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=whole, draws=draws)  # type: ignore[arg-type]
     for (heads, kv_heads), query_rows in itertools.product([(1, 1), (4, 2)], [pattern.rows, pattern.scored_rows]):
         inputs, segments = tensors(pattern, heads, kv_heads, 3, query_rows, torch.float32), documents(pattern, 3)
         expected = reference(*inputs, pattern, segments)

@@ -38,6 +38,7 @@ OBJECTIVES: dict[str, Any] = {
     "L'=L": BlockDiffusion(MASK, LENGTH, LENGTH, INTERVAL),
     "causal clean half": BlockDiffusion(MASK, LENGTH, 4, INTERVAL, clean_half="causal"),
     "documents": BlockDiffusion(MASK, LENGTH, 4, INTERVAL, document_end=0),
+    "3 draws": BlockDiffusion(MASK, LENGTH, 4, INTERVAL, draws=3),
     "padded": BlockDiffusion(MASK, LENGTH, 4, INTERVAL, pad_to=64),
     "nothing masked": BlockDiffusion(MASK, LENGTH, 4, (1e-12, 1e-12), pad_to=8),
     "mdlm": MaskedDiffusion(MASK, LENGTH, INTERVAL),

@@ -13,6 +13,7 @@ LENGTH = 24
 PATTERNS = [
     AttentionPattern("block_diffusion", LENGTH, 4),
     AttentionPattern("block_diffusion", LENGTH, 12, last_clean=False),
+    AttentionPattern("block_diffusion", LENGTH, 12, last_clean=False, draws=2),
     AttentionPattern("full", LENGTH, LENGTH),
     AttentionPattern("causal", LENGTH, 1),
 ]

@@ -27,25 +27,28 @@ LONG = [(130, 13), (192, 1), (200, 8), (200, 200), (256, 16), (257, 257)]
 def patterns(shapes: list[tuple[int, int]]) -> list[AttentionPattern]:
     both = [AttentionPattern("block_diffusion", *shape, clean_half=half) for shape in shapes for half in ("block_causal", "causal")]  # type: ignore[arg-type]
     both += [replace(pattern, last_clean=False) for pattern in both]
-    return [*both, *(AttentionPattern(kind, length, 1) for length, _ in shapes for kind in ("causal", "full"))]  # type: ignore[arg-type]
+    both += [replace(pattern, draws=draws) for draws in (2, 3) for pattern in both[draws::5]]
+    several = [AttentionPattern("full", length, length, draws=3) for length, _ in shapes[::4]]
+    return [*both, *several, *(AttentionPattern(kind, length, 1) for length, _ in shapes for kind in ("causal", "full"))]  # type: ignore[arg-type]
 
 
 def spelled_out(pattern: AttentionPattern) -> Tensor:
     """docs/objective.md section 2, pair by pair."""
     n, block = pattern.length, pattern.block_size
-    rows = range(pattern.rows)
+    names = [(draw, i) for draw in range(pattern.draws) for i in range(n)] + [("clean", i) for i in range(pattern.clean_rows)]
 
     def sees(q: int, k: int) -> bool:
+        (of_q, q), (of_k, k) = names[q], names[k]  # type: ignore[assignment]
         if pattern.kind != "block_diffusion":
-            return pattern.kind == "full" or k <= q
-        same, before = (k % n) // block == (q % n) // block, (k % n) // block < (q % n) // block
-        if q < n:
-            return same if k < n else before
-        if k < n:
+            return of_q == of_k if pattern.kind == "full" else k <= q
+        same, before = k // block == q // block, k // block < q // block
+        if of_q != "clean":
+            return before if of_k == "clean" else of_q == of_k and same
+        if of_k != "clean":
             return False
         return before or (same and (pattern.clean_half == "block_causal" or k <= q))
 
-    return torch.tensor([[sees(q, k) for k in rows] for q in rows])
+    return torch.tensor([[sees(q, k) for k in range(pattern.rows)] for q in range(pattern.rows)])
 
 
 def test_dense_form_and_its_count_are_the_definition() -> None:
@@ -53,7 +56,7 @@ def test_dense_form_and_its_count_are_the_definition() -> None:
         mask = dense(pattern)
         assert torch.equal(mask, spelled_out(pattern)), pattern
         assert mask.sum() == pattern.visible_pairs, pattern
-        assert mask.shape == (pattern.rows, pattern.rows) and pattern.scored_rows == pattern.length
+        assert mask.shape == (pattern.rows, pattern.rows) and pattern.scored_rows == pattern.draws * pattern.length
 
 
 @pytest.mark.parametrize(("length", "block"), SHAPES)
@@ -151,7 +154,8 @@ def test_decoding_beyond_the_context_sees_the_blocks_that_end_the_context(contex
 @pytest.mark.parametrize(("length", "block"), [(12, 1), (12, 3), (16, 4), (30, 5), (16, 16)])
 def test_segments_keep_documents_apart(kind: str, length: int, block: int) -> None:
     """Pair by pair: a document begins with the token that ended the one before, and with token 0."""
-    pattern = AttentionPattern(kind, length, block if kind == "block_diffusion" else 1, document_end=0)  # type: ignore[arg-type]
+    block, draws = (block, 2) if kind == "block_diffusion" else (1, 1)
+    pattern = AttentionPattern(kind, length, block, document_end=0, draws=draws)  # type: ignore[arg-type]
     tokens = np.random.default_rng(length + block).integers(0, 5, (20, length))
     segments = document_segments(tokens.copy(), pattern)
     assert segments.shape == (20, pattern.rows)
@@ -160,9 +164,9 @@ def test_segments_keep_documents_apart(kind: str, length: int, block: int) -> No
         document = [max(begin for begin in begins if begin <= position) for position in range(length)]
 
         def belongs(place: int, document: list[int] = document) -> int:
-            if kind == "causal" or place >= length:
+            if kind == "causal" or place >= pattern.scored_rows:
                 return document[place % length]
-            start = place // block * block
+            start = place % length // block * block
             return document[start - 1] if start else 0  # what goes on where the block begins: all that is known by then
 
         expected = [[belongs(query) == belongs(key) for key in range(pattern.rows)] for query in range(pattern.rows)]

@@ -32,7 +32,9 @@ def test_its_mean_is_nothing(learned: tuple[int, ...], interval: tuple[float, fl
         for t, correction, share in zip(times, corrections, shares * (end - start) / 2, strict=True):
             for mask in masks:
                 masked, at = np.concatenate([np.zeros(size, bool), mask])[None], np.full((1, 2), t)
-                inputs = objective._inputs(np.zeros((1, 2 * size)), masked, at, LINEAR, np.zeros(1, np.int64), np.full((1, 2), correction))
+                inputs = objective._inputs(
+                    np.zeros((1, 2 * size)), masked, at, LINEAR, np.zeros(1, np.int64), objective.pattern, np.full((1, 2), correction)
+                )
                 expected += share * np.where(mask, t, 1 - t).prod() * control(inputs, 1, ANY, interval)
     first = (size - 1) * _mean(ANY, size - 1, interval)  # the first block, whose token 0 is never scored, has no masks here
     assert expected == pytest.approx(-first, rel=1e-6)
@@ -54,7 +56,8 @@ def test_what_is_left_of_a_loss_varies_less() -> None:
 
 def test_full_masking_leaves_nothing_to_explain() -> None:
     """L' = 1 at t = 1: the same masks at every step."""
-    objective = BlockDiffusion(MASK, 12, 1, (1.0, 1.0), masked_nll=ANY)
-    inputs = objective.training_inputs(_rows(4, 12), np.arange(4), 0, 0, 4)
-    assert objective.control(inputs, 4) == pytest.approx(0.0, abs=1e-9)
+    for draws in (1, 3):
+        objective = BlockDiffusion(MASK, 12, 1, (1.0, 1.0), masked_nll=ANY, draws=draws)
+        inputs = objective.training_inputs(_rows(4, 12), np.arange(4), 0, 0, 4)
+        assert objective.control(inputs, 4) == pytest.approx(0.0, abs=1e-9)
     assert BlockDiffusion(MASK, 12, 1).control(inputs, 4) == 0.0

@@ -54,7 +54,7 @@ def test_the_expected_loss_is_the_exact_bound(density: str, interval: Interval, 
         noisy = np.concatenate([np.zeros_like(of_masks), of_masks], axis=1)  # the second block; the first has a token that is not scored
         of_rows = [np.repeat(values, len(masks))[:, None].repeat(2, axis=1) for values in (times, corrections)]
         keys = np.zeros(len(rows), np.int64)
-        inputs = objective._inputs(rows, noisy, of_rows[0], SCHEDULES[schedule], keys, of_rows[1])
+        inputs = objective._inputs(rows, noisy, of_rows[0], SCHEDULES[schedule], keys, objective.pattern, of_rows[1])
         tokens = inputs.tokens[:, size : 2 * size].numpy()
         log_p = table[tokens @ (MASK + 1) ** np.arange(size)][:, np.arange(size), row[size:]]
         nll = torch.from_numpy(-log_p[of_masks])

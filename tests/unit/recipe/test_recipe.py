@@ -32,6 +32,9 @@ from tests.unit.refusing import BASE, refused
         ("objective.kind=gan", "objective.kind"),
         ("objective.kind=ar", "objective.block_size"),
         ("objective.interval=[0.9,0.2]", "objective.interval"),
+        ("objective.draws=0", "objective.draws is 0 but must be above 0"),
+        ("objective.draws=3", "objective.draws = 3 makes 3 of each row of data; set"),
+        ("objective.pairs=complement", "set objective.draws=2"),
         ("tuner.margin=2", "tuner.margin"),
         ("objective.density=learned", "set tuner.enabled=true tuner.kind=density"),
         ("tracking.control_variate=true", "set tuner.enabled=true or tracking.control_variate=false"),
@@ -185,9 +188,10 @@ def test_command_prints_one_line_and_leaves_with_two(base: Path, capsys: pytest.
 @pytest.mark.parametrize(("key", "allowed"), [(key, facts.choices) for key, facts in KEYS.items() if facts.choices])
 def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed: tuple[Any, ...]) -> None:
     for value in allowed:
-        searched = {kind: ["tuner.enabled=true"] for kind in ("density", "both")}
-        needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"], **searched}.get(str(value), [])
-        recipes.validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed]))
+        needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"]}
+        needed |= {kind: ["tuner.enabled=true"] for kind in ("density", "both")}
+        needed |= {pairs: ["objective.draws=2"] for pairs in ("complement", "antithetic")}
+        recipes.validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed.get(str(value), [])]))
     message = refused(base, [f"{key}={7 if isinstance(allowed[0], int) else 'other'}"])
     assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)
 
@@ -278,7 +282,7 @@ def test_every_key_either_may_change_or_is_named(base: Path) -> None:
     free = set()
     for key in recipes.flatten(saved):
         section, name = key.split(".")
-        special = {"objective.block_size": 16, "data.mixture": [SourceConfig(path="a")]}
+        special = {"objective.block_size": 16, "objective.draws": 2, "data.mixture": [SourceConfig(path="a")]}
         other = special.get(key, "something else")
         changed = replace(saved, **{section: replace(getattr(saved, section), **{name: other})})
         try:
