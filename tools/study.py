@@ -509,6 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pair-steps", type=int, nargs="+", default=[], help="of single-token: budgets of AR and full masking alone")
     parser.add_argument("--block-sizes", type=int, nargs="+", help="of schedules and variance")
     parser.add_argument("--seeds", type=int, default=3, help="of variance: trainings of every arm")
+    parser.add_argument("--arms", nargs="+", choices=list(study_variance.ARMS), help="of variance: these and the first; default all")
     parser.add_argument("--points", type=int, default=10, help="validations of a training")
     parser.add_argument(
         "--draws", type=int, help="passes over held-out rows for the variance of drawn losses (1); of variance: gradients (64)"

@@ -1,7 +1,8 @@
 """`python tools/study.py variance`: what ways of drawing the noise do to the variance of loss and gradient, and to what is learned.
 
-An arm is a few keys of a recipe. For every block size and seed each arm is trained for the same number of steps; then its estimators, with
-what its tuner found, are all measured on one network, that of the first arm, on the same rows and with fresh noise:
+An arm is a few keys of a recipe. For every block size and seed each arm is trained for the same number of steps, or, where its name says
+so, for as many as have the same FLOPs; then its estimators, with what its tuner found, are all measured on one network, that of the first
+arm, on the same rows and with fresh noise (a step has equally many noisy rows in all arms):
 
 - variance of a block's loss: of one block, exact over t and masks (`LossProfile`), of the bound itself or of a clipped one;
 - variance of a step's loss, with and without the control variate, and of its gradient (trace of the covariance over all parameters);
@@ -41,10 +42,23 @@ ARMS: dict[str, list[str]] = {
     "learned density": ["tuner.kind=density"],
     "tuned interval": ["tuner.kind=interval"],
     "both": ["tuner.kind=both"],
+    "2 draws": ["objective.draws=2"],
+    "2 draws, complement": ["objective.draws=2", "objective.pairs=complement"],
+    "2 draws, antithetic": ["objective.draws=2", "objective.pairs=antithetic"],
+    "4 draws": ["objective.draws=4"],
+    "2 draws, equal FLOPs": ["objective.draws=2"],
+    "4 draws, equal FLOPs": ["objective.draws=4"],
+    "mixture": [],
 }
+EQUAL_FLOPS = {"2 draws, equal FLOPs": "2 draws", "4 draws, equal FLOPs": "4 draws"}
+"""Arm -> the one that has its keys and as many steps as the others."""
+MIXTURE = "mixture"
+"""One training with all block sizes, in equal shares, measured at each."""
+FIRST = next(iter(ARMS))
 COLUMNS = {
     "block_size": "L'",
     "training": "noise",
+    "steps": "steps",
     "bound": "estimates the bound",
     "flops": "FLOPs",
     "nelbo": "NELBO",
@@ -64,21 +78,28 @@ Train = Callable[[Path, int, list[str]], dict[str, Any]]
 
 def variance(options: argparse.Namespace, train: Train) -> dict[str, Any]:
     """The study. `train`: (folder, steps, overrides) -> the last validation line of a run."""
-    steps, found, network = options.steps[-1], [], None
+    budget, found, network = options.steps[-1], [], None
+    arms = [arm for arm in ARMS if arm in (*(options.arms or ARMS), FIRST) and (arm != MIXTURE or len(options.block_sizes) > 1)]
     for size in options.block_sizes:
         for seed in range(options.seeds):
             lines: dict[str, dict[str, Any]] = {}
             network = None
-            for index, (arm, keys) in enumerate(ARMS.items()):
-                folder = options.work / f"L{size}-arm{index}-seed{seed}-{steps}"
+            for arm in arms:
+                keys, sizes, steps = ARMS[arm], str(size), budget
+                if arm in EQUAL_FLOPS:
+                    steps = round(budget * lines[FIRST]["flops"] / lines[EQUAL_FLOPS[arm]]["flops"])
+                folder = options.work / f"L{size}-arm{list(ARMS).index(arm)}-seed{seed}-{steps}"
+                if arm == MIXTURE:
+                    folder, sizes = options.work / f"mixture-seed{seed}-{steps}", _equal_shares(options.block_sizes)
                 when = [f"tuner.enabled={'tuner' in str(keys)}", f"tuner.every={max(1, steps // 4)}", f"tuner.start_step={steps // 4}"]
-                validated = train(folder, steps, [f"objective.block_size={size}", f"run.seed={seed}", *when, *keys])
+                validated = train(folder, steps, [f"objective.block_size={sizes}", f"run.seed={seed}", *when, *keys])
                 if network is None:
                     network = Frozen.of(folder, options)
-                lines[arm] = {**network.measure(folder), "nelbo": validated["nelbo"], "seconds": validated["seconds"]}
+                nelbo = (validated["block_sizes"][str(size)] if arm == MIXTURE else validated)["nelbo"]
+                lines[arm] = {**network.measure(folder, size), "nelbo": nelbo, "seconds": validated["seconds"], "steps": steps}
                 print(f"L' = {size}, seed {seed}, {arm}: {json.dumps(lines[arm])}", flush=True)
             found.append((size, lines))
-    rows = [_row(size, arm, [lines for of, lines in found if of == size], steps) for size in options.block_sizes for arm in ARMS]
+    rows = [_row(size, arm, [lines for of, lines in found if of == size]) for size in options.block_sizes for arm in arms]
     assert network is not None
     return {
         "parameters": sum(parameter.numel() for parameter in network.loaded.network.parameters()),
@@ -88,6 +109,13 @@ def variance(options: argparse.Namespace, train: Train) -> dict[str, Any]:
         "columns": COLUMNS,
         "text": TEXT,
     }
+
+
+def _equal_shares(sizes: list[int]) -> str:
+    """A mixture, as a recipe has it; shares have four decimals, and the first takes what is left."""
+    share = round(1 / len(sizes), 4)
+    shares = [round(1 - share * (len(sizes) - 1), 4)] + [share] * (len(sizes) - 1)
+    return "{" + ", ".join(f"{size}: {share}" for size, share in zip(sizes, shares, strict=True)) + "}"
 
 
 @dataclass(frozen=True)
@@ -119,15 +147,16 @@ class Frozen:
         assert profile is not None, "a study has more held-out rows"
         return cls(loaded, held_out, rows, profile, masked_nll(np.asarray(sums)))
 
-    def measure(self, folder: Path) -> dict[str, Any]:
-        """The estimator that the run in `folder` ended with."""
+    def measure(self, folder: Path, size: int) -> dict[str, Any]:
+        """The estimator that the run in `folder` ended with, at block size `size`."""
         checkpoint, network, tokenizer = Checkpoint(locate(folder)), self.loaded.network, self.loaded.tokenizer
-        recipe, tuning = read_recipe(checkpoint), TunerState.from_dict(checkpoint.run["tuner"])
-        schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text)
-        objective: Any = schedule.at(checkpoint.step - 1, tuning.interval, learned=tuning.density, masked_nll=self.masked_nll)
+        recipe = read_recipe(checkpoint)
+        tuning = TunerState.from_dict(checkpoint.run["tuner"]).at(size, recipe.objective.interval)
+        schedule, batch = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text), recipe.batches.rows_at(0)
+        objective: Any = schedule.of_size(size, tuning.interval, learned=tuning.density, masked_nll=self.masked_nll)
         parameters = [parameter.requires_grad_() for parameter in network.parameters()]
         losses, controlled, gradients = [], [], []
-        for step, rows in enumerate(self.rows):
+        for step, rows in enumerate(self.rows[:, :batch]):
             inputs = objective.training_inputs(rows, np.arange(len(rows)), step, recipe.run.seed + 1, len(rows))
             tokens = len(rows) * objective.scored_tokens_per_row
             loss = network(inputs.to(self.loaded.device))[0] / tokens
@@ -137,7 +166,7 @@ class Frozen:
             controlled.append(losses[-1] - objective.control(inputs, len(rows)) / tokens)
         return {
             "bound": tuple(tuning.interval) == VALIDATION_INTERVAL,
-            "flops": flops_per_token(recipe.model, recipe.objective, objective.pattern, tokenizer.model_vocabulary_size, tuning),
+            "flops": batch * flops_per_token(recipe.model, recipe.objective, objective.pattern, tokenizer.model_vocabulary_size, tuning),
             "block_variance": self.profile.variance(objective.times) if tuning.interval[0] < tuning.interval[1] else math.nan,
             "loss_variance": float(np.var(losses, ddof=1)),
             "controlled_variance": float(np.var(controlled, ddof=1)),
@@ -145,19 +174,23 @@ class Frozen:
         }
 
 
-def _row(size: int, arm: str, seeds: list[dict[str, dict[str, Any]]], steps: int) -> dict[str, Any]:
+def _row(size: int, arm: str, seeds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """One line of the table: means over seeds, relative to the first arm of the same seed."""
-    first = next(iter(ARMS))
 
     def over_seeds(key: str, relative: bool = True) -> tuple[float, float]:
-        values = np.array([lines[arm][key] / (lines[first][key] if relative else 1.0) for lines in seeds])
+        values = np.array([lines[arm][key] / (lines[FIRST][key] if relative else 1.0) for lines in seeds])
         return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
-    row: dict[str, Any] = {"block_size": size, "training": arm, "steps": steps, "bound": "yes" if seeds[0][arm]["bound"] else "no"}
+    row: dict[str, Any] = {
+        "block_size": size,
+        "training": arm,
+        "steps": seeds[0][arm]["steps"],
+        "bound": "yes" if seeds[0][arm]["bound"] else "no",
+    }
     for key in ("flops", "block_variance", "loss_variance", "gradient_variance"):
         row[key], row[f"{key}_error"] = over_seeds(key)
     row["nelbo"], row["nelbo_error"] = over_seeds("nelbo", relative=False)
-    controlled = [lines[arm]["controlled_variance"] / lines[first]["loss_variance"] for lines in seeds]
+    controlled = [lines[arm]["controlled_variance"] / lines[FIRST]["loss_variance"] for lines in seeds]
     return {**row, "controlled_variance": float(np.mean(controlled)), "seconds": sum(lines[arm]["seconds"] for lines in seeds)}
 
 
@@ -167,6 +200,8 @@ def _checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     of = {(row["block_size"], row["training"]): row for row in rows}
     for size in dict.fromkeys(row["block_size"] for row in rows):
         for better, worse in (("learned density", "uniform"), ("both", "tuned interval")):
+            if (size, better) not in of or (size, worse) not in of:
+                continue
             one, other = (of[size, arm]["block_variance"] for arm in (better, worse))
             what = f"L' = {size}: variance of a block's loss with {better} below {worse}'s"
             found.append({"expected": what, "holds": bool(one < other), "measured": f"{one:.3f} and {other:.3f} times uniform's"})

@@ -104,16 +104,20 @@ def test_a_tiny_study_reports_every_training(
 
 def test_a_tiny_study_of_the_noise(study: Any, folder: Path, tmp_path: Path, world_of_one: object) -> None:
     """Every arm has its numbers; what is drawn uniformly is measured against itself."""
-    few = ["--steps", "4", "--block-sizes", "4", "--seeds", "1", "--draws", "4"]
+    arms = ["beta [2, 2]", "learned density", "tuned interval", "2 draws, complement", "4 draws", "4 draws, equal FLOPs", "mixture"]
+    few = ["--steps", "4", "--block-sizes", "4", "2", "--seeds", "1", "--draws", "4", "--arms", *arms]
     command = ["variance", *TINY, f"data.path={folder}", *few, "--work", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert study.main(command) == 0
     (document,) = (tmp_path / "out").glob("*-study-variance.json")
     report = json.loads(document.read_text())
-    lines = {line["training"]: line for line in report["result"]["rows"]}
-    assert len(lines) == 6 and len(report["checks"]) == 2
+    rows = report["result"]["rows"]
+    lines = {line["training"]: line for line in rows if line["block_size"] == 4}
+    assert len(rows) == 2 * len(lines) == 2 * (len(arms) + 1) and len(report["checks"]) == 2
     numbers = ("flops", "block_variance", "loss_variance", "controlled_variance", "gradient_variance", "nelbo")
     assert all(finite(line[key]) and line[key] > 0 for line in lines.values() for key in numbers), lines
     assert all(lines["uniform"][key] == 1.0 for key in ("flops", "block_variance", "loss_variance", "gradient_variance"))
     assert lines["learned density"]["block_variance"] < 1 < lines["beta [2, 2]"]["block_variance"]
     assert lines["learned density"]["bound"] == "yes" != lines["tuned interval"]["bound"]
+    assert lines["4 draws"]["flops"] < lines["2 draws, complement"]["flops"] < 1
+    assert lines["4 draws"]["steps"] == 4 and lines["4 draws, equal FLOPs"]["steps"] == round(4 / lines["4 draws"]["flops"])
     assert "| learned density |" in document.with_suffix(".md").read_text()
