@@ -82,8 +82,9 @@ def time_density(interval: Interval, name: str, shape: tuple[float, ...], learne
         nodes, shares = np.polynomial.legendre.leggauss(16)
         places = (edges - interval[0]) / (interval[1] - interval[0])
         here = places[:-1, None] + np.diff(places)[:, None] * (nodes + 1) / 2
-        masses = np.diff(places) * (here ** (shape[0] - 1) * (1 - here) ** (shape[1] - 1) * shares).sum(1)
+        logarithm = (shape[0] - 1) * np.log(here) + (shape[1] - 1) * np.log1p(-here)  # which no shape lets over- or underflow
+        masses = np.diff(places) * (np.exp(logarithm - logarithm.max()) * shares).sum(1)
     else:
         (alpha,) = shape
-        masses = np.diff(np.log(edges)) if alpha == 0 else -np.diff(edges**-alpha) / alpha
+        masses = np.diff(np.log(edges)) if alpha == 0 else -np.diff((edges / edges[0]) ** -alpha) / alpha
     return TimeDensity(interval, tuple(masses.tolist()))

@@ -49,7 +49,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     if saved:
         _renew(text)
     try:
-        written = text, OmegaConf.from_dotlist(overrides)
+        written = text, OmegaConf.from_dotlist(_replacing(text, overrides))
         for part in written:
             _check_written(OmegaConf.to_container(part, resolve=False))
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), *written)
@@ -66,6 +66,23 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     if rules_device.compiled_in_pieces(recipe.training, recipe.parallel) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe
+
+
+def _replacing(text: DictConfig, overrides: list[str]) -> list[str]:
+    """The overrides, where a mapping stands instead of what the recipe and earlier overrides have at its key, and what is written for a key
+    instead of a mapping; OmegaConf would merge the two."""
+    kept: list[str] = []
+    before = OmegaConf.to_container(text, resolve=False)
+    for item in overrides:
+        key = item.partition("=")[0]
+        section, _, name = key.partition(".")
+        if name and "." not in name:
+            kept = [other for other in kept if not other.startswith((f"{key}=", f"{key}."))]
+            of_section = before.get(section) if isinstance(before, dict) else None
+            if isinstance(of_section, dict) and isinstance(of_section.get(name), dict):
+                text[section].pop(name, None)
+        kept.append(item)
+    return kept
 
 
 def _renew(text: DictConfig) -> None:
@@ -95,6 +112,8 @@ def _check_written(written: Any) -> None:
             if isinstance(value, bool) and key in KEYS and KEYS[key].former:
                 choices, cure = ", ".join(KEYS[key].choices), as_text({key: KEYS[key].former[value]})
                 raise RecipeError(f"{key} is {as_yaml(value)} but is one of {choices}; {cure} for what {as_yaml(value)} was")
+            if get_origin(kind) is dict and not (isinstance(value, dict) and all(isinstance(one, str) and one for one in value.values())):
+                raise RecipeError(f"{key} is {as_yaml(value)} but must give names their paths; set {key}={{NAME: FOLDER}}")
             if get_origin(kind) is tuple:
                 numbers = value if isinstance(value, list) else []
                 if len(numbers) != len(get_args(kind)) or not all(type(one) in (int, float) or "${" in str(one) for one in numbers):

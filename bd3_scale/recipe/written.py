@@ -56,9 +56,11 @@ def _quoted(node: yaml.Node, kind: Any, key: str) -> str:
 
 def _check(node: yaml.Node, kind: Any, key: str) -> None:
     if isinstance(node, yaml.MappingNode):
+        names = [name.value for name, _ in node.value]
         for name, value in node.value:
-            if get_origin(kind) is dict:
-                _check(name, get_args(kind)[0], key)
+            if names.count(name.value) > 1:
+                raise RecipeError(f"{key or 'the recipe'} has {name.value} twice; keep one of them")
+            _check(name, get_args(kind)[0] if get_origin(kind) is dict else None, key)
             _check(value, _below(kind, name.value), f"{key}.{name.value}".lstrip("."))
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:

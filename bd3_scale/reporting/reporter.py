@@ -176,7 +176,7 @@ class Reporter:
             self.say(f"step {step}: the interval{of} {verb} {list(choice.interval)} (variance {choice.variance:.3g})")
         if density:
             verb, times = "changes" if density.changed else "stays", density.variance / density.uniform_variance
-            self.say(f"step {step}: the density of t {verb} (variance {density.variance:.3g}, {times:.2f} times that of a uniform one)")
+            self.say(f"step {step}: the density of t{of} {verb} (variance {density.variance:.3g}, {times:.2f} times that of a uniform one)")
         self.plot()
 
     def skip(self, seconds: float) -> None:

@@ -109,8 +109,12 @@ def _read(folder: Path) -> tuple[str, str, str]:
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     kind = line.get("kind", "train")
+    if kind == "tuner" and "block_size" in line:  # one of a mixture's
+        kind = f"tuner/block_size_{line['block_size']}"
     values = {f"{kind}/{key}": value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
     interval = line.get("interval")
     if interval is not None:
         values |= {f"{kind}/interval_{name}": float(value) for name, value in zip(("beta", "omega"), interval, strict=True)}
+    for size, one in line.get("block_sizes", {}).items():
+        values |= {f"{kind}/block_size_{size}/{key}": value for key, value in one.items() if isinstance(value, (int, float))}
     return values

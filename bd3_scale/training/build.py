@@ -133,8 +133,9 @@ def _amend(objectives: TunedObjective, step: int, found: resume.Found | None, fo
     """Train from `step` on what the recipe says of it now. `forget` the norms of another loss."""
     changes = objectives.advance(step) or objectives.recipe.batches.begins(step)
     changed = {name for name in ("interval", "density", "density_shape", "resample") if found and found.amended(f"objective.{name}")}
-    if changed - {"resample"}:
-        objectives.draw_from(objectives.recipe.objective.interval if "interval" in changed else objectives.tuning.interval)
+    objective = objectives.recipe.objective
+    if changed - {"resample"} or ("resample" in changed and objective.resample):  # which goes with no density
+        objectives.draw_from(objective.interval if "interval" in changed else None)
     if changes or changed:
         forget()
 

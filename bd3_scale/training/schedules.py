@@ -71,10 +71,10 @@ class TunedObjective:
             found.append((share, *self._of_size(size)))
         return found
 
-    def draw_from(self, interval: Interval) -> None:
-        """Train on `interval` from now on, with the recipe's density."""
-        others = tuple(replace(other, interval=interval, density=()) for other in self.tuning.others)
-        self.tuning = replace(self.tuning, interval=interval, density=(), others=others)
+    def draw_from(self, interval: Interval | None) -> None:
+        """Train on `interval` (None: on those that were tuned) from now on, with the recipe's density."""
+        others = tuple(replace(other, interval=interval or other.interval, density=()) for other in self.tuning.others)
+        self.tuning = replace(self.tuning, interval=interval or self.tuning.interval, density=(), others=others)
 
     def choose(self, statistics: IntervalStatistics, block_size: int) -> Choice:
         """What a pass with `block_size` says of interval and density, those of the two that the recipe's tuner searches."""

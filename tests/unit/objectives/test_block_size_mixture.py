@@ -15,6 +15,7 @@ from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe import load, to_yaml, validate
 from bd3_scale.recipe.resume_check import compare
 from bd3_scale.recipe.schema import ObjectiveConfig
+from bd3_scale.training.schedules import TunedObjective
 
 MIXTURE = {4: 0.5, 16: 0.3, 32: 0.2}
 
@@ -80,3 +81,55 @@ def test_what_is_no_mixture_is_refused(value: Any, said: str) -> None:
     with pytest.raises(RecipeError, match="block_size") as refusal:
         schedule(sizes=value)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("objective.block_size={8: 0.5, 16: 0.5}", {8: 0.5, 16: 0.5}),
+        ("objective.block_size=[[0, 32], [2, 4]]", [[0, 32], [2, 4]]),
+        ("objective.block_size=8", 8),
+    ],
+)
+def test_a_mapping_that_is_written_stands_instead_of_the_recipes(override: str, found: Any, tmp_path: Path) -> None:
+    """And of what earlier overrides have there; single names go on adding to it."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("objective: {block_size: {4: 0.5, 32: 0.5}}\nvalidation: {sets: {a: /a, b: /b}}\n")
+    assert load(file, ["objective.block_size={2: 0.5, 4: 0.5}", override]).objective.block_size == found
+    assert load(file, ["validation.sets={}"]).validation.sets == {}
+    assert load(file, ["validation.rows=8", "validation.sets={e: /e}", "validation.sets={c: /c}"]).validation.sets == {"c": "/c"}
+    assert load(file, ["validation.sets={c: /c}", "validation.sets.d=/d"]).validation.sets == {"c": "/c", "d": "/d"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("objective: {block_size: {4: 0.2, 32: 0.3, 4: 0.5}}", "objective.block_size has 4 twice"),
+        ("objective: {block_size: {010: 0.5, 32: 0.5}}", "010, but a number has no leading zeros"),
+        ("validation: {sets: {a: [x]}}", "must give names their paths"),
+        ("validation: {sets: {a: {b: /x}}}", "must give names their paths"),
+        ("validation: {sets: {a: ''}}", "must give names their paths"),
+    ],
+)
+def test_mappings_are_what_they_look_like(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as refusal:
+        load(file)
+    assert said in str(refusal.value)
+    key, _, value = text.partition(": {")
+    file.write_text("{}")
+    with pytest.raises(RecipeError) as refusal:
+        load(file, [f"{key}.{value[:-1].replace(': ', '=', 1)}"])
+    assert said in str(refusal.value)
+
+
+def test_an_amended_density_leaves_every_block_size_its_interval() -> None:
+    start = (1e-3, 1.0)
+    state = TunerState.begin(ObjectiveConfig(block_size=MIXTURE)).at(16, start).after(10, Choice((0.3, 0.8), 1.0, True)).at(4, start)
+    tuned = TunedObjective.__new__(TunedObjective)
+    tuned.tuning = replace(state, density=(1, 2), others=tuple(replace(other, density=(3, 4)) for other in state.others))
+    tuned.draw_from(None)
+    assert tuned.tuning == state, "no density, the same intervals"
+    tuned.draw_from((0.1, 0.9))
+    assert {tuned.tuning.at(size, start).interval for size in MIXTURE} == {(0.1, 0.9)}

@@ -125,3 +125,14 @@ def test_rows_of_one_block_are_corrected_alike(kind: type[MaskedDiffusion]) -> N
     assert not torch.equal(dense.weights, plain.weights)
     same = replace(kind(MASK, 16), learned=(1, 4, 1)).validation_inputs(rows, slots, 0)
     assert torch.equal(same.weights, kind(MASK, 16).validation_inputs(rows, slots, 0).weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("beta", (1e6, 1e6)), ("beta", (1e6, 1.0)), ("beta", (1e-6, 1e6)), ("pareto", (1000.0,)), ("pareto", (-0.999,))],
+)
+@pytest.mark.parametrize("interval", [(1e-3, 1.0), (1e-9, 1.0), (0.3, 0.31)])
+def test_a_density_of_any_shape_is_one(name: str, shape: tuple[float, ...], interval: tuple[float, float]) -> None:
+    times, corrections = time_density(interval, name, shape).draw(np.linspace(0, 1, 1000, endpoint=False))
+    assert np.isfinite(times).all() and (times >= interval[0]).all() and (times <= interval[1]).all()
+    assert (corrections > 0).all() and corrections.max() <= 10 + 1e-9 and corrections.mean() == pytest.approx(1, abs=0.02)
