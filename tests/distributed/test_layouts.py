@@ -188,6 +188,9 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
 }  # fmt: skip
 
 SAID_BY_OTHERS = {
+    "pipeline 2", "pipeline 2, zero 3", "tensor 2, sequence", "pipeline 4", "tensor 2, pipeline 2, sequence", "ssdlm, L'=L: pipeline 2",
+    "adaln: tensor 2, pipeline 2, sequence, zero 0", "gpt2: tensor 2, pipeline 2, sequence", "tensor 4, shared key heads",
+    "ramp: data 2, zero 2",
     "mixture: data 2, zero 3", "mixture: pipeline 2 x 2 interleaved, data 2", "mixture: data 3",
     "data 3, zero 0", "data 3, zero 2", "ssdlm: data 3", "7 rows: pipeline 2 x 2 interleaved, data 2", "7 rows: tensor 2, data 2, sequence",
     "tensor 2, zero 0", "data 4, one micro-batch", "sedd: data 2", "adaln: data 2, zero 0, recomputed", "ssdlm: tensor 2, data 2, sequence",
