@@ -157,12 +157,19 @@ def open_data(config: DataConfig, context: int, *, leader: bool, barrier: Callab
     return Data(config, tokenizer, sources, mixture, train, MixedHeldOut(mixture, [source.validation for source in sources]))
 
 
-def open_held_out(path: str, config: DataConfig, context: int, tokenizer: Tokenizer) -> ShardReader:
-    """The held-out rows of another prepared folder, in either format. Raises DataError where they are not rows as those of `config`."""
+def open_held_out(name: str, path: str, config: DataConfig, context: int, tokenizer: Tokenizer) -> ShardReader:
+    """The held-out rows of another prepared folder, in either format, which is the set `name`. Raises DataError where they are not rows as
+    those of `config`."""
     folder = expanded(path).absolute()
-    manifest = Manifest.load(folder / MANIFEST)
-    manifest.require(folder, context=context, tokenizer=tokenizer)
-    manifest.require_preparation(folder, row_special=config.row_special)
+    try:
+        manifest = Manifest.load(folder / MANIFEST)
+        manifest.require(folder, context=context, tokenizer=tokenizer)
+        manifest.require_preparation(folder, row_special=config.row_special)
+    except DataError as error:  # its cure is that of the training data
+        raise DataError(
+            f"validation.sets.{name}={path}: {str(error).rpartition('; ')[0] or error}; set it to a folder that tools/prepare_data.py made "
+            "with the tokenizer, context and special tokens of the training data"
+        ) from None
     return ShardReader(folder, "validation", context=context, tokenizer=tokenizer, manifest=manifest, open_shards=1)
 
 

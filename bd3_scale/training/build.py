@@ -84,7 +84,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     validator = Validator(data.validation, layout, **validation)
     set_validators = {}
     for name, path in recipe.validation.sets.items():
-        with open_held_out(path, recipe.data, recipe.model.context, data.tokenizer) as rows:
+        with open_held_out(name, path, recipe.data, recipe.model.context, data.tokenizer) as rows:
             set_validators[name] = Validator(rows, layout, **validation, name=name)
     stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
     unigram = _unigram(data, recipe.validation.rows) if layout.is_main_rank else None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bd3_scale.data import open as module
-from bd3_scale.data.open import open_data
+from bd3_scale.data.open import open_data, open_held_out
 from bd3_scale.data.preparation import documentation, packing
 from bd3_scale.errors import DataError
 from bd3_scale.recipe.schema import DataConfig
@@ -96,3 +96,13 @@ def test_a_remote_folder_is_served_through_the_local_one(kind: str, config: Data
 def test_no_source_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"--path {tmp_path}/none --context 512 --tokenizer bytes"):
         open_data(DataConfig(path=str(tmp_path / "none"), tokenizer="bytes"), 512, leader=True, barrier=Barrier())
+
+
+def test_another_held_out_set_is_named_in_its_errors(config: DataConfig, tmp_path: Path) -> None:
+    with open_data(config, 128, leader=True, barrier=Barrier()) as data:
+        with open_held_out("same", config.path, config, 128, data.tokenizer) as rows:
+            assert (rows.rows([0]) == data.validation.rows([0])).all()
+        for path, context in ((str(tmp_path / "none"), 128), (config.path, 64)):
+            with pytest.raises(DataError) as refusal:
+                open_held_out("other", path, config, context, data.tokenizer)
+            assert f"validation.sets.other={path}: " in str(refusal.value) and "data.path" not in str(refusal.value)
