@@ -116,7 +116,7 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
     """Our name -> how to make its tensor; checked to be all of ours, and of all of theirs. Raises CheckpointError."""
     prefix = prefix_of(source.shapes, key_map)
     rules = key_map.rules(layers)
-    needed = {_full(prefix, piece.name) for rule in rules for piece in rule.pieces}
+    needed = {full_name(prefix, piece.name) for rule in rules for piece in rule.pieces}
     missing = sorted(needed - set(source.shapes))
     if missing:
         raise CheckpointError(f"{source.path}: tensor {missing[0]} is missing")
@@ -135,7 +135,7 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
 
 
 def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor:
-    pieces = [piece.read(source, _full(prefix, piece.name)) for piece in rule.pieces]
+    pieces = [piece.read(source, full_name(prefix, piece.name)) for piece in rule.pieces]
     tensor = pieces[0] if rule.join == "one" else interleave(pieces, sizes.head_size if rule.join == "heads" else 1)
     if rule.rows == "vocabulary":
         return with_mask(tensor, sizes.text_ids, sizes.words if rule.name == "embedding.weight" else None)
@@ -180,7 +180,7 @@ def _of_layer(rule: Rule, layer: int) -> Rule:
     return Rule(rule.name.replace("{}", str(layer)), pieces, rule.join, rule.rows)
 
 
-def _full(prefix: str, name: str) -> str:
+def full_name(prefix: str, name: str) -> str:
     """A name that starts with / stands outside the prefix."""
     return name[1:] if name.startswith("/") else prefix + name
 

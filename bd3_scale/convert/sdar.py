@@ -18,8 +18,8 @@ import torch
 
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.convert.causal import llama_map
-from bd3_scale.convert.export import Exported, Opened, Tensors, open_checkpoint, whole, write_tensors
-from bd3_scale.convert.key_map import Rule, separate
+from bd3_scale.convert.export import HUB, Exported, Opened, Tensors, open_checkpoint, whole, write_tensors
+from bd3_scale.convert.key_map import Rule, full_name, separate
 from bd3_scale.convert.tokenizer_files import write_tokenizer
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.schema import ModelConfig
@@ -27,7 +27,6 @@ from bd3_scale.recipe.schema import ModelConfig
 MASK_ID = 151669
 """MASK, as the servers have it: the id after those of Qwen3's tokenizer."""
 CONFIGURATION = "configuration_sdar.py"
-HUB = Path(__file__).parents[1] / "hub"
 SHAPE: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary",),
     "attention_bias": ("none", "all"),
@@ -121,8 +120,7 @@ def _tensors(opened: Opened) -> Tensors:
         parts = len(rule.pieces)
         shape = (shapes[rule.name][0] // parts, *shapes[rule.name][1:])
         for place, piece in enumerate(rule.pieces):
-            name = piece.name.removeprefix("/") if piece.name.startswith("/") else f"model.{piece.name}"
-            found[name] = shape, _maker(checkpoint, kind, rule, place, model)
+            found[full_name("model.", piece.name)] = shape, _maker(checkpoint, kind, rule, place, model)
     embedding = "embedding.weight" if model.tied_head else "head.weight"
     found["lm_head.weight"] = shapes[embedding], lambda: with_mean_for_mask(checkpoint.read(kind, embedding))
     return found

@@ -84,10 +84,8 @@ class GlobalOrder:
         following: dict[int, None] = {}
         end, horizon = position + count, position + count + 2 * self.epoch_samples  # until then every shard has come
         while position < end or (position < horizon and len(following) < ahead):
-            epoch_number, place = divmod(position, self.epoch_samples)
-            epoch = self._epoch(epoch_number)
-            window = int(np.searchsorted(epoch.starts, place, side="right")) - 1
-            shards = epoch.shards[window * self._window : (window + 1) * self._window]
+            epoch_number, _, window = self._locate(position)
+            epoch, shards = self._epoch(epoch_number), self._shards_of(epoch_number, window)
             starts, ends = self._fractions(shards)
             here = shards[(starts < share[1]) & (ends > share[0])].tolist()
             if position < end:
@@ -113,14 +111,20 @@ class GlobalOrder:
         """The samples from `position` on as parts of windows."""
         pieces = []
         while count > 0:
-            epoch_number, place = divmod(position, self.epoch_samples)
-            epoch = self._epoch(epoch_number)
-            window = int(np.searchsorted(epoch.starts, place, side="right")) - 1
-            start = place - int(epoch.starts[window])
-            length = min(count, int(epoch.starts[window + 1]) - place)
+            epoch_number, place, window = self._locate(position)
+            first, end = self._epoch(epoch_number).starts[window : window + 2].tolist()
+            start, length = place - first, min(count, end - place)
             pieces.append((self._window_of(epoch_number, window), slice(start, start + length)))
             position, count = position + length, count - length
         return pieces
+
+    def _locate(self, position: int) -> tuple[int, int, int]:
+        """The epoch of a place of the run, its place in that, and its window there."""
+        epoch, place = divmod(position, self.epoch_samples)
+        return epoch, place, int(np.searchsorted(self._epoch(epoch).starts, place, side="right")) - 1
+
+    def _shards_of(self, epoch: int, window: int) -> np.ndarray:
+        return self._epoch(epoch).shards[window * self._window : (window + 1) * self._window]
 
     def _fractions(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each of a window's shards begins and ends, as fractions of the window's rows."""
@@ -131,7 +135,7 @@ class GlobalOrder:
     def _window_of(self, epoch: int, window: int) -> _Window:
         if (known := self._windows.get((epoch, window))) is not None:
             return known
-        shards = self._epoch(epoch).shards[window * self._window : (window + 1) * self._window]
+        shards = self._shards_of(epoch, window)
         ids = np.concatenate([np.arange(self._first_row[shard], self._first_row[shard + 1]) for shard in shards])
         order = _permutation(self._seed, "row order", len(ids), epoch, window)
         shard = np.repeat(np.arange(len(shards), dtype=np.int32), self._rows[shards])

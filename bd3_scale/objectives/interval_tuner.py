@@ -259,9 +259,9 @@ class TunerState:
     @classmethod
     def begin(cls, objective: ObjectiveConfig) -> TunerState:
         """That of a new run; of a mixture, of the block size with the largest share."""
-        beta, omega = objective.interval
-        first, *others = block_size_shares(objective.block_size) if isinstance(objective.block_size, dict) else [_first(objective)]
-        return cls(first, (beta, omega), others=tuple(cls(size, (beta, omega)) for size in sorted(others)))
+        interval, first = _pair(objective.interval), block_sizes(objective.block_size)[0][1]
+        others = block_size_shares(objective.block_size).keys() - {first} if isinstance(objective.block_size, dict) else ()
+        return cls(first, interval, others=tuple(cls(size, interval) for size in sorted(others)))
 
     def at(self, block_size: int, start: Interval) -> TunerState:
         """The state under `block_size`: another L' has another best interval, whose search begins at the recipe's, or goes on where it
@@ -315,10 +315,6 @@ class TunerState:
             return cls(int(state["block_size"]), _pair(state["interval"]), history, density, masked_nll, others)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's tuner state cannot be read ({error!r}); resume from another checkpoint") from None
-
-
-def _first(objective: ObjectiveConfig) -> int:
-    return block_sizes(objective.block_size)[0][1]
 
 
 def _pair(interval: Sequence[float]) -> Interval:

@@ -61,7 +61,7 @@ class TunedObjective:
     def advance(self, step: int) -> bool:
         """The run is at `step`. Whether another block size begins there, whose interval is searched anew; those of a mixture are all
         there from the beginning."""
-        before, self.tuning = self.tuning.block_size, self._tuning_at(step)
+        before, (_, self.tuning) = self.tuning.block_size, self._of_size(self.schedule.size_at(step))
         return self.tuning.block_size != before and not self.tuning.others
 
     def in_use(self, step: int) -> list[tuple[float, Objective, TunerState]]:
@@ -78,7 +78,7 @@ class TunedObjective:
 
     def choose(self, statistics: IntervalStatistics, block_size: int) -> Choice:
         """What a pass with `block_size` says of interval and density, those of the two that the recipe's tuner searches."""
-        config, tuning = self.recipe.tuner, self.tuning.at(block_size, self.recipe.objective.interval)
+        config, tuning = self.recipe.tuner, self._tuning_of(self.tuning, block_size)
         if config.kind == "density":
             choice = Choice(tuning.interval, statistics.variance_of(tuning.interval), False)
         else:
@@ -93,14 +93,14 @@ class TunedObjective:
 
     def take(self, choice: Choice, step: int, block_size: int) -> bool:
         """Train with `block_size` on what was chosen after `step` updates, and remember it; whether that is another interval or density."""
-        before = self.tuning.at(block_size, self.recipe.objective.interval)
+        before = self._tuning_of(self.tuning, block_size)
         after = before.after(step, choice)
-        self.tuning = after.at(self.tuning.block_size, self.recipe.objective.interval)
+        self.tuning = self._tuning_of(after, self.tuning.block_size)
         return (after.interval, after.density) != (before.interval, before.density)
 
     def _of_size(self, size: int) -> tuple[Objective, TunerState]:
-        tuning = self.tuning.at(self.schedule.of_size(size).block_size, self.recipe.objective.interval)
+        tuning = self._tuning_of(self.tuning, self.schedule.of_size(size).block_size)
         return self.schedule.of_size(size, tuning.interval, learned=tuning.density, masked_nll=tuning.masked_nll), tuning
 
-    def _tuning_at(self, step: int) -> TunerState:
-        return self.tuning.at(self.schedule.at(step).block_size, self.recipe.objective.interval)
+    def _tuning_of(self, state: TunerState, block_size: int) -> TunerState:
+        return state.at(block_size, self.recipe.objective.interval)
