@@ -47,7 +47,7 @@ def whole_layers(model: Transformer, inputs: NetworkInputs) -> Tensor:
     """Hidden states [rows, batch, hidden] of all rows: every layer, the last one too, on both halves."""
     x = model.embedding(inputs.tokens)
     stream = Stream(inputs.pattern)
-    rotary = rotary_table(inputs.positions, model.config.head_size, model.config.rotary_base)
+    rotary = rotary_table(inputs.positions, model.config)
     every = Rows(stream.rows)
     shared = ForwardContext(rotary, stream, None, every, every, model.kernel, segments=inputs.segments)
     for block in model.blocks.values():

@@ -1,6 +1,7 @@
 """Weights from elsewhere into a checkpoint, and a checkpoint into what others read; tensor by tensor.
 
-    # GPT-2, Llama, Mistral, Qwen2, Qwen3 (a Hugging Face directory) as the start of block diffusion on your data
+    # GPT-2, Llama, Mistral, Qwen2, Qwen3, SmolLM3 (a Hugging Face directory) as the start of block diffusion on your data; LLaDA and
+    # Dream go on as masked diffusion, or with --objective bd3
     python tools/convert_checkpoint.py import ~/gpt2 runs/from-gpt2 --data data/my-corpus --block-size 16
     python -m bd3_scale.train runs/from-gpt2/recipe.yaml
     # the paper's published weights (a Hugging Face directory, or a Lightning .ckpt), to sample from
@@ -66,10 +67,13 @@ def _import(options: argparse.Namespace) -> None:
     )
     written = write(found, options.out, tokenizer=tokenizer, data=options.data, overrides=options.set)
     recipe = written.recipe
-    rows = {rule.rows for rule in found.key_map.whole}
+    masks = {rule.mask for rule in found.key_map.whole if rule.rows == "vocabulary"}
     print(f"{found.origin}: {recipe.model.layers} layers x {recipe.model.hidden}, context {recipe.model.context} -> {written.checkpoint}")
-    if "vocabulary" in rows:
-        print("MASK is a new last id; its embedding starts as the mean of those that text has")
+    if masks:
+        (row,) = masks
+        print(f"MASK is a new last id; its row is {'the mean of those that text has' if row is None else f'their row {row}, their MASK'}")
+    if found.note:
+        print(found.note)
     if found.origin.endswith("(Hugging Face)"):
         print(f"rows of {recipe.model.context} tokens (--set model.context=N for others); the objective goes on as {recipe.objective.kind}")
     if written.trainable:

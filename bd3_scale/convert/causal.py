@@ -1,13 +1,15 @@
-"""Causal language models in Hugging Face form: GPT-2, and the family of Llama (Llama, Mistral, Qwen2, Qwen3).
+"""Causal language models in Hugging Face form: GPT-2, and the family of Llama (Llama, Mistral, Qwen2, Qwen3, SmolLM3).
 
-`describe` reads config.json into our `ModelConfig` and the table of names. Whatever a config says that our network does not
-compute (scaled rotary positions, sliding windows, other activations) is refused by its name. Not taken over: dropout rates,
-which are the recipe's, and GPT-2's dropout of the embedding, which we do not have.
+A row of `FAMILIES` reads config.json into our `ModelConfig` and the table of names. Whatever a config says that our network does not
+compute (other activations, rotary positions scaled otherwise than Llama's) is refused by its name, and families that differ throughout
+by what they have (`REFUSED`). A sliding window is no difference to rows that are not longer: it limits the context. Not taken over:
+dropout rates, which are the recipe's, and GPT-2's dropout of the embedding, which we do not have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bd3_scale.convert.key_map import KeyMap, Piece, Rule
@@ -18,7 +20,21 @@ DEFAULT_CONTEXT = 1024
 """Tokens per row of the recipe, where the model can do as many and nothing else is asked for."""
 
 
-def _weights(ours: str, theirs: str, bias: bool, transposed: bool = False, part: tuple[int, int] = (0, 1)) -> tuple[Rule, ...]:
+@dataclass(frozen=True)
+class Described:
+    """What a config.json says."""
+
+    model: ModelConfig
+    names: KeyMap
+    longest: int | None = None
+    """Tokens of a row that the weights can do; None: any number."""
+    objective: str = "bd3"
+    """How training goes on where nothing else is asked for."""
+    note: str = ""
+    """What whoever goes on from these weights should know."""
+
+
+def weights_of(ours: str, theirs: str, bias: bool, transposed: bool = False, part: tuple[int, int] = (0, 1)) -> tuple[Rule, ...]:
     """A linear or a norm: weight (turned where it is stored [in, out]) and, perhaps, bias."""
     weight = Rule(f"{ours}.weight", (Piece(f"{theirs}.weight", transposed, part),))
     return (weight, Rule(f"{ours}.bias", (Piece(f"{theirs}.bias", False, part),))) if bias else (weight,)
@@ -34,25 +50,25 @@ def _gpt2_map(tied: bool) -> KeyMap:
         whole=(
             Rule("embedding.weight", (Piece("wte.weight"),), rows="vocabulary"),
             Rule("positions.weight", (Piece("wpe.weight"),), rows="positions"),
-            *_weights("final_norm", "ln_f", True),
+            *weights_of("final_norm", "ln_f", True),
             *(() if tied else (Rule("head.weight", (Piece("/lm_head.weight"),), rows="vocabulary"),)),
         ),
         layer=(
-            *_weights("blocks.{}.attention_norm", "h.{}.ln_1", True),
-            *_weights("blocks.{}.attention.query", attention, True, transposed=True, part=(0, 3)),
+            *weights_of("blocks.{}.attention_norm", "h.{}.ln_1", True),
+            *weights_of("blocks.{}.attention.query", attention, True, transposed=True, part=(0, 3)),
             *key_values,
-            *_weights("blocks.{}.attention.output", "h.{}.attn.c_proj", True, transposed=True),
-            *_weights("blocks.{}.mlp_norm", "h.{}.ln_2", True),
-            *_weights("blocks.{}.mlp.up", "h.{}.mlp.c_fc", True, transposed=True),
-            *_weights("blocks.{}.mlp.down", "h.{}.mlp.c_proj", True, transposed=True),
+            *weights_of("blocks.{}.attention.output", "h.{}.attn.c_proj", True, transposed=True),
+            *weights_of("blocks.{}.mlp_norm", "h.{}.ln_2", True),
+            *weights_of("blocks.{}.mlp.up", "h.{}.mlp.c_fc", True, transposed=True),
+            *weights_of("blocks.{}.mlp.down", "h.{}.mlp.c_proj", True, transposed=True),
         ),
         prefixes=("transformer.", ""),
         no_use=r"h\.\d+\.attn\.(bias|masked_bias)" + (r"|lm_head\.weight" if tied else ""),
     )
 
 
-def llama_map(config: ModelConfig) -> KeyMap:
-    """Names of the family of Llama, of a network that has no more than theirs."""
+def llama_map(config: ModelConfig, mask: int | None = None) -> KeyMap:
+    """Names of the family of Llama, of a network that has no more than theirs. `mask`: their id of MASK, where they have one."""
     attention, qkv, mlp = "layers.{}.self_attn", config.attention_bias != "none", config.mlp_bias
     kinds = [("weight", True), ("bias", qkv)]
     key_values = tuple(
@@ -69,36 +85,37 @@ def llama_map(config: ModelConfig) -> KeyMap:
         Rule(f"blocks.{{}}.attention.{ours}_norm.weight", (Piece(f"{attention}.{theirs}_norm.weight"),))
         for ours, theirs in (("query", "q"), ("key", "k"))
     )
-    head = () if config.tied_head else (Rule("head.weight", (Piece("/lm_head.weight"),), rows="vocabulary"),)
+    head = () if config.tied_head else (Rule("head.weight", (Piece("/lm_head.weight"),), rows="vocabulary", mask=mask),)
+    embedding = Rule("embedding.weight", (Piece("embed_tokens.weight"),), rows="vocabulary", mask=mask)
     return KeyMap(
-        whole=(Rule("embedding.weight", (Piece("embed_tokens.weight"),), rows="vocabulary"), *_weights("final_norm", "norm", False), *head),
+        whole=(embedding, *weights_of("final_norm", "norm", False), *head),
         layer=(
-            *_weights("blocks.{}.attention_norm", "layers.{}.input_layernorm", False),
-            *_weights("blocks.{}.attention.query", f"{attention}.q_proj", qkv),
+            *weights_of("blocks.{}.attention_norm", "layers.{}.input_layernorm", False),
+            *weights_of("blocks.{}.attention.query", f"{attention}.q_proj", qkv),
             *key_values,
-            *_weights("blocks.{}.attention.output", f"{attention}.o_proj", config.attention_bias == "all"),
+            *weights_of("blocks.{}.attention.output", f"{attention}.o_proj", config.attention_bias == "all"),
             *(norms if config.query_key_norm else ()),
-            *_weights("blocks.{}.mlp_norm", "layers.{}.post_attention_layernorm", False),
+            *weights_of("blocks.{}.mlp_norm", "layers.{}.post_attention_layernorm", False),
             *ups,
-            *_weights("blocks.{}.mlp.down", "layers.{}.mlp.down_proj", mlp),
+            *weights_of("blocks.{}.mlp.down", "layers.{}.mlp.down_proj", mlp),
         ),
         prefixes=("model.", ""),
         no_use=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tied_head else ""),
     )
 
 
-def _gpt2(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
-    _only(config, "activation_function", "gelu_new", "gelu_new", "gelu_pytorch_tanh")
-    _only(config, "scale_attn_weights", True, True)
-    _only(config, "scale_attn_by_inverse_layer_idx", False, False)
-    _only(config, "add_cross_attention", False, False)
-    longest = int(_value(config, "n_positions"))
+def _gpt2(config: dict[str, Any]) -> Described:
+    only(config, "activation_function", "gelu_new", "gelu_new", "gelu_pytorch_tanh")
+    only(config, "scale_attn_weights", True, True)
+    only(config, "scale_attn_by_inverse_layer_idx", False, False)
+    only(config, "add_cross_attention", False, False)
+    longest = int(value_of(config, "n_positions"))
     tied = bool(config.get("tie_word_embeddings", True))
     model = ModelConfig(
         context=min(longest, DEFAULT_CONTEXT),
-        layers=int(_value(config, "n_layer")),
-        hidden=int(_value(config, "n_embd")),
-        heads=int(_value(config, "n_head")),
+        layers=int(value_of(config, "n_layer")),
+        hidden=int(value_of(config, "n_embd")),
+        heads=int(value_of(config, "n_head")),
         mlp_hidden=config.get("n_inner"),
         mlp_bias=True,
         positions="learned",
@@ -107,26 +124,26 @@ def _gpt2(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
         norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
         tied_head=tied,
     )
-    return model, _gpt2_map(tied), longest
+    return Described(model, _gpt2_map(tied), longest)
 
 
-def _llama(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
+def llama(config: dict[str, Any]) -> Described:
+    """Of Llama and those that differ by a switch; Dream (diffusion.py) among them."""
     kind = config["model_type"]
-    _only(config, "hidden_act", "silu", "silu")
-    _only(config, "partial_rotary_factor", 1.0, 1.0)
-    _only(config, "pretraining_tp", 1, 1)
-    _unscaled(config)
-    if config.get("sliding_window") and (kind == "mistral" or config.get("use_sliding_window")):
-        raise _unsupported("sliding_window", config["sliding_window"])
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise _unsupported("layer_types", config["layer_types"])
-    biases = "query_key_value" if kind == "qwen2" else "all" if config.get("attention_bias") else "none"
-    hidden, heads = int(_value(config, "hidden_size")), int(_value(config, "num_attention_heads"))
+    only(config, "hidden_act", "silu", "silu")
+    only(config, "partial_rotary_factor", 1.0, 1.0)
+    only(config, "pretraining_tp", 1, 1)
+    window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
+    kinds = set(config.get("layer_types") or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and not window):
+        raise unsupported("layer_types", config["layer_types"])
+    biases = "query_key_value" if kind in ("qwen2", "Dream") else "all" if config.get("attention_bias") else "none"
+    hidden, heads = int(value_of(config, "hidden_size")), int(value_of(config, "num_attention_heads"))
     width = config.get("head_dim") or (128 if kind == "qwen3" else None)
-    longest = int(_value(config, "max_position_embeddings"))
+    layers = int(value_of(config, "num_hidden_layers"))
     model = ModelConfig(
-        context=min(longest, DEFAULT_CONTEXT),
-        layers=int(_value(config, "num_hidden_layers")),
+        context=min(int(value_of(config, "max_position_embeddings")), int(window or DEFAULT_CONTEXT), DEFAULT_CONTEXT),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         key_value_heads=config.get("num_key_value_heads"),
@@ -134,62 +151,90 @@ def _llama(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
         norm="rmsnorm",
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         mlp="swiglu",
-        mlp_hidden=int(_value(config, "intermediate_size")),
-        mlp_bias=bool(config.get("mlp_bias", False)) and kind == "llama",
+        mlp_hidden=int(value_of(config, "intermediate_size")),
+        mlp_bias=bool(config.get("mlp_bias", False)) and kind in ("llama", "smollm3"),
         attention_bias=biases,
         query_key_norm=kind == "qwen3",
-        rotary_base=_rotary_base(config),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        rotary_base=rotary_base(config),
+        rotary_scaling=_rotary_scaling(config),
+        unrotated_every=_unrotated_every(config, layers) if kind == "smollm3" else None,
+        tied_head=bool(config.get("tie_word_embeddings", kind == "smollm3")),
     )
-    return model, llama_map(model), longest
+    return Described(model, llama_map(model, config.get("mask_token_id") if kind == "Dream" else None), window)
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], tuple[ModelConfig, KeyMap, int]]] = {
+FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
     "gpt2": _gpt2,
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+    "qwen3": llama,
+    "smollm3": llama,
 }
-"""model_type -> config.json to (model, names, longest context that the weights can do)."""
+"""model_type -> what its config.json says. Each raises CheckpointError."""
+REFUSED = {
+    "gemma": "scales its embedding (sqrt(hidden_size)) and gates its MLP by GELU",
+    "gemma2": "caps its logits (attn_logit_softcapping, final_logit_softcapping) and norms behind attention and MLP",
+    "gemma3": "has images; of the text models, too, layers differ in rotary base and window (layer_types)",
+    "gemma3_text": "norms behind attention and MLP, and its layers differ in rotary base and window (layer_types)",
+    "olmo2": "norms behind attention and MLP instead of before, and queries and keys over all heads (q_norm)",
+    "olmo3": "norms behind attention and MLP instead of before, and queries and keys over all heads (q_norm)",
+    "phi3": "has fused projections of its own (qkv_proj, gate_up_proj) and longrope scaling",
+}
+"""model_type -> what its network has and ours does not compute."""
 
 
-def describe(config: dict[str, Any]) -> tuple[ModelConfig, KeyMap, int]:
-    """Our model, the table of names and the longest context, of a config.json. Raises CheckpointError."""
-    return FAMILIES[config["model_type"]](config)
-
-
-def _rotary_base(config: dict[str, Any]) -> float:
+def rotary_base(config: dict[str, Any]) -> float:
     parameters = config.get("rope_parameters")  # where newer versions of transformers write it
     base = parameters.get("rope_theta") if isinstance(parameters, dict) else None
     return float(base or config.get("rope_theta") or 10000.0)
 
 
-def _unscaled(config: dict[str, Any]) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(key)
-        if isinstance(scaling, dict):
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind != "default":
-                raise CheckpointError(
-                    f"config.json has {key} of type {kind!r}, and this network's rotary positions are not scaled; take a model without it "
-                    "(a base model of the same family before its context was extended)"
-                )
-            if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-                raise _unsupported(f"{key}.partial_rotary_factor", scaling["partial_rotary_factor"])
+def _rotary_scaling(config: dict[str, Any]) -> list[float] | None:
+    """Llama 3's four numbers; any other scaling is refused."""
+    key = "rope_parameters" if isinstance(config.get("rope_parameters"), dict) else "rope_scaling"
+    scaling = config.get(key)
+    if not isinstance(scaling, dict):
+        return None
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise unsupported(f"{key}.partial_rotary_factor", scaling["partial_rotary_factor"])
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise CheckpointError(
+            f"config.json has {key} of type {kind!r}, and this network's rotary positions are scaled as Llama 3's or not at all; take a "
+            "model without it (a base model of the same family before its context was extended)"
+        )
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return [float(value_of(scaling, name, key)) for name in names]
 
 
-def _only(config: dict[str, Any], key: str, default: Any, *allowed: Any) -> None:
+def _unrotated_every(config: dict[str, Any], layers: int) -> int | None:
+    """n, where every n-th layer has no positions."""
+    rotated = config.get("no_rope_layers")  # 1: this layer has positions
+    every = (
+        int(config.get("no_rope_layer_interval") or 4)
+        if rotated is None
+        else next((place + 1 for place, turned in enumerate(rotated) if not turned), None)
+    )
+    if rotated is not None and [bool(turned) for turned in rotated] != [every is None or (i + 1) % every != 0 for i in range(layers)]:
+        raise unsupported("no_rope_layers", rotated)
+    return every
+
+
+def only(config: dict[str, Any], key: str, default: Any, *allowed: Any) -> None:
     value = config.get(key, default)
     if value not in allowed:
-        raise _unsupported(key, value)
+        raise unsupported(key, value)
 
 
-def _unsupported(key: str, value: Any) -> CheckpointError:
+def unsupported(key: str, value: Any) -> CheckpointError:
     return CheckpointError(f"config.json has {key} = {value!r}, which this network does not compute; take a model without it")
 
 
-def _value(config: dict[str, Any], key: str) -> Any:
+def value_of(config: dict[str, Any], key: str, section: str = "") -> Any:
     if config.get(key) is None:
-        raise CheckpointError(f"config.json has no {key}; take the config.json that belongs to the weights")
+        name = f"{section}.{key}" if section else key
+        raise CheckpointError(f"config.json has no {name}; take the config.json that belongs to the weights")
     return config[key]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.convert import bd3_export, causal, deepspeed, published
+from bd3_scale.convert import bd3_export, causal, deepspeed, diffusion, published
 from bd3_scale.convert.source import Source, open_source, read_json
 from bd3_scale.convert.tokenizer_files import UNCHANGED
 from bd3_scale.convert.write import Import
@@ -40,13 +40,15 @@ def detect(
         recipe, names, tuner = published.describe(source, config)
         found = Import(source, names, recipe, None, "the paper's weights", tuner)
         return _continued(found, objective, None), tokenizer or "gpt2"
-    if config.get("model_type") in causal.FAMILIES:
-        model, names, longest = causal.describe(config)
-        recipe = replace(Recipe(), model=model)
-        limit = longest if model.positions == "learned" else None
-        found = Import(source, names, recipe, limit, f"{config['model_type']} (Hugging Face)")
-        return _continued(found, objective or "bd3", block_size), tokenizer or _their_tokenizer(path, config)
-    known = ", ".join((*causal.FAMILIES, *published.MODEL_TYPES, bd3_export.MODEL_TYPE))
+    kind, families = str(config.get("model_type")), {**causal.FAMILIES, **diffusion.FAMILIES}
+    if kind in families:
+        said = families[kind](config)
+        recipe = replace(Recipe(), model=said.model)
+        found = Import(source, said.names, recipe, said.longest, f"{kind} (Hugging Face)", note=said.note)
+        return _continued(found, objective or said.objective, block_size), tokenizer or _their_tokenizer(path, config)
+    if kind in causal.REFUSED:
+        raise CheckpointError(f"{path}: {kind} {causal.REFUSED[kind]}, which is not computed here; take a model of the Llama family")
+    known = ", ".join((*families, *published.MODEL_TYPES, bd3_export.MODEL_TYPE))
     raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, which cannot be converted; known are {known}")
 
 

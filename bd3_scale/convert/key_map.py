@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class Rule:
     join: str = "one"
     """one | heads (rows of one head of each piece in turn) | units (one row of each in turn)."""
     rows: str = ""
+    mask: int | None = None
+    """Of a vocabulary that has MASK already: the row that is taken for it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor
     pieces = [piece.read(source, full_name(prefix, piece.name)) for piece in rule.pieces]
     tensor = pieces[0] if rule.join == "one" else interleave(pieces, sizes.head_size if rule.join == "heads" else 1)
     if rule.rows == "vocabulary":
-        return with_mask(tensor, sizes.text_ids, sizes.words if rule.name == "embedding.weight" else None)
+        return with_mask(tensor, sizes.text_ids, sizes.words if rule.name == "embedding.weight" else None, rule.mask)
     if rule.rows == "positions":
         return tensor[: sizes.context]
     return tensor
@@ -161,13 +163,17 @@ def separate(rule: Rule, tensor: torch.Tensor, head_size: int) -> list[torch.Ten
     return [piece.flatten(0, 1) for piece in tensor.unflatten(0, (-1, len(rule.pieces), group)).unbind(1)]
 
 
-def with_mask(rows: torch.Tensor, text_ids: int, words: np.ndarray | None) -> torch.Tensor:
-    """The first `text_ids` rows and one for MASK: the mean of the rows `words`, or zeros."""
+def with_mask(rows: torch.Tensor, text_ids: int, words: np.ndarray | None, mask: int | None = None) -> torch.Tensor:
+    """The first `text_ids` rows and one for MASK: row `mask` where there is one, else the mean of the rows `words`, or zeros."""
     if len(rows) < text_ids:
         raise CheckpointError(f"the weights have {len(rows)} ids, but the tokenizer has {text_ids}; name the tokenizer of the weights")
     result = torch.zeros(text_ids + 1, *rows.shape[1:])
     result[:text_ids] = rows[:text_ids]
-    if words is not None:  # rows of ids that no text has were never trained, and may be anything
+    if mask is not None:
+        if not 0 <= mask < len(rows):
+            raise CheckpointError(f"config.json has mask_token_id = {mask}, but the weights have {len(rows)} ids")
+        result[text_ids] = rows[mask]
+    elif words is not None:  # rows of ids that no text has were never trained, and may be anything
         total = torch.zeros(rows.shape[1:], dtype=torch.float64)
         for part in torch.from_numpy(words).split(MEAN_ROWS):
             total += rows[part].sum(0, dtype=torch.float64)
@@ -177,7 +183,7 @@ def with_mask(rows: torch.Tensor, text_ids: int, words: np.ndarray | None) -> to
 
 def _of_layer(rule: Rule, layer: int) -> Rule:
     pieces = tuple(Piece(piece.name.replace("{}", str(layer)), piece.transposed, piece.part) for piece in rule.pieces)
-    return Rule(rule.name.replace("{}", str(layer)), pieces, rule.join, rule.rows)
+    return replace(rule, name=rule.name.replace("{}", str(layer)), pieces=pieces)
 
 
 def full_name(prefix: str, name: str) -> str:

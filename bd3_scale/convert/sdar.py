@@ -36,6 +36,8 @@ SHAPE: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "conditioning": ("none",),
     "head_bias": (False,),
+    "rotary_scaling": (None,),
+    "unrotated_every": (None,),
 }
 """Keys of `model` -> what the servers' network can hold."""
 

@@ -45,10 +45,12 @@ class Import:
     key_map: KeyMap
     recipe: Recipe
     longest: int | None
-    """Tokens that the weights can place; None: any number."""
+    """Tokens of a row that the weights can do (learned positions, a sliding window); None: any number."""
     origin: str
     tuner: dict[str, Any] | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """What whoever goes on from it should know."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _recipe(found: Import, out: Path, tokenizer: str, data: str | None, override
         if key not in FREE and value != before[key]:
             raise RecipeError(f"model.{key} is {value}, but the weights have {before[key]}; leave model.{key} out")
     if found.longest is not None and asked.model.context > found.longest:
-        raise RecipeError(f"model.context is {asked.model.context}, but the weights know {found.longest} positions; set at most that")
+        raise RecipeError(f"model.context is {asked.model.context}, but the weights do rows of {found.longest} tokens; set at most that")
     if data and asked.data.path != section.path:
         raise RecipeError(f"data.path is {asked.data.path}, but --data names {data}; name one of the two")
     recipes.validate(asked)

@@ -43,10 +43,14 @@ def norm_of(config: BD3Config) -> Norm:
     return Norm(config.hidden, config.norm == "rmsnorm", config.norm_bias, config.norm_epsilon)
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, config: BD3Config) -> Tensor:
     """Rotate the second half of the head dimension against the first. x [batch, rows, heads, d], positions [rows]."""
     size = x.shape[-1]
-    rate = base ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
+    rate = config.rotary_base ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
+    if config.rotary_scaling is not None:  # as Llama 3: long waves are stretched by the factor
+        factor, low, high, context = config.rotary_scaling
+        kept = ((context * rate / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        rate = rate * (kept + (1 - kept) / factor)
     angle = (positions.float()[:, None] * rate)[:, None, :]
     cos, sin = angle.cos(), angle.sin()
     first, second = x.float().chunk(2, -1)
@@ -54,9 +58,11 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: BD3Config) -> None:
+    def __init__(self, config: BD3Config, index: int) -> None:
         super().__init__()
         self.config, bias = config, config.attention_bias != "none"
+        every = config.unrotated_every
+        self.rotated = config.positions == "rotary" and (every is None or (index + 1) % every != 0)
         self.query = nn.Linear(config.hidden, config.heads * config.head_width, bias)
         self.key_value = nn.Linear(config.hidden, 2 * config.key_value_heads * config.head_width, bias)
         self.output = nn.Linear(config.heads * config.head_width, config.hidden, config.attention_bias == "all")
@@ -71,8 +77,8 @@ class Attention(nn.Module):
         k, v = self.key_value(x).unflatten(-1, (-1, 2, config.head_width)).unbind(-2)
         if config.query_key_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if config.positions == "rotary":
-            q, k = rotate(q, positions, config.rotary_base), rotate(k, positions, config.rotary_base)
+        if self.rotated:
+            q, k = rotate(q, positions, config), rotate(k, positions, config)
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         grouped = config.heads != config.key_value_heads
@@ -111,11 +117,11 @@ class NoiseCondition(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with adaLN each branch is shifted, scaled and gated."""
 
-    def __init__(self, config: BD3Config) -> None:
+    def __init__(self, config: BD3Config, index: int) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = norm_of(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.mlp_norm = norm_of(config)
         self.mlp = MLP(config)
         self.modulation = nn.Linear(config.conditioning_size, 6 * config.hidden) if config.conditioning == "adaln" else None
@@ -153,7 +159,7 @@ class BD3ForMaskedLM(PreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.condition = NoiseCondition(config.conditioning_size) if adaptive else None
         self.final_norm = norm_of(config)
         self.final_modulation = nn.Linear(config.conditioning_size, 2 * config.hidden) if adaptive else None

@@ -6,6 +6,7 @@ out so that dividing a weight's rows keeps whole heads together: query [kv_head,
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +26,20 @@ DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 """Of torch's kernels: all but cuDNN's, which makes a plan for each shape that it meets, and a cache that grows has a new one every time."""
 
 Rotary = tuple[Tensor, Tensor] | None
-"""cos and sin, fp32 [rows, 1, 1, head_size / 2]; None where positions are learned."""
+"""cos and sin, fp32 [rows, 1, 1, head_size / 2], or of every sample, [rows, batch, 1, head_size / 2]; None where positions are learned."""
 
 
-def rotary_table(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Rotary angles of the given position ids (int64 [rows]); once per forward, shared by all layers."""
-    rate = base ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size)
-    angle = (positions.float()[:, None] * rate)[:, None, None, :]
+def rotary_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Rotary angles of the given position ids (int64 [rows], or [batch, rows]); once per forward, shared by all layers."""
+    size = config.head_size
+    rate = config.rotary_base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    if config.rotary_scaling is not None:
+        factor, low, high, context = config.rotary_scaling
+        turns = context * rate / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        rate = rate * (kept + (1 - kept) / factor)
+    where = positions[:, None] if positions.dim() == 1 else positions.t()
+    angle = (where.float()[..., None] * rate)[:, :, None, :]
     return angle.cos(), angle.sin()
 
 
@@ -48,9 +56,10 @@ class Attention(nn.Module):
     """Rows that ask, [query rows, batch, hidden], and x [rows, batch, hidden], of which keys and values come -> as those that ask;
     under tensor parallelism each rank attends with its heads."""
 
-    def __init__(self, config: ModelConfig, factory: TensorParallelFactory) -> None:
+    def __init__(self, config: ModelConfig, factory: TensorParallelFactory, index: int) -> None:
         super().__init__()
         self.head_size = config.head_size
+        self.rotated = config.unrotated_every is None or (index + 1) % config.unrotated_every != 0
         bias = config.attention_bias != "none"
         self.query = factory.column(config.hidden, config.heads * config.head_size, bias)
         self.key_value = factory.key_value(config.hidden, config.kv_heads, config.head_size, bias)
@@ -68,7 +77,7 @@ class Attention(nn.Module):
 
     def forward(self, asking: Tensor, x: Tensor, shared: ForwardContext, mask: Any, selected: SelectedRows | None = None) -> Tensor:
         """`asking`: the first rows of x; or, [n, hidden], those that are `selected`. `mask`: FlexAttention's for that many rows."""
-        rotary, stream = shared.rotary, shared.stream
+        rotary, stream = shared.rotary if self.rotated else None, shared.stream
         q, k, v = self.project(asking, x)
         q, k, v = stream.gather_halves(q) if selected is None else selected.spread(q), stream.gather_halves(k), stream.gather_halves(v)
         out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, shared.kernel, shared.segments, mask).flatten(2)
@@ -77,6 +86,7 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the cached rows and to these. Returns (output, rotated k, v) of these rows; nothing is stored."""
         q, k, v = self.project(x, x)
+        rotary = rotary if self.rotated else None
         q, k = rotate(q, rotary), rotate(k, rotary)
         seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k]), torch.cat([past[1], v]))
         q, seen_k, seen_v = (t.permute(1, 2, 0, 3) for t in (q, seen_k, seen_v))

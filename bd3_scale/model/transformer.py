@@ -89,7 +89,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, factory: TensorParallelFactory, index: int) -> None:
         super().__init__()
         self.attention_norm = Norm(config)
-        self.attention = Attention(config, factory)
+        self.attention = Attention(config, factory, index)
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config, factory)
         self.modulation = Modulation(config, 6) if config.conditioning == "adaln" else None
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         return words
 
     def _rotary(self, positions: Tensor) -> Rotary:
-        return None if self.config.positions == "learned" else rotary_table(positions, self.config.head_size, self.config.rotary_base)
+        return None if self.config.positions == "learned" else rotary_table(positions, self.config)
 
     def _layers(self) -> Iterable[tuple[nn.Module, bool]]:
         """The blocks, each with whether it is the network's last."""

@@ -106,6 +106,14 @@ def norm_has_its_bias(case: Case) -> Problem | None:
     return Problem(text, lambda: ["set model.norm_bias=false", "set model.norm=layernorm"])
 
 
+def rotary_scaling_is_sound(case: Case) -> Problem | None:
+    scaling = case.recipe.model.rotary_scaling
+    if scaling is None or (len(scaling) == 4 and scaling[0] >= 1 and 0 < scaling[1] < scaling[2] and scaling[3] > 0):
+        return None
+    text = f"model.rotary_scaling is {as_yaml(scaling)} but must be [factor, low, high, context] with factor >= 1 and 0 < low < high"
+    return Problem(text, lambda: ["set model.rotary_scaling=[8,1,4,8192] (Llama 3.1)", "set model.rotary_scaling=null"])
+
+
 def mixture_is_sound(case: Case) -> Problem | None:
     data, plain = case.recipe.data, DataConfig()
     if not data.mixture:
@@ -363,6 +371,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     heads_suit_the_width,
     key_value_heads_divide_heads,
     norm_has_its_bias,
+    rotary_scaling_is_sound,
     mixture_is_sound,
     cache_has_a_remote,
     *RUN_RULES,

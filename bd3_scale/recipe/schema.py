@@ -87,6 +87,11 @@ class ModelConfig:
     """Probability, below 1, of dropping an element of what attention and MLP add to the residual stream, in training."""
     rotary_base: float = key(10000.0, above=0)
     """Base of the wavelengths of rotary positions (theta)."""
+    rotary_scaling: list[float] | None = None
+    """Longer wavelengths of rotary positions, as Llama 3 has them: [factor, low, high, context]. Waves longer than context / low tokens are
+    stretched by the factor, those shorter than context / high are not, between them part by part; Llama 3.1: [8, 1, 4, 8192]."""
+    unrotated_every: int | None = key(None, above=0)
+    """Every n-th layer has no positions (NoPE; SmolLM3: 4); default: all have."""
     initial_std: float = key(0.02, above=0)
     """Standard deviation of initial weights; of those that write into the residual stream, divided by sqrt(2 layers)."""
     attention: str = key("auto", choices=("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"), change="free")

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("world_of_one")
 IDS, LENGTH = 257, 24
 SMALL: dict[str, Any] = {"vocab_size": IDS, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
                          "max_position_embeddings": 32}  # fmt: skip
+ODD = {**SMALL, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"vocab_size": IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "layer_norm_epsilon": 1e-4}),
     "gpt2, untied": ("GPT2", {"vocab_size": IDS, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "n_inner": 48,
@@ -29,7 +30,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases, tied": ("Llama", {**SMALL, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "qwen2, padded ids": ("Qwen2", {**SMALL, "vocab_size": IDS + 7, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True}),
-    "mistral": ("Mistral", {**SMALL, "num_key_value_heads": 1, "sliding_window": None}),
+    "mistral, window": ("Mistral", {**SMALL, "num_key_value_heads": 1, "sliding_window": 32}),
+    "llama 3": ("Llama", {**ODD, "rope_theta": 20.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    "smollm3": ("SmolLM3", {**ODD, "num_hidden_layers": 5, "no_rope_layer_interval": 2, "rope_theta": 500.0, "pad_token_id": 0}),
 }  # fmt: skip
 
 
@@ -112,10 +116,12 @@ def test_a_run_with_data_trains_from_them(transformers: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("llama, grouped", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
+        ("llama, grouped", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no rope_scaling.low_freq_factor"),
         ("qwen2, padded ids", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ("qwen2, padded ids", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window = 8"),
-        ("mistral", {"sliding_window": 8}, "sliding_window = 8"),
+        ("qwen2, padded ids", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1]}, "no_rope_layers = [1, 0, 0, 1, 1]"),
+        ("llama, grouped", {"model_type": "gemma2"}, "gemma2 caps its logits (attn_logit_softcapping"),
+        ("llama, grouped", {"model_type": "olmo2"}, "olmo2 norms behind attention and MLP"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
         ("gpt2", {"n_layer": 1}, "h.1."),
         ("gpt2", {"n_layer": 3}, "h.2.attn.c_attn.bias is missing"),
@@ -133,6 +139,19 @@ def test_what_does_not_fit_is_refused(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(("name", "change"), [("qwen2, padded ids", {"use_sliding_window": True}), ("mistral, window", {})])
+def test_rows_are_not_longer_than_a_sliding_window(
+    name: str, change: dict[str, Any], transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(transformers, name, tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change, "sliding_window": 8}))
+    common = ["import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "bytes"]
+    assert convert(*common, "--set", "model.context=16") == 2
+    assert "do rows of 8 tokens" in capsys.readouterr().err
+    assert convert(*common) == 0 and load(tmp_path / "run" / "recipe.yaml").model.context == 8
 
 
 def test_deepspeed_universal_is_the_same_and_zero_shards_are_refused(

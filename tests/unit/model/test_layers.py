@@ -208,7 +208,7 @@ def test_mlp_divided_by_rows_sums_to_the_whole(kind: str, tensor: int) -> None:
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_attention_divided_by_rows_keeps_heads_together(tensor: int) -> None:
     """Rows r of the query and key/value weights yield the r-th share of the query heads and of the kv heads they read."""
-    attention = Attention(ModelConfig(hidden=64, heads=8, key_value_heads=4), TensorParallelFactory())
+    attention = Attention(ModelConfig(hidden=64, heads=8, key_value_heads=4), TensorParallelFactory(), 0)
     filled(attention)
     x = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(1))
     whole = attention.project(x, x)
