@@ -90,7 +90,7 @@ def test_what_a_llada_has_besides_is_refused(transformers: Any, tmp_path: Path, 
     save("llada", transformers, tmp_path / "hf", False)
     config = tmp_path / "hf" / "config.json"
     plain = json.loads(config.read_text())
-    changes = [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"alibi": True}, "alibi = True"),
         ({"mask_token_id": ALL}, "mask_token_id = 270"),
         ({"mask_token_id": None}, "no mask_token"),
