@@ -21,6 +21,7 @@ from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.fault_tolerance.early_exit import exit_on_early_signal
 from bd3_scale.launcher import launched
 from bd3_scale.launching.elastic import wait_for_nodes
+from bd3_scale.rules.validate import validate
 
 if TYPE_CHECKING:
     from bd3_scale.distributed.layout import Layout
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipes.load(options.recipe, options.overrides)
             device = recipes.resolve_device(recipe.run.device)
             try:
-                recipes.validate(recipe, world_size, device)
+                validate(recipe, world_size, device)
             except RecipeError as misfit:
                 wait_for_nodes(recipe, device, misfit)
                 raise

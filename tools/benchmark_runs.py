@@ -14,10 +14,10 @@ from benchmark_measure import alternate, paired_ratio
 from torch import Tensor
 
 from bd3_scale.distributed import layout as layouts
-from bd3_scale.objectives.interval_tuner import IntervalStatistics
 from bd3_scale.objectives.network_inputs import NetworkInputs, block_losses
 from bd3_scale.objectives.noise import validation_times
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
+from bd3_scale.tuning.interval_tuner import IntervalStatistics
 
 PROMPTS = ("Return the number of", "This function raises", "If the argument is not", "The class")
 

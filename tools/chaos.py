@@ -81,12 +81,13 @@ class Round:
 class Chaos:
     def __init__(self, options: argparse.Namespace) -> None:
         from bd3_scale import recipe as recipes
-        from bd3_scale.objectives import interval_tuner
+        from bd3_scale.rules.validate import validate
+        from bd3_scale.tuning import interval_tuner
 
         self.options, self.overrides = options, [*FIXED, *options.overrides]
         self.random, self.signal = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
         self.recipe = recipe = recipes.load(options.recipe, self.overrides)
-        recipes.validate(recipe, 1, "cpu")
+        validate(recipe, 1, "cpu")
         if not isinstance(recipe.training.global_batch, int):
             raise SystemExit("chaos: training.global_batch must be one number here; set training.global_batch=16, for example")
         self.steps, self.batch = recipe.total_steps, recipe.training.global_batch
@@ -97,7 +98,7 @@ class Chaos:
             chosen = sorted(self.random.sample(sorted(AMENDMENTS), 3))
             amended = [f"{key}={draw(AMENDMENTS[key]).format(self.batch * (half + 2), self.batch * (half + 3))}" for key in chosen]
             self.phases = [(half, [f"training.steps={half}"]), (self.steps, [*amended, f"run.amend=[{','.join(chosen)}]"])]
-            recipes.validate(recipes.load(options.recipe, [*self.overrides, *amended]), 1, "cpu")
+            validate(recipes.load(options.recipe, [*self.overrides, *amended]), 1, "cpu")
         every = recipe.validation.every
         self.tuner_due = {step for step in range(1, self.steps + 1) if interval_tuner.due(recipe.tuner, step)}
         self.validation_due = {step for step in range(1, self.steps) if every and step % every == 0} | self.tuner_due
@@ -148,6 +149,7 @@ class Chaos:
         """A random number of ranks, how many share a replica, and a layout that the recipe works with."""
         from bd3_scale import recipe as recipes
         from bd3_scale.errors import RecipeError
+        from bd3_scale.rules.validate import validate
 
         draw = self.random.choice
         while True:
@@ -161,7 +163,7 @@ class Chaos:
             keys |= {"sequence": draw(("true", "false")) if tensor > 1 else "false", "micro_batch": draw(("null", 1, 2, 4))}
             chosen = [f"parallel.{name}={value}" for name, value in keys.items()]
             try:
-                recipes.validate(recipes.load(self.options.recipe, [*self.overrides, *chosen]), ranks, "cpu")
+                validate(recipes.load(self.options.recipe, [*self.overrides, *chosen]), ranks, "cpu")
             except RecipeError:
                 continue
             return ranks, tensor * pipeline, chosen

@@ -50,9 +50,10 @@ from bd3_scale.objectives.network_inputs import block_losses, counted_tokens, ma
 from bd3_scale.objectives.noise import validation_times
 from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
-from bd3_scale.recipe.rules_objective import interval_candidates
 from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import empty_figure
+from bd3_scale.rules.objective import interval_candidates
+from bd3_scale.rules.validate import validate
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Interval = tuple[float, float]
@@ -233,7 +234,7 @@ def trained(folder: Path, steps: int, keys: list[str], options: argparse.Namespa
     overrides = [*keys, f"training.steps={steps}", f"validation.every={every}", f"run.dir={folder}", *options.overrides]
     recipe = recipes.load(options.recipe, overrides)
     device = recipes.resolve_device(recipe.run.device)
-    recipes.validate(recipe, 1, device)
+    validate(recipe, 1, device)
     if not parallel_state.model_parallel_is_initialized():
         layouts.start(recipe.parallel, device)
     layout = layouts.current(recipe.parallel, torch.device(device))

@@ -28,12 +28,12 @@ from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.store import locate
 from bd3_scale.data.open import open_data
 from bd3_scale.generation.load_model import LoadedNetwork, load_network, read_recipe
-from bd3_scale.objectives.density_tuner import LossProfile, count_sums, masked_nll
-from bd3_scale.objectives.interval_tuner import TunerState
+from bd3_scale.objectives.loss_profile import LossProfile, count_sums, masked_nll
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
 from bd3_scale.reporting.plots import empty_figure
 from bd3_scale.reporting.reporter import flops_per_token
+from bd3_scale.tuning.interval_tuner import TunerState
 
 ARMS: dict[str, list[str]] = {
     "uniform": [],

@@ -33,7 +33,7 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.load_model import WEIGHTS, read_recipe, trained_objective
 from bd3_scale.objectives.table import Objective
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.schema import free_keys
+from bd3_scale.recipe.definition import free_keys
 
 HUB = Path(__file__).parents[1] / "hub"
 CODE = ("configuration_bd3.py", "modeling_bd3.py")

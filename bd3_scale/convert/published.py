@@ -15,9 +15,9 @@ from typing import Any
 from bd3_scale.convert.key_map import KeyMap, Piece, Rule
 from bd3_scale.convert.source import Source, TorchFile
 from bd3_scale.errors import CheckpointError
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
+from bd3_scale.tuning.interval_tuner import TunerState
 
 MODEL_TYPES = ("bd3lm", "mdlm")
 PREFIX = "backbone."

@@ -27,9 +27,11 @@ from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.files import expanded
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.schema import DataConfig, free_keys
+from bd3_scale.recipe.definition import free_keys
+from bd3_scale.recipe.schema import DataConfig
+from bd3_scale.rules.validate import validate
+from bd3_scale.tuning.interval_tuner import TunerState
 
 STEPS = 10_000
 """training.steps of the recipe where no budget is asked for."""
@@ -124,7 +126,7 @@ def _recipe(found: Import, out: Path, tokenizer: str, data: str | None, override
         raise RecipeError(f"model.context is {asked.model.context}, but the weights do rows of {found.longest} tokens; set at most that")
     if data and asked.data.path != section.path:
         raise RecipeError(f"data.path is {asked.data.path}, but --data names {data}; name one of the two")
-    recipes.validate(asked)
+    validate(asked)
     return asked
 
 

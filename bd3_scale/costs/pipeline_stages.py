@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from bd3_scale.costs.flops import count_flops
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.noise_schedules import expected_masked
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.objectives.time_density import time_density
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
+from bd3_scale.tuning.interval_tuner import TunerState
 
 if TYPE_CHECKING:
     from bd3_scale.recipe import Recipe

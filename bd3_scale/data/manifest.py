@@ -19,7 +19,7 @@ from typing import Any
 
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError
-from bd3_scale.recipe.schema import KEYS
+from bd3_scale.recipe.definition import KEYS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -23,8 +23,8 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.generation.load_model import LoadedNetwork
-from bd3_scale.objectives.estimates import Moments, mean_and_standard_error, perplexity
 from bd3_scale.objectives.network_inputs import row_nelbo
+from bd3_scale.tuning.estimates import Moments, mean_and_standard_error, perplexity
 
 MICRO_BATCH = 8
 """Rows of a forward, where the caller does not say."""

@@ -24,7 +24,7 @@ from bd3_scale.data.open import Data
 from bd3_scale.distributed.rendezvous import ranks_text
 from bd3_scale.errors import RecipeError, on_all_ranks, without_credentials
 from bd3_scale.recipe import Recipe, flatten
-from bd3_scale.recipe.suggestions import as_yaml
+from bd3_scale.recipe.text import as_yaml
 
 HOST_LOCAL = {"data.path", "data.remote", "data.cache_bytes", "data.download_ahead", "data.prefetch", "data.tokenizer", "run.threads"}
 """Keys that may differ: where a host finds data and tokenizer (their fingerprints may not) and how it reads them."""

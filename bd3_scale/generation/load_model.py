@@ -30,10 +30,11 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.launcher import launched
 from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ParallelConfig
+from bd3_scale.rules.validate import validate
+from bd3_scale.tuning.interval_tuner import TunerState
 
 WEIGHTS = ("auto", "ema", "weight")
 DEVICES = ("auto", "cpu", "cuda")
@@ -220,4 +221,4 @@ def check_tensor_ranks(recipe: Recipe, count: int) -> None:
 
 
 def _validate_divided(recipe: Recipe, tensor: int) -> None:
-    recipes.validate(replace(recipe, parallel=ParallelConfig(tensor=tensor)), tensor)
+    validate(replace(recipe, parallel=ParallelConfig(tensor=tensor)), tensor)

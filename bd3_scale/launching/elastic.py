@@ -15,11 +15,11 @@ import os
 import time
 from pathlib import Path
 
-from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 from bd3_scale.launcher import launched
 from bd3_scale.launching.node import JOINABLE
 from bd3_scale.recipe import Recipe
+from bd3_scale.rules.validate import validate
 
 PAUSE = 1.0
 """Seconds between two looks at the clock."""
@@ -83,7 +83,7 @@ def larger_worlds() -> list[int]:
 
 def _fits(recipe: Recipe, ranks: int, device: str) -> bool:
     try:
-        recipes.validate(recipe, ranks, device)
+        validate(recipe, ranks, device)
     except RecipeError:
         return False
     return True

@@ -16,6 +16,7 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig
+from bd3_scale.rules.validate import validate
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -90,10 +91,10 @@ def read(options: argparse.Namespace, default_port: int) -> Job:
         overrides += _cached(recipe.data, options.data_cache)
         recipe = recipes.load(options.recipe, overrides)
     device = "cuda" if options.gpus_per_node else "cpu"
-    recipes.validate(recipe, most * processes, device)
+    validate(recipe, most * processes, device)
     for nodes in range(least, most):
         try:
-            recipes.validate(recipe, nodes * processes, device)
+            validate(recipe, nodes * processes, device)
         except RecipeError as error:
             raise RecipeError(f"--nodes {options.nodes}, at {nodes} node(s): {error}; or set --nodes {most}") from None
     return Job(

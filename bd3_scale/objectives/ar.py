@@ -24,7 +24,7 @@ from bd3_scale.objectives.network_inputs import (
     network_inputs,
 )
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
-from bd3_scale.recipe.rules_objective import check_shape
+from bd3_scale.rules.objective import check_shape
 
 
 @dataclass(frozen=True)

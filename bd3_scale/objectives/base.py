@@ -14,7 +14,7 @@ from torch import Tensor
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import BlockSamples, NetworkInputs
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
-from bd3_scale.recipe.rules_objective import check_clean_half, check_shape
+from bd3_scale.rules.objective import check_clean_half, check_shape
 
 
 class Objective(Protocol):

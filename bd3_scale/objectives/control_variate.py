@@ -14,15 +14,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from bd3_scale.objectives.density_tuner import LossProfile, pools
+from bd3_scale.objectives.loss_profile import LossProfile, pools
 from bd3_scale.objectives.network_inputs import NetworkInputs, counted_tokens, masked_counts, weight_sums
-from bd3_scale.recipe.rules_objective import Interval
+from bd3_scale.rules.objective import Interval
 
 
 def control(inputs: NetworkInputs, real: int, masked_nll: tuple[float, ...], interval: Interval) -> float:
     """Of the summed loss of the first `real` rows of training inputs whose other rows are not scored, in nats; linear schedule.
 
-    `masked_nll`: mean nll of a masked token, of every pool of masked fractions (`density_tuner.pools`).
+    `masked_nll`: mean nll of a masked token, of every pool of masked fractions (`loss_profile.pools`).
     """
     maskable = counted_tokens(inputs.pattern)
     fraction = masked_counts(inputs) / np.maximum(maskable, 1)

@@ -24,7 +24,7 @@ import numpy as np
 
 from bd3_scale.objectives import noise
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
-from bd3_scale.recipe.rules_objective import Interval
+from bd3_scale.rules.objective import Interval
 
 
 def admissible_counts(size: int, interval: Interval) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 
 from bd3_scale.objectives.time_density import TimeDensity
-from bd3_scale.recipe.rules_objective import check_schedule
+from bd3_scale.rules.objective import check_schedule
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -51,7 +51,7 @@ SCHEDULES: dict[str, Schedule] = {
         Schedule("log", lambda t: np.log1p(t) / np.log1p(1.0), lambda t: 1.0 / ((1.0 + t) * np.log1p(t))),
     )
 }
-"""The formulas of `recipe.rules_objective.NOISE_SCHEDULES`."""
+"""The formulas of `rules.objective.NOISE_SCHEDULES`."""
 
 
 def schedule_named(name: str) -> Schedule:

@@ -27,7 +27,7 @@ from bd3_scale.objectives.network_inputs import (
 )
 from bd3_scale.objectives.simplex import SimplexNoise, conditioning_times
 from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
-from bd3_scale.recipe.rules_objective import check_draws, checked_interval
+from bd3_scale.rules.objective import check_draws, checked_interval
 
 
 @dataclass(frozen=True)

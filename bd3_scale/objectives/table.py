@@ -36,8 +36,8 @@ from bd3_scale.objectives.sedd import ScoreEntropy
 from bd3_scale.objectives.ssdlm import SimplexDiffusion
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import KINDS, ROW_MULTIPLE, SELECTED_MULTIPLE, Kind
-from bd3_scale.recipe.rules_objective import Interval, check_objective
 from bd3_scale.recipe.schema import ObjectiveConfig, ParallelConfig
+from bd3_scale.rules.objective import Interval, check_objective
 
 __all__ = [
     "Autoregressive",

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from bd3_scale.objectives.noise import in_interval
-from bd3_scale.recipe.rules_objective import DENSITY_SHAPES, Interval
+from bd3_scale.rules.objective import DENSITY_SHAPES, Interval
 
 BINS = 32
 UNIFORM_SHARE = 0.1

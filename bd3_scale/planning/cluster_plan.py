@@ -1,6 +1,6 @@
 """A recipe on so many devices of one kind: everything that a plan derives before it counts anything.
 
-Invariant: a `ClusterPlan` only exists for a recipe that `recipe.validate` takes at this world size, on this kind of device.
+Invariant: a `ClusterPlan` only exists for a recipe that `rules.validate` takes at this world size, on this kind of device.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.errors import DataError
 from bd3_scale.objectives.table import selected_multiple
 from bd3_scale.planning.devices import Device
-from bd3_scale.recipe import Recipe, resolve_precision, validate
+from bd3_scale.recipe import Recipe, resolve_precision
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from bd3_scale.rules.validate import validate
 
 
 @dataclass(frozen=True)

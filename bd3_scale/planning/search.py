@@ -2,7 +2,7 @@
 
 Tried are tensor and pipeline sizes, interleaving, ZeRO stages (also by FSDP, and with a copy on each node), micro-batches and
 recomputation; model, batch and budget stay as they are. Tensor parallelism stays on a node. Invariants: nothing is listed that
-`recipe.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by memory.
+`rules.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from bd3_scale.batches import Shares
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.estimate import bubble_fraction, rank_memory, step_time
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.rules import works
 from bd3_scale.recipe.schema import ParallelConfig
-from bd3_scale.recipe.suggestions import Case, as_yaml, divisors
+from bd3_scale.recipe.text import as_yaml
+from bd3_scale.rules.across_keys import works
+from bd3_scale.rules.suggestions import Case, divisors
 
 
 @dataclass(frozen=True)

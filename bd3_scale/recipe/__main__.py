@@ -12,9 +12,10 @@ from dataclasses import fields
 from textwrap import fill
 from typing import Any
 
+from bd3_scale.recipe.definition import KEYS, Recipe
 from bd3_scale.recipe.keys import Facts
-from bd3_scale.recipe.schema import KEYS, Recipe, SourceConfig
-from bd3_scale.recipe.suggestions import as_yaml
+from bd3_scale.recipe.schema import SourceConfig
+from bd3_scale.recipe.text import as_yaml
 
 HEAD = """# Keys of a recipe
 

@@ -8,7 +8,7 @@ import os
 import sys
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe.schema import TrainingConfig
+from bd3_scale.recipe.schema import ParallelConfig, TrainingConfig
 
 
 def settle() -> None:
@@ -43,3 +43,8 @@ def resolve_device(requested: str, key: str = "run.device") -> str:
     if requested == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"{key} is cuda, but torch finds no CUDA device here; set {key}=cpu or install a CUDA build of torch")
     return requested if requested != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compiled_in_pieces(training: TrainingConfig, parallel: ParallelConfig) -> bool:
+    """Whether layers would be compiled whose weights DeepSpeed gathers linear by linear: its hooks cut a layer at each of them."""
+    return training.compile != "none" and parallel.zero == 3 and parallel.resolved_engine == "deepspeed"

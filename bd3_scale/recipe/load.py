@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe import rules_device
-from bd3_scale.recipe.schema import KEYS, Recipe
-from bd3_scale.recipe.suggestions import as_text, as_yaml
+from bd3_scale.recipe.definition import KEYS, Recipe
+from bd3_scale.recipe.environment import compiled_in_pieces
+from bd3_scale.recipe.text import as_text, as_yaml
 from bd3_scale.recipe.written import written_override, written_recipe
 
 
@@ -63,7 +63,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     if isinstance(recipe.training.global_batch, str):  # of an environment variable
         with contextlib.suppress(ValueError):
             recipe.training.global_batch = json.loads(recipe.training.global_batch)
-    if rules_device.compiled_in_pieces(recipe.training, recipe.parallel) and recipe.parallel.engine == "auto":
+    if compiled_in_pieces(recipe.training, recipe.parallel) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from bd3_scale.batches import BatchSchedule
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.definition import KEYS, Recipe
 from bd3_scale.recipe.objective_kinds import block_sizes
-from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.text import flatten
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bd3_scale.recipe.schema import Recipe
+from bd3_scale.recipe.definition import Recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -27,3 +27,18 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 def as_dictionary(recipe: Recipe) -> dict[str, Any]:
     """{section: {key: value}}."""
     return asdict(recipe)
+
+
+def as_text(changes: dict[str, Any]) -> str:
+    return "set " + " and ".join(f"{key}={as_yaml(value)}" for key, value in changes.items())
+
+
+def as_yaml(value: Any) -> str:
+    """A value as a person types it in a recipe or as an override."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(as_yaml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {as_yaml(item)}' for name, item in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from bd3_scale.errors import RecipeError, one_line
-from bd3_scale.recipe.schema import KEYS, Recipe
+from bd3_scale.recipe.definition import KEYS, Recipe
 
 _TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")

@@ -25,14 +25,14 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.kernel_probe import Probed, as_line, as_text
 from bd3_scale.errors import TrainingError
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.estimates import Validated, Validation
-from bd3_scale.objectives.interval_tuner import Choice, TunerState
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, TrainingConfig
-from bd3_scale.recipe.suggestions import as_yaml
+from bd3_scale.recipe.text import as_yaml
 from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.reporting.plots import draw
 from bd3_scale.reporting.tracking import Tracker
+from bd3_scale.tuning.estimates import Validated, Validation
+from bd3_scale.tuning.interval_tuner import Choice, TunerState
 
 PLOTS_TAKE = 0.01
 """The most that drawing plots takes of a run's time, but for the first and the last ones."""

@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.objectives.estimates import CrossEntropy, Validated, Validation
 from bd3_scale.recipe import Recipe
 from bd3_scale.reporting.metrics import read_metrics
+from bd3_scale.tuning.estimates import CrossEntropy, Validated, Validation
 
 
 def summary(recipe: Recipe, *, step: int, checkpoint: Path, validated: Validated | None, unigram: float | None, stopped: str | None) -> str:

@@ -22,7 +22,6 @@ from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
 from bd3_scale.fault_tolerance.pace import Pace
 from bd3_scale.fault_tolerance.run_owner import Owner, own
 from bd3_scale.fault_tolerance.stop_request import StopRequest, seconds_left
-from bd3_scale.objectives.estimates import unigram_perplexity
 from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import Recipe
 from bd3_scale.reporting.reporter import Reporter
@@ -32,6 +31,7 @@ from bd3_scale.training.feed import Feed
 from bd3_scale.training.run_state import RunState
 from bd3_scale.training.schedules import TunedObjective
 from bd3_scale.training.validation import Validator
+from bd3_scale.tuning.estimates import unigram_perplexity
 
 
 @dataclass(frozen=True)

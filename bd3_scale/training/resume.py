@@ -25,7 +25,7 @@ from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
 from bd3_scale.fault_tolerance.run_owner import FOLDER as OWNER
 from bd3_scale.generation.load_model import read_recipe
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.suggestions import as_yaml
+from bd3_scale.recipe.text import as_yaml
 from bd3_scale.saving.fetch import fetch_latest
 from bd3_scale.training.run_state import RunState
 from bd3_scale.training.schedules import rate_of

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bd3_scale.data.open import Data
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe.schema import ObjectiveConfig
+from bd3_scale.tuning.interval_tuner import TunerState
 
 
 @dataclass(frozen=True)

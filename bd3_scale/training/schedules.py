@@ -15,13 +15,14 @@ import math
 from dataclasses import replace
 
 from bd3_scale.data.tokenizer import Tokenizer
-from bd3_scale.objectives.density_tuner import choose_density, masked_nll
-from bd3_scale.objectives.interval_tuner import Choice, Interval, IntervalStatistics, TunerState, choose
+from bd3_scale.objectives.loss_profile import masked_nll
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.objectives.time_density import time_density
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import block_sizes
 from bd3_scale.recipe.schema import TrainingConfig
+from bd3_scale.tuning.density_tuner import choose_density
+from bd3_scale.tuning.interval_tuner import Choice, Interval, IntervalStatistics, TunerState, choose
 
 
 def rate_of(recipe: Recipe, step: int) -> float:

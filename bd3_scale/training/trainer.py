@@ -19,12 +19,12 @@ import torch
 from bd3_scale import recipe as recipes
 from bd3_scale.data.order import place_of
 from bd3_scale.errors import TrainingError
-from bd3_scale.objectives import interval_tuner
-from bd3_scale.objectives.estimates import Validated
-from bd3_scale.recipe.suggestions import as_yaml
+from bd3_scale.recipe.text import as_yaml
 from bd3_scale.reporting.reporter import flops_per_token
 from bd3_scale.training.build import Parts
 from bd3_scale.training.schedules import rate_of
+from bd3_scale.tuning import interval_tuner
+from bd3_scale.tuning.estimates import Validated
 
 
 class Trainer:

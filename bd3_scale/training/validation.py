@@ -17,11 +17,11 @@ from torch import Tensor
 from bd3_scale.data.loader import Rows, validation_rows
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.estimates import CrossEntropy, Moments, Validated, Validation, mean_and_standard_error, perplexity
-from bd3_scale.objectives.interval_tuner import IntervalStatistics, interval_statistics, no_rows, row_statistics
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.table import Objective
-from bd3_scale.recipe.rules_objective import interval_candidates
+from bd3_scale.rules.objective import interval_candidates
+from bd3_scale.tuning.estimates import CrossEntropy, Moments, Validated, Validation, mean_and_standard_error, perplexity
+from bd3_scale.tuning.interval_tuner import IntervalStatistics, interval_statistics, no_rows, row_statistics
 
 Evaluate = Callable[[Sequence[NetworkInputs]], list[Tensor | None]]
 Interrupted = Callable[[], bool]

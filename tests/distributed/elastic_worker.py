@@ -10,6 +10,7 @@ from bd3_scale import train
 from bd3_scale.data.open import open_data
 from bd3_scale.distributed import layout
 from bd3_scale.launcher import launched
+from bd3_scale.rules.validate import validate
 from bd3_scale.training.build import build_parts
 from bd3_scale.training.trainer import Trainer
 from tests.distributed.worlds import worlds
@@ -26,7 +27,7 @@ def resave(recipe: recipes.Recipe, here: layout.Layout) -> None:
 def main() -> None:
     for path, overrides, action in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, launched().world_size, "cpu")
+        validate(recipe, launched().world_size, "cpu")
         here = layout.start(recipe.parallel, "cpu")
         {"train": train.train, "resave": resave}[action](recipe, here)
         here.barrier()

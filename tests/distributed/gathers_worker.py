@@ -20,6 +20,7 @@ from bd3_scale.engines.build import build_engine
 from bd3_scale.launcher import launched
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.optimizers.ema import ExponentialAverage
+from bd3_scale.rules.validate import validate
 from tests.distributed.worlds import join, leave, plan, write
 
 sizes.SMALLEST_BUCKET = 1000
@@ -47,7 +48,7 @@ class Case:
 
     def __init__(self, path: str, overrides: list[str]) -> None:
         self.recipe = recipes.load(path, overrides)
-        recipes.validate(self.recipe, launched().world_size, "cpu")
+        validate(self.recipe, launched().world_size, "cpu")
         self.here = layout.start(self.recipe.parallel, "cpu")
         self.objective = ObjectiveSchedule(self.recipe.objective, self.recipe.model.context, VOCABULARY - 1).at(0)
         self.engine: Any = build_engine(self.recipe, self.here, VOCABULARY, VOCABULARY - 1)

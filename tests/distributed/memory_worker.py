@@ -30,6 +30,7 @@ from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.estimate import rank_memory
+from bd3_scale.rules.validate import validate
 from tests.alive import Alive
 from tests.distributed.worlds import results_of_ranks
 
@@ -63,7 +64,7 @@ def alive(before: dict[int, int]) -> int:
 def measure(path: str, overrides: list[str]) -> dict[str, int]:
     recipe = recipes.load(path, overrides)
     world_size = launched().world_size
-    recipes.validate(recipe, world_size, "cpu")
+    validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     before = storages()
     objective = ObjectiveSchedule.of(recipe, VOCABULARY - 1).at(0)

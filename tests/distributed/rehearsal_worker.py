@@ -30,6 +30,7 @@ from bd3_scale.model.transformer import Transformer
 from bd3_scale.planning import rehearsal
 from bd3_scale.planning.cluster_plan import ClusterPlan, cluster_plan
 from bd3_scale.planning.devices import device_named
+from bd3_scale.rules.validate import validate
 
 VOCABULARY = 2003
 OPERATIONS = {
@@ -96,7 +97,7 @@ def _group(ranks: list[int]) -> str:
 
 def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict[str, Any]:
     recipe = recipes.load(path, overrides)
-    recipes.validate(recipe, world_size, "cpu")
+    validate(recipe, world_size, "cpu")
     cluster = ClusterPlan(recipe, world_size, device_named("cpu", world_size), VOCABULARY)
     with rehearsal.fake_world(cluster, rank) as layout, contextlib.redirect_stdout(io.StringIO()):
         objective = rehearsal._objective(cluster, 0)

@@ -22,6 +22,7 @@ from bd3_scale import sample, train
 from bd3_scale.distributed import layout
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.load_model import load_network
+from bd3_scale.rules.validate import validate
 
 
 def sampled(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def disagreement(checkpoint: str) -> str:
 def trained(path: str, overrides: list[str]) -> str:
     """Train to the end; what this rank printed."""
     recipe = recipes.load(path, overrides)
-    recipes.validate(recipe, dist.get_world_size(), "cpu")
+    validate(recipe, dist.get_world_size(), "cpu")
     parallel_state.destroy_model_parallel()
     here = layout.start(recipe.parallel, "cpu")
     printed = io.StringIO()

@@ -21,6 +21,7 @@ from bd3_scale.engines.build import build_engine
 from bd3_scale.launcher import launched
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import device_named
+from bd3_scale.rules.validate import validate
 from tests.distributed.worlds import results_of_ranks
 
 VOCABULARY = 12288
@@ -52,7 +53,7 @@ def _timeout(group: dist.ProcessGroup) -> float:
 
 def measure(path: str, overrides: list[str]) -> dict:
     recipe = recipes.load(path, overrides)
-    recipes.validate(recipe, launched().world_size, "cpu")
+    validate(recipe, launched().world_size, "cpu")
     here = layout.start(recipe.parallel, "cpu")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is now

@@ -97,7 +97,7 @@ def test_ranks_that_disagree_on_the_interval_abort(recipe: Path, tmp_path: Path)
         "import sys\n"
         "from bd3_scale import train\n"
         "from bd3_scale.distributed.layout import Layout\n"
-        "from bd3_scale.objectives.interval_tuner import Choice\n"
+        "from bd3_scale.tuning.interval_tuner import Choice\n"
         "heard = Layout.broadcast\n"
         "def misheard(self, value):\n"
         "    value = heard(self, value)\n"

@@ -143,9 +143,10 @@ def test_every_recipe_passes_its_rehearsal(found: dict[str, Any], name: str) -> 
 def test_a_wrong_layout_fails_with_the_message_of_the_cluster(found: dict[str, Any]) -> None:
     from bd3_scale import recipe as recipes
     from bd3_scale.errors import RecipeError
+    from bd3_scale.rules.validate import validate
 
     with pytest.raises(RecipeError) as error:
-        recipes.validate(recipes.load(LARGE, WRONG), 64, "cuda")
+        validate(recipes.load(LARGE, WRONG), 64, "cuda")
     assert found["wrong"] == {"error": str(error.value), "kind": "RecipeError"}
 
 

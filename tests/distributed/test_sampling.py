@@ -22,9 +22,9 @@ from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, ModelConfig, ObjectiveConfig
+from bd3_scale.tuning.interval_tuner import TunerState
 from tests.distributed.forked import run_ranks
 
 BLOCKS = ObjectiveConfig(block_size=4)

@@ -16,6 +16,7 @@ from bd3_scale import train
 from bd3_scale.data import loader
 from bd3_scale.distributed import layout
 from bd3_scale.launcher import launched
+from bd3_scale.rules.validate import validate
 from tests.distributed.worlds import worlds
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     original = loader.Loader.take
     for path, overrides, name in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, launched().world_size, "cpu")
+        validate(recipe, launched().world_size, "cpu")
         here = layout.start(recipe.parallel, "cpu")
         with open(Path(sys.argv[2]) / f"{name}-{here.rank}.jsonl", "a") as trace:
 

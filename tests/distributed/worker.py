@@ -12,6 +12,7 @@ from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.launcher import launched
 from bd3_scale.model import compiling
+from bd3_scale.rules.validate import validate
 from tests.distributed.worlds import worlds
 
 sizes.SMALLEST_BUCKET = 1000  # so that networks this small are reduced and gathered in several
@@ -21,7 +22,7 @@ compiling.BACKEND = "aot_eager"  # the same graphs as Inductor's, without a C++ 
 def main() -> None:
     for path, overrides in worlds():
         recipe = recipes.load(path, overrides)
-        recipes.validate(recipe, launched().world_size, "cpu")
+        validate(recipe, launched().world_size, "cpu")
         here = layout.start(recipe.parallel, "cpu")
         train.train(recipe, here)
         here.barrier()

@@ -20,6 +20,7 @@ import torch
 from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.distributed import layout
+from bd3_scale.rules.validate import validate
 from tests.gpu.device import DEVICE, REHEARSAL, needs_gpu, world
 from tests.gpu.waits import UNWATCHED_STEPS, Waits
 from tests.invented import prepare_invented
@@ -93,7 +94,7 @@ class Trainings:
     def train(self, name: str, overrides: list[str]) -> Training:
         folder = self.folder / name
         recipe = recipes.load(ROOT / "recipes/quickstart.yaml", [f"run.dir={folder}", f"data.path={self.data}", *COMMON, *overrides])
-        recipes.validate(recipe, 1, DEVICE.type)
+        validate(recipe, 1, DEVICE.type)
         waits = Waits()
         here = layout.start(recipe.parallel, DEVICE.type)
         compiled_on_cpu = REHEARSAL and recipe.training.compile != "none"  # its reads cannot be seen

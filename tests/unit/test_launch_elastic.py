@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 from bd3_scale.fault_tolerance import early_exit, run_owner
 from bd3_scale.launching import elastic, torchrun
 from bd3_scale.launching.node import JOINABLE
 from bd3_scale.launching.torchrun import Torchrun
 from bd3_scale.recipe import Recipe
+from bd3_scale.rules.validate import validate
 
 ENVIRONMENT = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}
 
@@ -37,7 +37,7 @@ def misfit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recipe:
 
 def wait(recipe: Recipe) -> None:
     with pytest.raises(RecipeError) as error:
-        recipes.validate(recipe, 6, "cpu")
+        validate(recipe, 6, "cpu")
     elastic.wait_for_nodes(recipe, "cpu", error.value)
 
 

@@ -12,6 +12,7 @@ import pytest
 from bd3_scale import plan
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
+from bd3_scale.rules.validate import validate
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "owt_1b.yaml")
 
@@ -36,7 +37,7 @@ def test_json_is_one_document_with_the_layouts_that_were_asked_for(capsys: pytes
 )
 def test_a_wrong_layout_has_the_line_of_the_cluster(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError) as error:
-        recipes.validate(recipes.load(RECIPE, wrong), 64, "cuda")
+        validate(recipes.load(RECIPE, wrong), 64, "cuda")
     assert plan.main([RECIPE, *wrong, "--world-size", "64", "--rehearse"]) == RecipeError.exit_code
     assert capsys.readouterr().err == f"bd3_scale: error: {error.value}\n"
 

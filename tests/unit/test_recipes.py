@@ -18,6 +18,7 @@ from bd3_scale.planning.cluster_plan import cluster_plan
 from bd3_scale.planning.devices import device_named
 from bd3_scale.planning.report import make_plan
 from bd3_scale.planning.search import search
+from bd3_scale.rules.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -44,13 +45,13 @@ SHRUNK = ["model.layers=2", "model.hidden=48", "model.heads=4", "model.context=3
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_validates_at_its_world_size(path: Path) -> None:
     for device in ("cpu", "cuda"):
-        recipes.validate(recipes.load(path), WORLD_SIZES.get(path.stem, 1), device)
+        validate(recipes.load(path), WORLD_SIZES.get(path.stem, 1), device)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_shrunk_learns_a_batch(path: Path, world_of_one: object) -> None:
     recipe = recipes.load(path, [*SHRUNK, *SHRUNK_FURTHER.get(path.stem, [])])
-    recipes.validate(recipe, WORLD_SIZES.get(path.stem, 1), "cpu")
+    validate(recipe, WORLD_SIZES.get(path.stem, 1), "cpu")
     model = Transformer(recipe.model, 11, 10)
     initialise(model, recipe.model, recipe.run.seed)
     objective = ObjectiveSchedule(recipe.objective, recipe.model.context, mask_id=10).at(0)
@@ -97,4 +98,4 @@ def test_commands_of_the_readme_are_valid(command: str) -> None:
     sizes = [int(words[words.index(name) + 1]) if name in words else 1 for name in ("--nnodes", "--nproc-per-node")]
     recipe, *overrides = words[words.index("bd3_scale.train") + 1 :]
     for device in ("cpu", "cuda"):
-        recipes.validate(recipes.load(ROOT / recipe, overrides), sizes[0] * sizes[1], device)
+        validate(recipes.load(ROOT / recipe, overrides), sizes[0] * sizes[1], device)

@@ -23,10 +23,10 @@ from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import _that_of_the_first, check_tensor_ranks, load_network
 from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, ModelConfig, ObjectiveConfig
 from bd3_scale.sample import main
+from bd3_scale.tuning.interval_tuner import TunerState
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

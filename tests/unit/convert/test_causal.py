@@ -13,7 +13,8 @@ from torch import Tensor
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.recipe import load, validate
+from bd3_scale.recipe import load
+from bd3_scale.rules.validate import validate
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("world_of_one")

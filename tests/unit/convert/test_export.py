@@ -23,8 +23,9 @@ from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.rules.validate import validate
+from bd3_scale.tuning.interval_tuner import TunerState
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -59,7 +60,7 @@ def checkpoint_of(folder: Path, name: str, more: Sequence[str] = ()) -> Path:
     recipe_file = folder / "asked.yaml"
     recipe_file.write_text("{}")
     recipe = recipes.load(recipe_file, [*SMALL, *NETWORKS[name], *more])
-    recipes.validate(recipe)
+    validate(recipe)
     generator = torch.Generator().manual_seed(0)
     fragments = []
     for kind in ("weight", "ema"):

@@ -22,7 +22,8 @@ from bd3_scale.data.formats.streaming_compat import prepare_torchvision
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.objectives.interval_tuner import TunerState
+from bd3_scale.rules.validate import validate
+from bd3_scale.tuning.interval_tuner import TunerState
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -60,7 +61,7 @@ def checkpoint(folder: Path, more: Sequence[str] = (), words: str | None = None)
     recipe_file.write_text("{}")
     words = words or tokenizer(folder)
     recipe = recipes.load(recipe_file, [*SHAPE, f"data.tokenizer={words}", *more])
-    recipes.validate(recipe)
+    validate(recipe)
     text, generator = load_tokenizer(words), torch.Generator().manual_seed(0)
     fragments = []
     for name, parameter in parameter_shapes(recipe.model, text.model_vocabulary_size).items():

@@ -17,7 +17,7 @@ from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.engines.zero_engine import _import_deepspeed
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.interval_tuner import TunerState
+from bd3_scale.tuning.interval_tuner import TunerState
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.usefixtures("world_of_one")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.interval_tuner import Choice, TunerState
 from bd3_scale.objectives.table import ObjectiveSchedule
-from bd3_scale.recipe import load, to_yaml, validate
+from bd3_scale.recipe import load, to_yaml
 from bd3_scale.recipe.resume_check import compare
 from bd3_scale.recipe.schema import ObjectiveConfig
+from bd3_scale.rules.validate import validate
 from bd3_scale.training.schedules import TunedObjective
+from bd3_scale.tuning.interval_tuner import Choice, TunerState
 
 MIXTURE = {4: 0.5, 16: 0.3, 32: 0.2}
 

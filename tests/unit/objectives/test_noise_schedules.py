@@ -9,7 +9,7 @@ import pytest
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.objectives.noise_schedules import SCHEDULES, Schedule, schedule_named
-from bd3_scale.recipe.rules_objective import NOISE_SCHEDULES, checked_interval
+from bd3_scale.rules.objective import NOISE_SCHEDULES, checked_interval
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 

@@ -25,6 +25,7 @@ from bd3_scale.objectives.table import OBJECTIVES, BlockDiffusion, register_obje
 from bd3_scale.planning.cluster_plan import cluster_plan
 from bd3_scale.planning.devices import device_named
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
+from bd3_scale.rules.validate import validate
 from bd3_scale.train import train
 from tests.distributed.conftest import RECIPE
 from tests.invented import prepare_invented
@@ -54,7 +55,7 @@ def test_an_objective_of_sixty_lines_is_trained_planned_and_loaded(example: Modu
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.replace("DATA", str(prepare_invented(tmp_path / "data", 32))))
     recipe = recipes.load(path, [CAPPED, f"run.dir={tmp_path / 'run'}", "training.ema=0", "tracking.sample_tokens=16"])
-    recipes.validate(recipe)
+    validate(recipe)
     assert cluster_plan(recipe, 4, device_named("h100", 4)).phases[0].block_size == 8
     train(recipe, world_of_one)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -76,10 +77,10 @@ def test_an_objective_of_sixty_lines_is_trained_planned_and_loaded(example: Modu
 
 def test_its_row_is_what_the_rules_ask(example: ModuleType, base: Path) -> None:
     with pytest.raises(RecipeError, match=r"objective\.schedule is 'log', which means nothing to objective\.kind=capped_bd3"):
-        recipes.validate(recipes.load(base, [CAPPED, "objective.schedule=log"]))
+        validate(recipes.load(base, [CAPPED, "objective.schedule=log"]))
     register_objective(Kind("told", noise_conditioned=True))(example.CappedBlockDiffusion)
     with pytest.raises(RecipeError, match=r"objective\.kind = told .* model\.conditioning = none; set model\.conditioning=adaln$"):
-        recipes.validate(recipes.load(base, ["objective.kind=told"]))
+        validate(recipes.load(base, ["objective.kind=told"]))
     with pytest.raises(RecipeError, match=r"objective\.kind=told has no sampler that conditions its blocks on noise"):
         check(example.CappedBlockDiffusion(5, 16, 4), SamplingOptions(), 16)
     with pytest.raises(ValueError, match="'bd3' exists already; register CappedBlockDiffusion under another name"):
@@ -88,13 +89,14 @@ def test_its_row_is_what_the_rules_ask(example: ModuleType, base: Path) -> None:
 
 def test_without_the_file_its_kind_is_unknown(base: Path) -> None:
     with pytest.raises(RecipeError, match=r"objective\.kind is 'capped_bd3', which does not exist; set one of bd3, mdlm, sedd, ssdlm, ar"):
-        recipes.validate(recipes.load(base, [CAPPED]))
+        validate(recipes.load(base, [CAPPED]))
 
 
 def test_recipes_are_checked_without_torch(base: Path) -> None:
     """The package, its recipes and every check of theirs."""
     code = (
         "import sys, bd3_scale; from bd3_scale import recipe as recipes;"
-        f"recipes.validate(recipes.load({str(base)!r}, ['tuner.enabled=true'])); bd3_scale.Kind; assert 'torch' not in sys.modules"
+        "from bd3_scale.rules.validate import validate;"
+        f"validate(recipes.load({str(base)!r}, ['tuner.enabled=true'])); bd3_scale.Kind; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=EXAMPLE.parents[1])

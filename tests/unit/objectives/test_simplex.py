@@ -15,8 +15,8 @@ from bd3_scale.objectives import noise
 from bd3_scale.objectives.network_inputs import block_losses, row_nelbo
 from bd3_scale.objectives.simplex import K, SimplexNoise, conditioning_times, masses, remaining_signal
 from bd3_scale.objectives.table import BlockDiffusion, ObjectiveSchedule, SimplexDiffusion
-from bd3_scale.recipe.rules_objective import check_tuner
 from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
+from bd3_scale.rules.objective import check_tuner
 
 MASK, LENGTH, SIZE = 11, 12, 3
 KEYS = torch.from_numpy(noise.simplex_keys(3, 5, np.arange(40), 50)).flatten()

@@ -15,7 +15,7 @@ from bd3_scale.objectives.noise_schedules import SCHEDULES, expected_masked
 from bd3_scale.objectives.sedd import ScoreEntropy
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
 from bd3_scale.objectives.time_density import UNIFORM_SHARE, TimeDensity, time_density
-from bd3_scale.recipe.rules_objective import Interval
+from bd3_scale.rules.objective import Interval
 from tests.unit.objectives.exact_bound import exact_block_nelbo
 
 MASK = 3

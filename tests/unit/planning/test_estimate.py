@@ -22,9 +22,9 @@ from bd3_scale.planning.estimate import bandwidth, bubble_fraction, pace, rank_m
 from bd3_scale.planning.report import as_text, make_plan
 from bd3_scale.planning.search import _layouts, search
 from bd3_scale.recipe import Recipe
-from bd3_scale.recipe.rules import works
 from bd3_scale.recipe.schema import ModelConfig
-from bd3_scale.recipe.suggestions import Case
+from bd3_scale.rules.across_keys import works
+from bd3_scale.rules.suggestions import Case
 
 ROOT = Path(__file__).resolve().parents[3]
 V = 211

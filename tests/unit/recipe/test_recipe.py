@@ -11,7 +11,9 @@ import pytest
 from bd3_scale import recipe as recipes
 from bd3_scale import train
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe.schema import KEYS, SourceConfig
+from bd3_scale.recipe.definition import KEYS
+from bd3_scale.recipe.schema import SourceConfig
+from bd3_scale.rules.validate import validate
 from tests.unit.refusing import BASE, refused
 
 
@@ -75,13 +77,13 @@ def test_refused_in_one_line_that_names_the_key(base: Path, override: str, named
 
 def test_any_world_that_has_a_row_for_each_replica_shares_the_global_batch(base: Path) -> None:
     for world_size in range(1, 9):
-        recipes.validate(recipes.load(base), world_size, device="cpu")
+        validate(recipes.load(base), world_size, device="cpu")
     assert "training.global_batch = 8 must be at least the data-parallel ranks = 9" in refused(base, [], world_size=9)
 
 
 def test_micro_batch_null_is_the_whole_share(base: Path) -> None:
     recipe = recipes.load(base, ["parallel.micro_batch=null"])
-    recipes.validate(recipe, 4, "cpu")
+    validate(recipe, 4, "cpu")
     assert [recipe.micro_batch(replicas) for replicas in (1, 2, 3, 4, 5)] == [8, 4, 3, 2, 2]
     assert "training.global_batch" in refused(base, ["parallel.micro_batch=null"], world_size=16)
 
@@ -191,7 +193,7 @@ def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed
         needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"]}
         needed |= {kind: ["tuner.enabled=true"] for kind in ("density", "both")}
         needed |= {pairs: ["objective.draws=2"] for pairs in ("complement", "antithetic")}
-        recipes.validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed.get(str(value), [])]))
+        validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed.get(str(value), [])]))
     message = refused(base, [f"{key}={7 if isinstance(allowed[0], int) else 'other'}"])
     assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)
 
@@ -202,7 +204,7 @@ def test_every_bound_holds_and_is_named(base: Path, key: str) -> None:
     for value in bounds:
         assert refused(base, [f"{key}={value}"]).startswith(f"{key} is {value}")
     if KEYS[key].least == 0:
-        recipes.validate(recipes.load(base, [f"{key}=0"]))
+        validate(recipes.load(base, [f"{key}=0"]))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ MIXTURE = "data.mixture=[{path: a, weight: 0.7}, {path: b, weight: 0.3, remote: 
 def test_a_mixture_or_cache_that_cannot_work_is_refused(base: Path, overrides: list[str], said: str) -> None:
     plain = ["data.path=~/.cache/bd3_scale/data", "data.source=null"]
     assert said in refused(base, plain + overrides)
-    recipes.validate(recipes.load(base, [*plain, MIXTURE, "data.cache_bytes=1000"]))
+    validate(recipes.load(base, [*plain, MIXTURE, "data.cache_bytes=1000"]))
 
 
 def test_a_mixture_may_move_but_not_change(base: Path) -> None:

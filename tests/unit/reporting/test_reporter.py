@@ -17,8 +17,6 @@ import torch
 from bd3_scale.costs.flops import training_flops_per_token
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.estimates import CrossEntropy, Validation
-from bd3_scale.objectives.interval_tuner import TunerState
 from bd3_scale.objectives.noise_schedules import expected_masked
 from bd3_scale.objectives.time_density import TimeDensity
 from bd3_scale.recipe import Recipe, load
@@ -29,6 +27,8 @@ from bd3_scale.reporting.plots import running_mean, series
 from bd3_scale.reporting.reporter import Reporter, flops_per_token
 from bd3_scale.reporting.summary import summary
 from bd3_scale.reporting.tracking import _numbers
+from bd3_scale.tuning.estimates import CrossEntropy, Validation
+from bd3_scale.tuning.interval_tuner import TunerState
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = Layout(0, 1, torch.device("cpu"), tensor=1, tensor_rank=0, pipeline=1, pipeline_rank=0, data=1, data_rank=0)

@@ -18,6 +18,7 @@ from bd3_scale.checkpoint.index import FORMAT_VERSION
 from bd3_scale.data.preparation.prepare import Packing
 from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
 from bd3_scale.data.tokenizer import ByteTokenizer
+from bd3_scale.rules.validate import validate
 from bd3_scale.train import train
 
 FORMER = Path(__file__).parents[2] / "golden" / "checkpoints"
@@ -43,7 +44,7 @@ def test_a_former_checkpoint_continues_its_run(name: str, world_of_one: Any, tmp
     shutil.copytree(FORMER / name, tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000003")
     recipe = recipes.load(FORMER / "recipe.yaml", [f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path / 'data'}"])
-    recipes.validate(recipe)
+    validate(recipe)
     train(recipe, world_of_one)
     expected = [line for line in lines(FORMER / "metrics.jsonl") if line["step"] > 3]
     found = lines(tmp_path / "run" / "metrics.jsonl")

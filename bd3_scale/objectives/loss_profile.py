@@ -1,28 +1,24 @@
-"""The density of t with the least variance, from the pass that the interval tuner makes anyway.
+"""How a block's loss varies given t, measured once for every t: from the sums of nll by the number of masked tokens.
 
-An unbiased estimate of the mean loss over an interval varies least where t is drawn in proportion to sqrt(E[loss^2 | t]), in bins of
-width w to sqrt(w * integral of E[loss^2 | t]). No bins of t are needed to measure that: given how many of a block's tokens are masked,
-which ones they are, and so the sum S of their nll, does not depend on t. With the block's loss S / (t n),
+Given how many of a block's tokens are masked, which ones they are, and so the sum S of their nll, does not depend on t. With the block's
+loss S / (t n),
     E[loss^2 | t] = sum over m of Binomial(m; n, t) E[S^2 | m] / (t n)^2,
 for every t, also where the pass had hardly a masked token. Blocks are pooled by their masked fraction, S^2 in units of m^2, and
-neighbouring pools are smoothed. (The score entropy of sedd depends on t a little beside m: its density is the best of a near relative,
-and its estimate no less unbiased.)
+neighbouring pools are smoothed. (The score entropy of sedd depends on t a little beside m: its profile is that of a near relative.)
 
-Invariants: sums are made row by row and joined in the order of the rows, as those of `interval_tuner`; a density is a few whole numbers, so
-that layouts, whose losses differ by rounding, learn the same one; the variance must fall by more than `tuner.margin` for a change.
+Invariant: sums are made row by row and joined in the order of the rows, so that no layout changes them.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from bd3_scale.objectives.mask_resampling import binomial
 from bd3_scale.objectives.network_inputs import BlockSamples
 from bd3_scale.objectives.time_density import BINS, TimeDensity
-from bd3_scale.recipe.rules_objective import Interval
+from bd3_scale.rules.objective import Interval
 
 POOLS = 32
 """Of masked fractions, equally wide in their square root: alone for every count of blocks of up to 16 tokens."""
@@ -118,29 +114,3 @@ class LossProfile:
         edges, _, second = self.moments(interval)
         mass = np.sqrt(np.diff(edges) * second)
         return TimeDensity(interval, tuple(np.rint(PARTS * mass / mass.sum()).astype(int).tolist()))
-
-
-@dataclass(frozen=True)
-class DensityChoice:
-    """The density to train with from now on, and why."""
-
-    learned: tuple[float, ...]
-    """Its shape; (): the recipe's stays."""
-    variance: float
-    """Of a block's loss with it; nan where it could not be measured."""
-    uniform_variance: float
-    """The same with a uniform density on the same interval."""
-    changed: bool
-
-
-def choose_density(sums: np.ndarray, block_size: int, current: TimeDensity, learned: tuple[float, ...], margin: float) -> DensityChoice:
-    """The best density on the interval of `current`, if it beats that by more than `margin`; else the current one, and its `learned`
-    shape where it has one. `sums`: see `LossProfile.of`."""
-    profile = LossProfile.of(sums, block_size)
-    if profile is None or current.interval[0] == current.interval[1]:
-        return DensityChoice(learned, math.nan, math.nan, False)
-    best = profile.best(current.interval)
-    here, there, uniform = (profile.variance(of) for of in (current, best, replace(current, shape=())))
-    if there < (1 - margin) * here:
-        return DensityChoice(best.shape, there, uniform, True)
-    return DensityChoice(learned, here, uniform, False)

@@ -9,13 +9,12 @@ import math
 from typing import Any
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.recipe import rules
+from bd3_scale.recipe.definition import KEYS, Recipe
 from bd3_scale.recipe.environment import resolve_precision
-from bd3_scale.recipe.rules_objective import check_control_variate, check_objective, check_tuner
-from bd3_scale.recipe.schema import KEYS, Recipe
 from bd3_scale.recipe.stages import batch_schedule
-from bd3_scale.recipe.suggestions import as_text, as_yaml
-from bd3_scale.recipe.text import flatten
+from bd3_scale.recipe.text import as_text, as_yaml, flatten
+from bd3_scale.rules import across_keys
+from bd3_scale.rules.objective import check_control_variate, check_objective, check_tuner
 
 
 def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> None:
@@ -24,7 +23,7 @@ def validate(recipe: Recipe, world_size: int = 1, device: str | None = None) -> 
     for key, value in flatten(recipe).items():
         _check_key(key, value, defaults[key])
     batch_schedule(recipe.training.global_batch, recipe.objective.draws)
-    rules.check(recipe, world_size, device, resolve_precision(recipe.training, device) if device is not None else None)
+    across_keys.check(recipe, world_size, device, resolve_precision(recipe.training, device) if device is not None else None)
     check_objective(recipe.objective, recipe.model.context, recipe.data.document_mask)
     check_tuner(recipe.tuner, recipe.objective)
     check_control_variate(recipe)

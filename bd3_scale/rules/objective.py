@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.definition import KEYS, Recipe
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL, block_sizes
-from bd3_scale.recipe.schema import KEYS, ObjectiveConfig, Recipe, TunerConfig
+from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
 
 Interval = tuple[float, float]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig, TrainingConfig
+from bd3_scale.rules.validate import validate
 from tests.unit.refusing import refused
 
 
@@ -146,7 +147,7 @@ def test_the_cure_cures(base: Path, overrides: str, world_size: int, device: str
     assert proposed in message
     assert cures(message), message
     for keys, ranks in cures(message):
-        recipes.validate(recipes.load(base, [*given, *keys]), ranks or world_size, device)
+        validate(recipes.load(base, [*given, *keys]), ranks or world_size, device)
 
 
 def layout_works(recipe: recipes.Recipe, world_size: int) -> bool:
@@ -205,10 +206,10 @@ def test_any_layout_works_or_is_cured(model: ModelConfig, layout: ParallelConfig
     training = TrainingConfig(steps=1, global_batch=global_batch)
     recipe = recipes.Recipe(model=model, parallel=layout, training=training)
     if layout_works(recipe, world_size):
-        recipes.validate(recipe, world_size, "cpu")
+        validate(recipe, world_size, "cpu")
         return
     with pytest.raises(RecipeError) as caught:
-        recipes.validate(recipe, world_size, "cpu")
+        validate(recipe, world_size, "cpu")
     assert cures(str(caught.value)), caught.value
     whole = []
     for keys, ranks in cures(str(caught.value)):
@@ -226,4 +227,4 @@ def test_thousands_of_ranks_are_searched_at_once(base: Path) -> None:
     given += ["parallel.tensor=7", "parallel.pipeline=48", "parallel.virtual_stages=4", "parallel.zero=3", "parallel.context=2"]
     message = refused(base, given, world_size=4096)
     for keys, ranks in cures(message):
-        recipes.validate(recipes.load(base, [*given, *keys]), ranks or 4096, "cpu")
+        validate(recipes.load(base, [*given, *keys]), ranks or 4096, "cpu")

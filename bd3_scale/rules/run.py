@@ -1,6 +1,6 @@
 """The rules for how a run goes in time: the learning rate's schedule, samples left out, changes of a run that is continued.
 
-As `rules.py`, which asks them; none of these depends on the layout.
+As `across_keys.py`, which asks them; none of these depends on the layout.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+from bd3_scale.recipe.definition import KEYS
 from bd3_scale.recipe.objective_kinds import block_sizes
-from bd3_scale.recipe.schema import KEYS, TrainingConfig
-from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml
+from bd3_scale.recipe.schema import TrainingConfig
+from bd3_scale.recipe.text import as_text, as_yaml
+from bd3_scale.rules.suggestions import Case, Problem
 
 
 def decay_has_its_schedule(case: Case) -> Problem | None:

@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 
 from bd3_scale.errors import CheckpointError, TrainingError
-from bd3_scale.objectives.density_tuner import POOLS, DensityChoice, count_sums
-from bd3_scale.objectives.estimates import Moments, combine
+from bd3_scale.objectives.loss_profile import POOLS, count_sums
 from bd3_scale.objectives.mask_resampling import importance
 from bd3_scale.objectives.network_inputs import BlockSamples
 from bd3_scale.recipe.objective_kinds import block_size_shares, block_sizes
-from bd3_scale.recipe.rules_objective import Interval
 from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
+from bd3_scale.rules.objective import Interval
+from bd3_scale.tuning.density_tuner import DensityChoice
+from bd3_scale.tuning.estimates import Moments, combine
 
 LEAST_BLOCKS = 30
 """A variance of fewer (effective) blocks is no basis for a choice: its relative standard error is above a quarter."""

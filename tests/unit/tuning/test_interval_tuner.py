@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from bd3_scale.errors import CheckpointError, RecipeError, TrainingError
-from bd3_scale.objectives import interval_tuner
-from bd3_scale.objectives.density_tuner import DensityChoice
-from bd3_scale.objectives.interval_tuner import TunerState, choose, interval_statistics, row_statistics
 from bd3_scale.objectives.network_inputs import BlockSamples, NetworkInputs, block_losses
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion
-from bd3_scale.recipe.rules_objective import check_tuner
-from bd3_scale.recipe.rules_objective import interval_candidates as candidates
 from bd3_scale.recipe.schema import ObjectiveConfig, TunerConfig
+from bd3_scale.rules.objective import check_tuner
+from bd3_scale.rules.objective import interval_candidates as candidates
+from bd3_scale.tuning import interval_tuner
+from bd3_scale.tuning.density_tuner import DensityChoice
+from bd3_scale.tuning.interval_tuner import TunerState, choose, interval_statistics, row_statistics
 
 VOCABULARY = 5
 MASK = VOCABULARY

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bd3_scale.objectives.estimates import unigram_perplexity
+from bd3_scale.tuning.estimates import unigram_perplexity
 
 
 def test_by_hand() -> None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bd3_scale.objectives.density_tuner import BINS, LEAST_MASKED, LossProfile, choose_density, count_sums
+from bd3_scale.objectives.loss_profile import LEAST_MASKED, LossProfile, count_sums
 from bd3_scale.objectives.network_inputs import block_losses, counted_tokens
 from bd3_scale.objectives.table import BlockDiffusion
-from bd3_scale.objectives.time_density import TimeDensity, time_density
-from bd3_scale.recipe.rules_objective import Interval
-from tests.unit.objectives.test_interval_tuner import MASK, WHOLE, _nll, _rows, _samples
+from bd3_scale.objectives.time_density import BINS, TimeDensity, time_density
+from bd3_scale.rules.objective import Interval
+from bd3_scale.tuning.density_tuner import choose_density
+from tests.unit.tuning.test_interval_tuner import MASK, WHOLE, _nll, _rows, _samples
 
 
 def _sums(objective: BlockDiffusion, count: int = 300) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The rules between a recipe and the device that computes: which attention kernel and which compilation it can have.
 
-Part of `rules.py`, which asks them. Here stands what the recipe and the kind of device say alone; whether a backend works on the
+Part of `across_keys.py`, which asks them. Here stands what the recipe and the kind of device say alone; whether a backend works on the
 GPU at hand is found by `engines/kernel_probe.py` when a run starts.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bd3_scale.recipe.suggestions import Case, Problem
+from bd3_scale.recipe.environment import compiled_in_pieces
+from bd3_scale.rules.suggestions import Case, Problem
 
 if TYPE_CHECKING:
-    from bd3_scale.recipe.schema import ParallelConfig, TrainingConfig
+    pass
 
 FLEX = ("flex", "flex_triton", "flex_flash")
 
@@ -50,11 +51,6 @@ def tuning_has_a_gpu(case: Case) -> Problem | None:
         "training.compile = max-autotune needs CUDA because it chooses among GPU kernels by timing them",
         lambda: ["set training.compile=none", "set training.compile=blocks"],
     )
-
-
-def compiled_in_pieces(training: TrainingConfig, parallel: ParallelConfig) -> bool:
-    """Whether layers would be compiled whose weights DeepSpeed gathers linear by linear: its hooks cut a layer at each of them."""
-    return training.compile != "none" and parallel.zero == 3 and parallel.resolved_engine == "deepspeed"
 
 
 def layers_are_compiled_whole(case: Case) -> Problem | None:

@@ -13,15 +13,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.definition import KEYS
 from bd3_scale.recipe.mixture_weights import weights_problem
-from bd3_scale.recipe.rules_device import DEVICE_RULES
-from bd3_scale.recipe.rules_run import RUN_RULES
-from bd3_scale.recipe.schema import KEYS, DataConfig
+from bd3_scale.recipe.schema import DataConfig
 from bd3_scale.recipe.stages import at_least
-from bd3_scale.recipe.suggestions import Case, Problem, as_text, as_yaml, divisors, fitting_micro_batches, nearest, nearest_layout
+from bd3_scale.recipe.text import as_text, as_yaml
+from bd3_scale.rules.device import DEVICE_RULES
+from bd3_scale.rules.run import RUN_RULES
+from bd3_scale.rules.suggestions import Case, Problem, divisors, fitting_micro_batches, nearest, nearest_layout
 
 if TYPE_CHECKING:
-    from bd3_scale.recipe.schema import Recipe
+    from bd3_scale.recipe.definition import Recipe
 
 
 Rule = Callable[[Case], Problem | None]

@@ -1,6 +1,6 @@
 """What works instead of a recipe that does not: the nearest value of one key, or the nearest layout of the same ranks.
 
-Here is only the search; what must hold is in `rules.py`, which asks. Invariants: nothing is proposed that was not
+Here is only the search; what must hold is in `across_keys.py`, which asks. Invariants: nothing is proposed that was not
 tried; the search for a layout changes nothing of the model; it takes milliseconds, at thousands of ranks, too.
 """
 
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from bd3_scale.batches import Shares
 from bd3_scale.recipe.schema import ParallelConfig
 from bd3_scale.recipe.stages import at_least
+from bd3_scale.recipe.text import as_text
 
 if TYPE_CHECKING:
-    from bd3_scale.recipe.schema import Recipe
+    from bd3_scale.recipe.definition import Recipe
 
 Changes = dict[str, Any]
 """{dotted key: value to set}."""
@@ -152,21 +153,6 @@ def _distance(wanted: ParallelConfig, case: Case, changes: Changes) -> float:
             ratio = abs(math.log2((now or 1) / (before or 1))) if name in WEIGHTS else 0.0
             distance += WEIGHTS.get(name, 1) + ratio
     return distance
-
-
-def as_text(changes: Changes) -> str:
-    return "set " + " and ".join(f"{key}={as_yaml(value)}" for key, value in changes.items())
-
-
-def as_yaml(value: Any) -> str:
-    """A value as a person types it in a recipe or as an override."""
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(as_yaml(item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {as_yaml(item)}' for name, item in value.items())}}}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 def divisors(number: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.objectives.estimates import Moments, combine, mean_and_standard_error, perplexity
+from bd3_scale.tuning.estimates import Moments, combine, mean_and_standard_error, perplexity
 from tests.unit.objectives.exact_bound import exact_block_nelbo
 
 VOCABULARY = 3
