@@ -47,8 +47,7 @@ from bd3_scale.distributed import layout as layouts
 from bd3_scale.errors import UserError
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.objectives.network_inputs import block_losses, counted_tokens, masked_counts
-from bd3_scale.objectives.noise import validation_times
-from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
+from bd3_scale.objectives.noise import LINEAR, Schedule, schedule_named, validation_times
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
 from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import empty_figure

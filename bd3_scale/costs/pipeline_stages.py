@@ -14,14 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bd3_scale.costs.flops import count_flops
 from bd3_scale.objectives.attention_mask import AttentionPattern
-from bd3_scale.objectives.noise_schedules import expected_masked
+from bd3_scale.objectives.noise import schedule_named
 from bd3_scale.objectives.table import ObjectiveSchedule
-from bd3_scale.objectives.time_density import time_density
+from bd3_scale.objectives.time_density import TimeDensity, time_density
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, ParallelConfig
 from bd3_scale.tuning.interval_tuner import TunerState
 
@@ -151,3 +154,10 @@ def selected_share(objective: ObjectiveConfig, pattern: AttentionPattern, tuning
     return expected_masked(
         objective.schedule, time_density((beta, omega), objective.density, tuple(objective.density_shape or ()), learned)
     )
+
+
+@lru_cache(maxsize=64)
+def expected_masked(schedule: str, density: TimeDensity) -> float:
+    """Mean mask probability at t of this density (midpoint rule: exact for the linear schedule with a uniform one)."""
+    times, _ = density.draw((np.arange(1000) + 0.5) / 1000)
+    return float(schedule_named(schedule).mask_probability(times).mean())

@@ -35,7 +35,7 @@ from bd3_scale.generation.token_sampling import (
 )
 from bd3_scale.generation.unmasking import UnmaskingPolicy
 from bd3_scale.objectives.base import Objective
-from bd3_scale.objectives.noise_schedules import schedule_named
+from bd3_scale.objectives.noise import schedule_named
 from bd3_scale.objectives.simplex import SimplexNoise
 
 ENTROPY_WINDOW = 256

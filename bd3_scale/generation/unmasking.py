@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.generation.token_sampling import DEFAULT_THRESHOLD, SCORE_SAMPLERS, SamplingOptions, draw, keyed_uniforms, top_probabilities
-from bd3_scale.objectives.noise_schedules import Schedule
+from bd3_scale.objectives.noise import Schedule
 from bd3_scale.objectives.sedd import reveal_factor, total_scores
 
 

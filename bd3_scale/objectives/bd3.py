@@ -27,7 +27,7 @@ from bd3_scale.objectives.network_inputs import (
     masked_counts,
     network_inputs,
 )
-from bd3_scale.objectives.noise_schedules import LINEAR, Schedule, schedule_named
+from bd3_scale.objectives.noise import LINEAR, Schedule, schedule_named
 from bd3_scale.objectives.time_density import TimeDensity, time_density
 from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
 from bd3_scale.rules.objective import check_draws, check_resampling, check_schedule, check_shape, checked_interval

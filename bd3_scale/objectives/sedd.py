@@ -29,7 +29,7 @@ from torch import Tensor
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.mdlm import MaskedDiffusion
 from bd3_scale.objectives.network_inputs import NetworkInputs
-from bd3_scale.objectives.noise_schedules import Schedule
+from bd3_scale.objectives.noise import Schedule
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
 
 CLEAN_AT_MOST = 1e-3

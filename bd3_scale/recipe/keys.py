@@ -1,6 +1,6 @@
 """The facts of a recipe's key that stand beside it in `schema.py`: its default, what it may be, whether a continued run may change it.
 
-Invariant: a fact is written once, there; checks and their errors, the resume check and docs/recipe.md read it. the room `rules` has what
+Invariant: a fact is written once, there; checks and their errors, the resume check and docs/recipe.md read it. The room `rules` has what
 several keys need of each other.
 """
 

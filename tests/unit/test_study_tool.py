@@ -57,7 +57,7 @@ def test_integrated_variance_is_the_variance_of_drawn_losses(study: Any, size: i
         masked = random.random((*times.shape, size)) < noise.schedule.mask_probability(times)[..., None]
         return masked.sum(-1), (masked * nll).sum(-1) * (1 + 0.3 * masked.sum(-1))
 
-    from bd3_scale.objectives.noise_schedules import LINEAR, schedule_named
+    from bd3_scale.objectives.noise import LINEAR, schedule_named
 
     validation, wanted = study.Noise(LINEAR, (1e-3, 1.0)), study.Noise(schedule_named(schedule), interval)
     np.testing.assert_allclose(wanted.integrals(size)[0].sum(), 1.0, rtol=1e-12)

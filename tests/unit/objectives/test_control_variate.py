@@ -11,7 +11,7 @@ import torch
 from bd3_scale.objectives.control_variate import _mean, control
 from bd3_scale.objectives.loss_profile import POOLS, count_sums, masked_nll
 from bd3_scale.objectives.network_inputs import scored_rows
-from bd3_scale.objectives.noise_schedules import LINEAR
+from bd3_scale.objectives.noise import LINEAR
 from bd3_scale.objectives.table import BlockDiffusion
 from tests.unit.tuning.test_interval_tuner import MASK, WHOLE, _nll, _rows, _samples
 

@@ -13,7 +13,7 @@ from bd3_scale.errors import RecipeError
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.mask_resampling import admissible_counts, importance, resampled_tokens, truncated_counts
 from bd3_scale.objectives.network_inputs import counted_tokens
-from bd3_scale.objectives.noise_schedules import SCHEDULES
+from bd3_scale.objectives.noise import SCHEDULES
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion, ObjectiveSchedule
 from bd3_scale.recipe.schema import ObjectiveConfig
 

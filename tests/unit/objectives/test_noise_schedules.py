@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.noise_schedules import SCHEDULES, Schedule, schedule_named
+from bd3_scale.objectives.noise import SCHEDULES, Schedule, schedule_named
 from bd3_scale.rules.objective import NOISE_SCHEDULES, checked_interval
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

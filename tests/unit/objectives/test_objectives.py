@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.network_inputs import NetworkInputs, block_losses, counted_tokens, row_nelbo
-from bd3_scale.objectives.noise_schedules import SCHEDULES
+from bd3_scale.objectives.noise import SCHEDULES
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import DEFAULT_BLOCK_SIZE
 from bd3_scale.recipe.schema import ObjectiveConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
-from bd3_scale.objectives.noise_schedules import SCHEDULES, schedule_named
+from bd3_scale.objectives.noise import SCHEDULES, schedule_named
 from bd3_scale.objectives.sedd import noise_levels, reveal_factor, total_scores
 from bd3_scale.objectives.table import MaskedDiffusion, ScoreEntropy
 from bd3_scale.recipe.schema import ModelConfig

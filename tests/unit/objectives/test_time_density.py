@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from bd3_scale.costs.pipeline_stages import expected_masked
 from bd3_scale.objectives import noise
 from bd3_scale.objectives.network_inputs import block_losses
-from bd3_scale.objectives.noise_schedules import SCHEDULES, expected_masked
+from bd3_scale.objectives.noise import SCHEDULES
 from bd3_scale.objectives.sedd import ScoreEntropy
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
 from bd3_scale.objectives.time_density import UNIFORM_SHARE, TimeDensity, time_density
