@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.generation.load_model import load_network
-from bd3_scale.recipe import load, validate
+from bd3_scale.recipe import load
+from bd3_scale.rules.validate import validate
 from tests.unit.convert.test_causal import LENGTH, convert, transformers  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
