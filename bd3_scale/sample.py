@@ -1,4 +1,5 @@
-"""`python -m bd3_scale.sample CHECKPOINT [--prompt TEXT ...]`: text from any checkpoint, for people or as JSON.
+"""`python -m bd3_scale.sample CHECKPOINT [--prompt TEXT ...]`: text from any checkpoint, for people or as JSON; with `--prompts-file` for
+thousands of prompts, as JSON lines that a killed command goes on with.
 
 Under torchrun all processes become one tensor-parallel group: each holds its part of the weights and of the cache, all run
 the same sampler on the same logits, and the first speaks and writes. A checkpoint of any layout is sampled by any number of
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bd3_scale.cli import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.generation.generate import generate_tokens
+from bd3_scale.generation.prompts_file import SLOTS, generate_file, read_prompts
 from bd3_scale.generation.sampler import ENTROPY_WINDOW, Result, own_sampler
 from bd3_scale.generation.token_sampling import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
 
@@ -45,14 +47,25 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add("checkpoint", help="a checkpoint folder, or a run directory (its latest checkpoint)")
     add("--prompt", nargs="+", action="extend", metavar="TEXT", help="what the texts begin with; several give several texts")
+    add("--prompts-file", type=Path, metavar="FILE", help="a prompt a line (.jsonl: a string, or an object with prompt); needs --output")
     add("--length", type=int, help="tokens per text, with its beginning and the prompt; default: the training context; may exceed it")
-    add("--batch-size", type=int, metavar="B", help="texts made together; a multiple of the prompts; default: one per prompt")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help=f"texts made together; a multiple of the prompts; default: one per prompt; of a file {SLOTS}",
+    )
     add_sampler_options(parser)
     add("--block-size", type=int, metavar="L'", help="of a network trained with several block sizes: which; default: the most frequent")
     add("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
     add("--device", default="auto", help="auto | cpu | cuda")
     add("--json", action="store_true", help="print one JSON document")
-    add("--output", type=Path, metavar="FILE.jsonl", help="also write one JSON line per text, to a new file")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="also write one JSON line per text, to a new file; of a prompts file: go on with it",
+    )
     return parser
 
 
@@ -86,14 +99,46 @@ def main(argv: list[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         if (
             options.output is not None
+            and options.prompts_file is None
             and rank_and_size()[0] == 0
             and (options.output.exists() or not options.output.absolute().parent.is_dir())
         ):
             raise RecipeError(f"--output {options.output} exists already or lies in no folder; name a new file in a folder that exists")
-        _run(options)
+        if options.prompts_file is None:
+            _run(options)
+        else:
+            _run_file(options)
     except UserError as error:
         return end_with(error)
     return 0
+
+
+def _run_file(options: argparse.Namespace) -> None:
+    if options.prompt is not None or options.json or options.output is None:
+        raise RecipeError("--prompts-file takes --output FILE.jsonl, and neither --prompt nor --json")
+    SamplingOptions(**chosen(options))
+    prompts = read_prompts(options.prompts_file)
+    with own_world():
+        from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
+        from bd3_scale.generation.load_model import load_network
+
+        loaded = load_network(options.checkpoint, weights=options.weights, device=options.device, block_size=options.block_size)
+        with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, it goes on"):
+            made = generate_file(
+                loaded,
+                prompts,
+                options.output,
+                slots=SLOTS if options.batch_size is None else options.batch_size,
+                length=options.length,
+                seed=options.seed,
+                stop_at_end_of_text=not options.ignore_eos,
+                use_cache=not options.no_cache,
+                progress=True,
+                **chosen(options),
+            )
+        leader = rank_and_size()[0] == 0
+    if leader:
+        print(f"{made.texts} texts in {options.output}, {made.before} of which were there")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -151,7 +196,7 @@ def _texts(loaded: LoadedNetwork, result: Result) -> list[dict[str, Any]]:
 
 
 def _document(loaded: LoadedNetwork, options: argparse.Namespace, result: Result, texts: list[dict[str, Any]]) -> dict[str, Any]:
-    asked = {key: value for key, value in vars(options).items() if key not in ("checkpoint", "output", "json")}
+    asked = {key: value for key, value in vars(options).items() if key not in ("checkpoint", "output", "json", "prompts_file")}
     return {
         "checkpoint": str(loaded.checkpoint.path),
         "step": loaded.checkpoint.step,

@@ -1,4 +1,4 @@
-"""Forward passes for sampling, with or without a key/value cache.
+"""Forward passes for sampling, with or without a key/value cache, of texts that go on block by block together (`slots.py`: on their own).
 
 With the cache a block's forwards run on its L' rows only and one more forward on the finished block stores its K and V; without,
 every forward recomputes the whole prefix under the same mask. A block sees itself and the clean blocks that fit into the `context`
@@ -10,6 +10,8 @@ what a later row can see, and some blocks' room.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +55,28 @@ class Network(Protocol):
     def new_cache(self, batch: int, capacity: int) -> Cache: ...
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a sampler asks of the network: positions [start, stop) of `tokens` int64 [B, width], given the clean ones before.
+
+    `clean`: they are read for good, and logits of the `last` ones are wanted. Else they are a noisy block, of which all are, under the mask
+    probability `noise` float64 [B], or with words that are noised by `simplex` to `time`.
+    """
+
+    tokens: np.ndarray
+    start: int
+    stop: int
+    clean: bool = False
+    last: int = 0
+    noise: np.ndarray | None = None
+    simplex: SimplexNoise | None = None
+    time: float = 0.0
+
+
+Steps = Generator[Request, Tensor, None]
+"""A sampler at work: asks, and gets logits [B, wanted rows, V] sent."""
+
+
 def one_block(objective: Objective) -> bool:
     """Whether its network denoises rows as a whole."""
     return objective.block_size == objective.pattern.length
@@ -74,6 +98,15 @@ class CachedForward:
         self.cache = network.new_cache(rows, self.capacity) if use_cache else None
         self.first = 0
         """Position of the oldest row in the cache."""
+
+    def answer(self, request: Request) -> Tensor:
+        block = slice(request.start, request.stop)
+        if request.clean:
+            return self.run(request.tokens, request.start, request.stop, clean=True, last=request.last)
+        if request.simplex is not None:
+            return self.project(request.tokens, block, request.simplex, request.time)
+        assert request.noise is not None
+        return self.denoise(request.tokens, block, request.noise)
 
     def run(self, tokens: np.ndarray, start: int, stop: int, *, clean: bool, last: int = 0, **noise: Any) -> Tensor:
         """Positions [start, stop) of int64 [B, width] given the clean ones before: logits [B, last, V] of the last rows.
@@ -122,12 +155,6 @@ class CachedForward:
             **noise,
         )
 
-    def _segments(self, tokens: np.ndarray, noisy_from: int) -> np.ndarray:
-        """int [B, stop]: the document of each position (`attention_mask.document_segments`); a noisy block's is the one before it."""
-        ends = tokens == self.document_end
-        ends[:, 0] = ends[:, noisy_from:] = False
-        return np.cumsum(ends, axis=1)
-
     def _make_room(self, start: int, rows: int) -> None:
         assert self.cache is not None
         unseen = start - self.window - self.first
@@ -142,7 +169,7 @@ class CachedForward:
         if self.causal:  # inside a clean block, too; a noisy one sees itself whole
             mask &= (seen <= positions[:, None]) | (positions[:, None] >= noisy_from)
         if self.document_end is not None:
-            segments = torch.from_numpy(self._segments(tokens[:, :stop], noisy_from))
+            segments = torch.from_numpy(segments_of(tokens[:, :stop], noisy_from, self.document_end))
             mask = mask & (segments[:, None, start:, None] == segments[:, None, None, stop - len(seen) :])
         self.nfe += 1
         return self.network.decode(
@@ -154,3 +181,10 @@ class CachedForward:
             last=last,
             **noise,
         )
+
+
+def segments_of(tokens: np.ndarray, noisy_from: int, document_end: int) -> np.ndarray:
+    """int [B, stop]: the document of each position (`attention_mask.document_segments`); a noisy block's is the one before it."""
+    ends = tokens == document_end
+    ends[:, 0] = ends[:, noisy_from:] = False
+    return np.cumsum(ends, axis=1)

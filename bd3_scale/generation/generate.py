@@ -50,20 +50,12 @@ def generate_tokens(
     Raises RecipeError for options that cannot work and for peers that ask for different texts, CheckpointError for a network
     that gives no numbers, TrainingError where peers compute different texts.
     """
-    options = resolved(loaded.objective, SamplingOptions(sampler, steps, threshold, temperature, top_p, nucleus, minimum_entropy))
-    length = loaded.recipe.model.context if length is None else length
-    check(loaded.objective, options, length)
-    if loaded.recipe.model.positions == "learned" and length > loaded.recipe.model.context and not one_block(loaded.objective):
-        raise RecipeError(
-            f"length is {length}, but this model learned the positions of {loaded.recipe.model.context} tokens and no more; "
-            f"set at most {loaded.recipe.model.context}"
-        )
-    if not 0 <= seed < 2**64:
-        raise RecipeError(f"seed is {seed} but must lie in [0, 2^64); set 0, for example")
+    chosen = SamplingOptions(sampler, steps, threshold, temperature, top_p, nucleus, minimum_entropy)
+    options, length = checked(loaded, chosen, length, seed)
     tokens, known = _given(loaded.tokenizer, list(prompts or [""]), batch, length)
     end_of_text = loaded.tokenizer.end_of_text if stop_at_end_of_text else None
     request = repr((options, end_of_text, seed, first_row, use_cache, known.shape, known.tobytes(), tokens.tobytes()))
-    if not _alike(loaded, request.encode()):
+    if not alike(loaded, request.encode()):
         raise RecipeError(
             "the tensor-parallel ranks of one network were asked for different texts; call all with the same prompts, options and seed"
         )
@@ -81,7 +73,7 @@ def generate_tokens(
         use_cache=use_cache,
         device=loaded.device,
     )
-    if not _alike(loaded, b"".join(row.tobytes() for row in result.tokens)):
+    if not alike(loaded, b"".join(row.tobytes() for row in result.tokens)):
         raise TrainingError(
             "the tensor-parallel ranks drew different tokens from the same logits, so their devices do not compute alike; "
             "start as many processes on devices of one kind, or one"
@@ -89,7 +81,22 @@ def generate_tokens(
     return result
 
 
-def _alike(loaded: LoadedNetwork, content: bytes) -> bool:
+def checked(loaded: LoadedNetwork, options: SamplingOptions, length: int | None, seed: int) -> tuple[SamplingOptions, int]:
+    """Options with a sampler, and tokens per text (None: the training context). Raises RecipeError where this network cannot do that."""
+    options = resolved(loaded.objective, options)
+    length = loaded.recipe.model.context if length is None else length
+    check(loaded.objective, options, length)
+    if loaded.recipe.model.positions == "learned" and length > loaded.recipe.model.context and not one_block(loaded.objective):
+        raise RecipeError(
+            f"length is {length}, but this model learned the positions of {loaded.recipe.model.context} tokens and no more; "
+            f"set at most {loaded.recipe.model.context}"
+        )
+    if not 0 <= seed < 2**64:
+        raise RecipeError(f"seed is {seed} but must lie in [0, 2^64); set 0, for example")
+    return options, length
+
+
+def alike(loaded: LoadedNetwork, content: bytes) -> bool:
     """Whether all ranks that share the network have the same; each learns it."""
     return len(set(loaded.peers.all_gather(hashlib.sha256(content).digest()))) == 1
 
@@ -99,17 +106,18 @@ def _given(tokenizer: Tokenizer, prompts: list[str], batch: int | None, length: 
     batch = len(prompts) if batch is None else batch
     if batch < 1 or batch % len(prompts):
         raise RecipeError(f"the batch size is {batch} but must be a multiple of the {len(prompts)} prompt(s); set {len(prompts)}")
-    tokens = np.full((batch, length), tokenizer.end_of_text, np.int64)
-    known = np.zeros((batch, length), bool)
-    known[:, 0] = True
-    copies = batch // len(prompts)
-    for place, ids in enumerate(tokenizer.encode_batch(prompts)):
-        if ids and len(ids) + 1 >= length:
-            raise RecipeError(
-                f"prompt {place + 1} has {len(ids)} tokens, and with the one that begins a text nothing of the length {length} is left; "
-                f"set length to {len(ids) + 2} or more"
-            )
-        rows = slice(place * copies, (place + 1) * copies)
-        tokens[rows, 1 : len(ids) + 1] = ids
-        known[rows, 1 : len(ids) + 1] = True
+    each = [given_of(tokenizer, ids, place, length) for place, ids in enumerate(tokenizer.encode_batch(prompts))]
+    tokens, known = (np.repeat(np.stack(part), batch // len(prompts), axis=0) for part in zip(*each, strict=True))
     return tokens, known
+
+
+def given_of(tokenizer: Tokenizer, ids: list[int], place: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of the prompt at `place`: int64 and bool [length]. Raises RecipeError where nothing is left to write."""
+    if ids and len(ids) + 1 >= length:
+        raise RecipeError(
+            f"prompt {place + 1} has {len(ids)} tokens, and with the one that begins a text nothing of the length {length} is left; "
+            f"set length to {len(ids) + 2} or more"
+        )
+    tokens = np.full(length, tokenizer.end_of_text, np.int64)
+    tokens[1 : len(ids) + 1] = ids
+    return tokens, np.arange(length) <= len(ids)

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.generation.cached_forward import CachedForward, Network, one_block
+from bd3_scale.generation.cached_forward import CachedForward, Network, Request, Steps, one_block
 from bd3_scale.generation.token_sampling import (
     SCORE_SAMPLERS,
     SIMPLEX,
@@ -42,6 +41,9 @@ ENTROPY_WINDOW = 256
 """Generated tokens whose histogram tells a text that repeats itself."""
 
 
+Until = Callable[[np.ndarray], bool]
+
+
 @dataclass(frozen=True)
 class Result:
     """Texts of one call, row by row."""
@@ -51,7 +53,7 @@ class Result:
     prompt_lengths: list[int]
     """Tokens given at the beginning, BOS included: tokens[row][prompt_lengths[row]:] is new."""
     stops: list[str]
-    """end_of_text | entropy | length."""
+    """end_of_text | until | entropy | length."""
     nfe: int
     """Calls of the network for the whole batch, the committing ones too."""
     seconds: float
@@ -83,6 +85,37 @@ def generate(
     Raises RecipeError for what this objective cannot sample, CheckpointError for a network that gives no numbers.
     """
     started = time.perf_counter()
+    mine = range(first_row, first_row + len(tokens))
+    text, steps = begin(objective, tokens, known, options, mask_id=mask_id, end_of_text=end_of_text, seed=seed, rows=mine)
+    cached = use_cache and not one_block(objective)
+    forward = CachedForward(network, objective, text.width, len(tokens), cached, torch.device(device))
+    with suppress(StopIteration):
+        request = next(steps)
+        while True:
+            request = steps.send(forward.answer(request))
+    return Result(
+        tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
+        prompt_lengths=text.prompts,
+        stops=text.stops,
+        nfe=forward.nfe,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def begin(
+    objective: Objective,
+    tokens: np.ndarray,
+    known: np.ndarray,
+    options: SamplingOptions,
+    *,
+    mask_id: int,
+    end_of_text: int | None,
+    seed: int,
+    rows: range,
+    until: Until | None = None,
+) -> tuple[Texts, Steps]:
+    """The texts of `rows` of `seed` and what is to be done until all have ended, as `generate` has it. `until`: whether a text that has
+    these new tokens (int64, so far) is to end there. Raises RecipeError."""
     options = resolved(objective, options)
     check(objective, options, known.shape[1])
     if tokens.shape != known.shape or not known.shape[0] or not known[:, 0].all():
@@ -92,23 +125,12 @@ def generate(
     if not (tokens[known].min() >= 0 and tokens[known].max() < mask_id):
         raise ValueError(f"known tokens must be ids of text, 0 to {mask_id - 1}")
     size, windows = objective.block_size, one_block(objective)
-    text = _Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text)
-    forward = CachedForward(network, objective, text.width, len(tokens), use_cache and not windows, torch.device(device))
-    mine = range(first_row, first_row + len(tokens))
-    policy = UnmaskingPolicy(options, size, schedule_named(objective.schedule), seed, mine)
+    text = Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text, until)
+    policy = UnmaskingPolicy(options, size, schedule_named(objective.schedule), seed, rows)
     if objective.traits.predicts_next_token:
-        _next_token(text, forward, policy)
-    else:
-        run = _window_by_window if windows else _block_by_block
-        run(text, forward, SimplexSampler(options, size, seed, mine) if objective.traits.on_simplex else policy)
-    prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
-    return Result(
-        tokens=[row[:end].copy() for row, end in zip(text.tokens, text.ends, strict=True)],
-        prompt_lengths=prompts,
-        stops=text.stops,
-        nfe=forward.nfe,
-        seconds=time.perf_counter() - started,
-    )
+        return text, _next_token(text, policy)
+    sampler = SimplexSampler(options, size, seed, rows) if objective.traits.on_simplex else policy
+    return text, _window_by_window(text, sampler) if windows else _block_by_block(text, sampler)
 
 
 def own_sampler(objective: Objective) -> str:
@@ -142,55 +164,55 @@ def check(objective: Objective, options: SamplingOptions, length: int) -> None:
         )
 
 
-def _window_by_window(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy | SimplexSampler) -> None:
+def _window_by_window(text: Texts, policy: UnmaskingPolicy | SimplexSampler) -> Steps:
     """For rows of one block. A window that is known already takes no call."""
     for number, start in enumerate(range(0, text.width, text.stride)):
         if not text.open():
             break
         stop = start + text.block_size
-        _denoise(text, forward, policy, number, slice(start, stop))
+        yield from _denoise(text, policy, number, slice(start, stop), begins=True)
         text.finish(stop)
 
 
-def _block_by_block(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy | SimplexSampler) -> None:
+def _block_by_block(text: Texts, policy: UnmaskingPolicy | SimplexSampler) -> Steps:
     size, start = text.block_size, 0
     while text.open():
         stop = start + text.known_blocks(start) * size
         if stop > start:
-            forward.run(text.tokens, start, stop, clean=True)
+            yield Request(text.tokens, start, stop, clean=True)
             start = stop
             continue
         stop = start + size
-        _denoise(text, forward, policy, start // size, slice(start, stop))
+        yield from _denoise(text, policy, start // size, slice(start, stop), begins=start == 0)
         text.finish(stop)
         if text.open():
-            forward.run(text.tokens, start, stop, clean=True)
+            yield Request(text.tokens, start, stop, clean=True)
         start = stop
 
 
-def _denoise(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy | SimplexSampler, number: int, block: slice) -> None:
-    """Find the unknown tokens of one block. The last block is a whole one, as in training, even where the text ends inside it."""
+def _denoise(text: Texts, policy: UnmaskingPolicy | SimplexSampler, number: int, block: slice, begins: bool) -> Steps:
+    """Find the unknown tokens of one block. The last block is a whole one, as in training, even where the text ends inside it.
+    `begins`: whether to the network it is the beginning of a row."""
     masked, wanted = ~text.known[:, block], text.length - block.start
     if isinstance(policy, SimplexSampler):
         if masked[:, :wanted].any():
-            begins = block.start == 0 or forward.one_block
-            policy.denoise(number, text.tokens[:, block], text.known[:, block], begins, partial(forward.project, text.tokens, block))
+            yield from policy.denoise(number, text.tokens, text.known[:, block], block, begins)
             text.known[:, block] = True
         return
     policy.begin_block(number, masked)
     while masked[:, :wanted].any():
-        logits = forward.denoise(text.tokens, block, policy.noise(masked))
+        logits = yield Request(text.tokens, block.start, block.stop, noise=policy.noise(masked))
         revealed = policy.reveal(masked, logits)
         text.tokens[:, block][revealed] = policy.draw(logits, revealed)
         masked &= ~revealed
     text.known[:, block] |= ~masked
 
 
-def _next_token(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy) -> None:
+def _next_token(text: Texts, policy: UnmaskingPolicy) -> Steps:
     read = position = 0
     while text.open():
         position += text.known_blocks(position)
-        logits = forward.run(text.tokens, read, position, clean=True, last=1)
+        logits = yield Request(text.tokens, read, position, clean=True, last=1)
         masked = ~text.known[:, position : position + 1]
         policy.begin_block(position, masked)
         text.tokens[:, position : position + 1][masked] = policy.draw(logits, masked)
@@ -199,7 +221,7 @@ def _next_token(text: _Texts, forward: CachedForward, policy: UnmaskingPolicy) -
         text.finish(position)
 
 
-class _Texts:
+class Texts:
     """The rows while they grow: tokens int64 and known bool [B, width], the length rounded up to whole blocks.
 
     A block begins `stride` tokens after the one before: `block_size`, or less where blocks overlap.
@@ -214,6 +236,7 @@ class _Texts:
         mask_id: int,
         options: SamplingOptions,
         end_of_text: int | None,
+        until: Until | None = None,
     ) -> None:
         rows, self.length = known.shape
         self.block_size, self.stride = block_size, stride
@@ -223,7 +246,9 @@ class _Texts:
         self.tokens = np.full((rows, self.width), mask_id, np.int64)
         self.tokens[self.known] = tokens[known]
         self.given = self.known.copy()
-        self.options, self.end_of_text = options, end_of_text
+        self.options, self.end_of_text, self.until = options, end_of_text, until
+        self.prompts = [int(row.argmin()) if not row.all() else len(row) for row in known]
+        """Tokens given at the beginning of each."""
         self.ends = [self.length] * rows
         self.stops = [""] * rows
         self._checked = 0
@@ -249,6 +274,8 @@ class _Texts:
             ends = np.flatnonzero(drawn[self._checked :] & (self.tokens[row, self._checked : stop] == self.end_of_text))
             if len(ends):
                 self._end(row, "end_of_text", self._checked + int(ends[0]))
+            elif self.until is not None and self.until(self.tokens[row, self.prompts[row] : stop]):
+                self._end(row, "until", stop)
             elif self._repeats(row, stop):
                 self._end(row, "entropy", stop)
             elif stop == self.length or self.known[row, : self.length].all():
@@ -287,22 +314,20 @@ class SimplexSampler:
         self.options, self.seed, self.rows = options, seed, rows
         self.steps = options.steps or block_size
 
-    def denoise(
-        self, block: int, tokens: np.ndarray, known: np.ndarray, begins: bool, read: Callable[[SimplexNoise, float], Tensor]
-    ) -> None:
-        """Draw the words that are not `known` (bool [B, L']) in tokens int64 [B, L'], in place.
+    def denoise(self, number: int, text: np.ndarray, known: np.ndarray, block: slice, begins: bool) -> Steps:
+        """Draw the words that are not `known` (bool [B, L']) in `block`, the `number`-th, of `text` int64 [B, width], in place.
 
-        `begins`: whether the first position is a row's first, which is never noised. `read` gives logits [B, L', V] of `tokens`
-        under this noise at this time.
+        `begins`: whether the first position is a row's first, which is never noised.
         """
+        tokens = text[:, block]
         unknown = np.flatnonzero(~known)
         for step in range(self.steps):
             time = (self.steps - step) / self.steps
             times = np.full(tokens.shape, time)
             if begins:
                 times[:, 0] = 0.0
-            keys = keyed_words(self.seed, "simplex", self.rows, block, tokens.shape[1], step).view(np.int64)
-            logits = read(SimplexNoise.at(keys, times), time).flatten(0, 1)
-            uniforms = keyed_uniforms(self.seed, "token", self.rows, block, tokens.shape[1], step).ravel()[unknown]
+            keys = keyed_words(self.seed, "simplex", self.rows, number, tokens.shape[1], step).view(np.int64)
+            logits = (yield Request(text, block.start, block.stop, simplex=SimplexNoise.at(keys, times), time=time)).flatten(0, 1)
+            uniforms = keyed_uniforms(self.seed, "token", self.rows, number, tokens.shape[1], step).ravel()[unknown]
             chosen = logits[torch.from_numpy(unknown).to(logits.device)]
             tokens[~known] = draw(chosen, torch.from_numpy(uniforms).to(logits.device), self.options).cpu().numpy()

@@ -129,3 +129,53 @@ class KeyValueCache:
         left = self.length - count
         self.storage[:, :, :left] = self.storage[:, :, count : self.length].clone()
         self.positions = self.positions[count:]
+
+
+class SlotCache:
+    """Rotated K and V of texts that go on at their own pace: each slot is a ring of the last `capacity` rows of its text.
+
+    Position q lies at place q % capacity. A slot that is cleared belongs to another text: what lies there is not seen any more.
+    """
+
+    def __init__(
+        self, layers: int, slots: int, capacity: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = capacity
+        self.storage = torch.zeros(2, layers, capacity, slots, kv_heads, head_size, dtype=dtype, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64)
+        """Rows read of the text of each slot, on the host."""
+
+    def clear(self, slot: int) -> None:
+        self.lengths[slot] = 0
+
+    def rows(self, slots: list[int], kept: list[bool]) -> SlotRows:
+        """The cache of one call on these slots, of which those that are `kept` keep its rows."""
+        return SlotRows(self, torch.tensor(slots), torch.tensor(kept))
+
+
+class SlotRows:
+    """What a call on some slots sees and leaves (`Transformer.decode`)."""
+
+    def __init__(self, cache: SlotCache, slots: Tensor, kept: Tensor) -> None:
+        self.cache, self.slots, self.kept = cache, slots, kept
+        lengths = cache.lengths[slots]
+        self.length = min(int(lengths.max()), cache.capacity)
+        newest = lengths[:, None] - 1
+        positions = newest - (newest - torch.arange(self.length)) % cache.capacity
+        self.positions = positions.masked_fill(newest < 0, -1)
+        """int64 [b, length] on the host: of the rows that `layer` gives; negative where there is none."""
+        self._all = len(slots) == len(cache.lengths) and bool((slots == torch.arange(len(slots))).all())
+        self._slots = slots.to(cache.storage.device)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V [length, b, kv_heads, d]."""
+        keys, values = self.cache.storage[:, index, : self.length]
+        return (keys, values) if self._all else (keys.index_select(1, self._slots), values.index_select(1, self._slots))
+
+    def append(self, keys: list[Tensor], values: list[Tensor], positions: Tensor) -> None:
+        """Rows [n, b, kv_heads, d] per layer at `positions` int64 [b, n], one after another in each slot; n at most the capacity."""
+        kept = self.kept.nonzero()[:, 0].to(positions.device)
+        places, slots = positions[kept].t() % self.cache.capacity, self._slots[kept]
+        for storage, new in zip(self.cache.storage, (keys, values), strict=True):
+            storage[:, places, slots] = torch.stack(new).index_select(2, kept)
+        self.cache.lengths[self.slots[self.kept]] += positions.shape[1]

@@ -234,14 +234,15 @@ class HeadNorm(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A vector per position id, added to the embedded rows: x [rows, batch, hidden], positions int64 [rows] below the context."""
+    """A vector per position id, added to the embedded rows: x [rows, batch, hidden], positions int64 [rows] or [batch, rows] below the
+    context."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.context, config.hidden))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x + F.embedding(positions, self.weight)[:, None].to(x.dtype)
+        return x + F.embedding(positions[:, None] if positions.dim() == 1 else positions.t(), self.weight).to(x.dtype)
 
 
 class MLP(nn.Module):

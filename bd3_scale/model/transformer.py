@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, rotary_table
+from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_table
 from bd3_scale.model.attention_kernels import block_mask_of
 from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.layers import (
@@ -255,14 +255,14 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        cache: KeyValueCache | None,
+        cache: KeyValueCache | SlotRows | None,
         mask: Tensor | None,
         commit: bool = False,
         last: int = 0,
         noise_levels: Tensor | None = None,
         simplex: SimplexNoise | None = None,
     ) -> Tensor:
-        """Run rows against the cache: tokens int64 [b, n], positions int64 [n] -> logits fp32 [b, last, V] of the last rows.
+        """Run rows against the cache: tokens int64 [b, n], positions int64 [n], or [b, n] -> logits fp32 [b, last, V] of the last rows.
 
         `mask` bool [n, cached + n], or [b, 1, n, cached + n] (cached rows first); None: everything is visible. `commit` appends
         the K and V of these rows to the cache; with last = 0 the head does not run. `noise_levels` float32: as in
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         """
         noisy = 0 if simplex is None else simplex.keys.shape[1]
         if noisy:  # the embedding has noised rows first
-            x = self._embedded(tokens.roll(noisy, 1), positions.roll(noisy), simplex).roll(-noisy, 0)
+            x = self._embedded(tokens.roll(noisy, 1), positions.roll(noisy, -1), simplex).roll(-noisy, 0)
         else:
             x = self._embedded(tokens, positions, None)
         rotary = self._rotary(positions)
@@ -293,9 +293,16 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty cache for `capacity` rows of `batch` sequences, on the network's device."""
+        return KeyValueCache(*self._cache_shape(batch, capacity))
+
+    def new_slots(self, slots: int, capacity: int) -> SlotCache:
+        """An empty cache for as many texts that begin and end at their own time, of `capacity` rows each."""
+        return SlotCache(*self._cache_shape(slots, capacity))
+
+    def _cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int, int, torch.dtype, torch.device]:
         weight, config = self.embedding.weight, self.config
         kv_heads = max(1, config.kv_heads // self.factory.tensor)
-        return KeyValueCache(config.layers, batch, capacity, kv_heads, config.head_size, weight.dtype, weight.device)
+        return config.layers, batch, capacity, kv_heads, config.head_size, weight.dtype, weight.device
 
     def _condition(self, noise_levels: Tensor | None, x: Tensor) -> Tensor | None:
         """[batch, conditioning_size], or [1, ...] for all alike, or [k, batch, ...] of levels [batch, k]; None without adaLN."""

@@ -128,10 +128,10 @@ def tile_mask(pattern: AttentionPattern, tile: int, device: torch.device | str =
 def decoding_mask(query_positions: Tensor, key_positions: Tensor, block_size: int, context: int) -> Tensor:
     """bool [n, m] for decoding block by block on clean rows: block a sees blocks a' <= a with (a - a') L' < context.
 
-    Positions are int64 and may lie beyond the training context: a block then sees itself and the clean blocks that fit
-    into the `context` tokens that end with it.
+    Positions, [n] and [m], or those of every sample, [batch, n] and [batch, m] (then [batch, n, m]), are int64 and may lie
+    beyond the training context: a block then sees itself and the clean blocks that fit into the `context` tokens that end with it.
     """
-    distance = query_positions[:, None] // block_size - key_positions[None, :] // block_size
+    distance = query_positions[..., :, None] // block_size - key_positions[..., None, :] // block_size
     return (distance >= 0) & (distance * block_size < context)
 
 
