@@ -283,7 +283,7 @@ def data(recipe: Recipe) -> Finding:
             continue
         if not recipe.data.mixture and recipe.data.source:
             return Finding("data", "ok", f"{path} will be prepared from {recipe.data.source}")
-        cure = f"python tools/prepare_data.py --path {path} ..., or set data.path or data.remote"
+        cure = f"bd3 prepare --path {path} ..., or set data.path or data.remote"
         return Finding("data", "warn", f"{path} holds no manifest.json", cure)
     shown = (f"{source.path}{' from ' + without_credentials(source.remote) if source.remote else ''}" for source in sources)
     return Finding("data", "ok", ", ".join(shown))

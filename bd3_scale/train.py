@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bd3_scale.train", description="Train a block-diffusion language model.")
-    parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe, for example quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example training.steps=100")
     options = parser.parse_args(arguments)
     told, started = launched(), False

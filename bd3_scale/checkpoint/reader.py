@@ -264,7 +264,7 @@ class Checkpoint:
     def _tensor(self, kind: str, name: str) -> Tensor:
         tensor = self._index.tensors.get(kind, {}).get(name)
         if tensor is None:
-            raise CheckpointError(f"checkpoint {self.path} has no {kind} of {name}; tools/inspect_checkpoint.py lists what it has")
+            raise CheckpointError(f"checkpoint {self.path} has no {kind} of {name}; bd3 inspect lists what it has")
         return tensor
 
 

@@ -66,7 +66,7 @@ def _require(opened: Opened) -> None:
     if objective.kind != "bd3" or objective.pattern.clean_half != "block_causal":
         raise RecipeError(
             f"objective.kind={objective.kind} with a {objective.pattern.clean_half} clean half is nothing that SDAR's servers decode; they "
-            "take bd3 with objective.clean_half=block_causal"
+            "take objective.kind=bd3 with objective.clean_half=block_causal"
         )
     for key, allowed in SHAPE.items():
         if (value := getattr(model, key)) not in allowed:

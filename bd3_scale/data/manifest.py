@@ -28,7 +28,7 @@ FORMATS = KEYS["data.format"].choices
 PACKINGS = ("wrap", "document")
 DOCUMENT_END = "end_of_text after each document"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-PREPARE_AGAIN = "prepare another folder with tools/prepare_data.py and set data.path to it"
+PREPARE_AGAIN = "prepare another folder with bd3 prepare and set data.path to it"
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def open_held_out(name: str, path: str, config: DataConfig, context: int, tokeni
         manifest.require_preparation(folder, row_special=config.row_special)
     except DataError as error:  # its cure is that of the training data
         raise DataError(
-            f"validation.sets.{name}={path}: {str(error).rpartition('; ')[0] or error}; set it to a folder that tools/prepare_data.py made "
+            f"validation.sets.{name}={path}: {str(error).rpartition('; ')[0] or error}; set it to a folder that bd3 prepare made "
             "with the tokenizer, context and special tokens of the training data"
         ) from None
     return ShardReader(folder, "validation", context=context, tokenizer=tokenizer, manifest=manifest, open_shards=1)
@@ -196,7 +196,7 @@ def _open(wanted: SourceConfig, config: DataConfig, context: int, tokenizer: Tok
     folder, cache = _folder(wanted), _cache(wanted, config)
     if not (folder / MANIFEST).exists():
         raise DataError(
-            f"data.path={folder}: holds no {MANIFEST}; set data.source=documentation or prepare it: `python tools/prepare_data.py "
+            f"data.path={folder}: holds no {MANIFEST}; set data.source=documentation or prepare it: `bd3 prepare "
             f"--source FILE --path {folder} --context {context} --tokenizer {config.tokenizer} --format {wanted.format} "
             f"--row-special {config.row_special}`"
         )

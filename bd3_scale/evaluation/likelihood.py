@@ -73,7 +73,7 @@ def open_rows(folder: Path, split: str, loaded: LoadedNetwork) -> ShardReader:
     if split not in SPLITS:
         raise RecipeError(f"split is {split!r}; set one of {', '.join(SPLITS)}")
     if not (folder / MANIFEST).exists():
-        raise DataError(f"{folder}: holds no {MANIFEST}, so it is no prepared data folder; prepare it with tools/prepare_data.py")
+        raise DataError(f"{folder}: holds no {MANIFEST}, so it is no prepared data folder; prepare it with bd3 prepare")
     manifest = Manifest.load(folder / MANIFEST)
     manifest.require(folder, context=loaded.recipe.model.context, tokenizer=loaded.tokenizer)
     trained = loaded.recipe.data.row_special

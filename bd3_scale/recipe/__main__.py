@@ -62,6 +62,9 @@ def meanings_of(section: type) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the page, or the keys of the sections and the keys that are named."""
     wanted = sys.argv[1:] if arguments is None else arguments
+    if wanted in (["-h"], ["--help"]):
+        print(f"usage: bd3 recipe [SECTION or KEY ...]\n\n{__doc__}")
+        return 0
     if not wanted:
         print(page())
     recipe = Recipe()

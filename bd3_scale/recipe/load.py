@@ -19,22 +19,27 @@ from omegaconf.errors import OmegaConfBaseException
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.definition import KEYS, Recipe
 from bd3_scale.recipe.environment import compiled_in_pieces
+from bd3_scale.recipe.shipped import shipped
 from bd3_scale.recipe.text import as_text, as_yaml
 from bd3_scale.recipe.written import written_override, written_recipe
 
 
 def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = False) -> Recipe:
-    """Defaults, then the YAML file, then `dotted.key=value` overrides. Raises RecipeError; does not `validate`.
+    """Defaults, then the YAML file (a path, or the name of a shipped recipe), then `dotted.key=value` overrides. Raises RecipeError; does
+    not `validate`.
 
     `saved`: the file was written by this program, maybe by an earlier version: former values are read as what they mean now.
     """
     path = Path(path)
+    if not path.exists() and str(path) in (recipes := shipped()):
+        path = recipes[str(path)]
     try:
         text = OmegaConf.load(io.StringIO(written_recipe(path.read_text("utf-8-sig"))))
     except RecipeError:
         raise
     except FileNotFoundError:
-        raise RecipeError(f"recipe {path} does not exist; name a YAML file, for example recipes/quickstart.yaml") from None
+        names = ", ".join(shipped())
+        raise RecipeError(f"recipe {path} does not exist; name a YAML file" + (f", or one of {names}" if names else "")) from None
     except IsADirectoryError:
         raise RecipeError(f"recipe {path} is a folder; name the YAML file inside it") from None
     except Exception as error:  # YAML errors have no common base that OmegaConf exports

@@ -351,7 +351,7 @@ class TrackingConfig:
     progress: bool = True
     """A progress line on the terminal."""
     plots: bool = True
-    """Draw report/*.png at validations (not so often that it slows the run) and at the end; tools/plot_run.py draws them at any time."""
+    """Draw report/*.png at validations (not so often that it slows the run) and at the end; `bd3 plot` draws them at any time."""
     control_variate: bool = False
     """Training lines have a `controlled_loss`, too: the train loss less what its masks alone explain, by the mean nll that the tuner
     (needed for it) measured last. Same mean; a half to a seventh of the variance from step to step."""

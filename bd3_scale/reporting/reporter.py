@@ -211,7 +211,7 @@ class Reporter:
         try:
             draw({self.folder.resolve().name: read_metrics(self.file.path)}, self.folder / "report")
         except Exception as error:  # a full disk, a font cache that cannot be written: no reason to lose a run
-            self.say(f"bd3_scale: warning: no plots ({type(error).__name__}: {error}); draw them later with tools/plot_run.py")
+            self.say(f"bd3_scale: warning: no plots ({type(error).__name__}: {error}); draw them later with bd3 plot")
         seconds = time.perf_counter() - start
         self.plots_wait_until = start + seconds / PLOTS_TAKE
         self.skip(seconds)

@@ -120,7 +120,7 @@ def test_processes_that_do_not_meet_fail(monkeypatch: pytest.MonkeyPatch, recipe
 
 def test_data_that_is_not_there_is_said(recipe: Recipe, tmp_path: Path) -> None:
     recipe.data.path = str(tmp_path / "rows")
-    assert doctor.data(recipe).state == "warn" and "prepare_data.py" in doctor.data(recipe).cure
+    assert doctor.data(recipe).state == "warn" and "bd3 prepare" in doctor.data(recipe).cure
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "manifest.json").write_text("{}")
     assert doctor.data(recipe).state == "ok"

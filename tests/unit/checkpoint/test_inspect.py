@@ -1,27 +1,17 @@
-"""tools/inspect_checkpoint.py: what it prints is what is there, and damage is one line and status 1."""
+"""`bd3 inspect`: what it prints is what is there, and damage is one line and status 1."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def inspect() -> Any:
-    path = Path(__file__).parents[3] / "tools" / "inspect_checkpoint.py"
-    specification = importlib.util.spec_from_file_location("inspect_checkpoint", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+from bd3_scale import inspect
 
 
-def test_people_and_programs_see_the_same(synthetic: Any, inspect: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_and_programs_see_the_same(synthetic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = synthetic.save(tmp_path / "checkpoints", "tensor2", 100)
     assert inspect.main([str(tmp_path), "--json", "--verify"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -47,7 +37,7 @@ def test_people_and_programs_see_the_same(synthetic: Any, inspect: Any, tmp_path
         assert word in text
 
 
-def test_damage_is_one_line_and_status_1(synthetic: Any, inspect: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_one_line_and_status_1(synthetic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = synthetic.save(tmp_path, "tensor2", 100)
     file = path / "state-00001-of-00002.safetensors"
     data = bytearray(file.read_bytes())

@@ -42,7 +42,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
 
 def test_the_leader_prepares_while_the_others_wait(config: DataConfig) -> None:
     barrier = Barrier()
-    with pytest.raises(DataError, match=r"python tools/prepare_data\.py"):
+    with pytest.raises(DataError, match=r"bd3 prepare"):
         open_data(config, 128, leader=False, barrier=barrier)  # it only waits
     assert barrier.calls == 1 and not Path(config.path).exists()
     with open_data(config, 128, leader=True, barrier=barrier) as first, open_data(config, 128, leader=False, barrier=barrier) as second:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import matplotlib.image
 import pytest
 import torch
 
+from bd3_scale import plot
 from bd3_scale.costs.flops import training_flops_per_token
 from bd3_scale.costs.pipeline_stages import expected_masked
 from bd3_scale.distributed.layout import Layout
@@ -85,14 +84,6 @@ class Clock:
     def advance(self, seconds: float) -> float:
         self.seconds += seconds
         return self.seconds
-
-
-def tool() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("plot_run", ROOT / "tools/plot_run.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_lines_have_the_fixed_keys_and_keep_the_two_losses_apart(tmp_path: Path) -> None:
@@ -192,7 +183,7 @@ def test_plots_can_be_made_again_from_the_file_alone(tmp_path: Path) -> None:
     assert before.std() > 0.01, "the picture is empty"
     for picture in pictures:
         picture.unlink()
-    assert tool().main([str(tmp_path)]) == 0
+    assert plot.main([str(tmp_path)]) == 0
     assert (matplotlib.image.imread(pictures[1]) == before).all()
 
 
@@ -210,7 +201,7 @@ def test_plots_hold_the_runs_points_and_the_unigram_model(tmp_path: Path, monkey
         a_run(tmp_path / name)
     with open(tmp_path / "one/same/metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "train", "step": 25, "data_tokens": 1, "loss": "nan"}) + "\n")
-    assert tool().main([str(tmp_path / "one/same"), str(tmp_path / "two/same"), "--out", str(tmp_path / "both")]) == 0
+    assert plot.main([str(tmp_path / "one/same"), str(tmp_path / "two/same"), "--out", str(tmp_path / "both")]) == 0
     assert len(list((tmp_path / "both").glob("*.png"))) == 3
     loss, perplexity = drawn["loss"].axes[0], drawn["perplexity"].axes[0]
     assert [list(line.get_ydata()) for line in loss.lines] == [[7.5, 7.0, 6.5, 6.0]] * 2
@@ -220,13 +211,13 @@ def test_plots_hold_the_runs_points_and_the_unigram_model(tmp_path: Path, monkey
 
 
 def test_plot_tool_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool().main([str(tmp_path)]) == 1
+    assert plot.main([str(tmp_path)]) == 1
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert tool().main([str(tmp_path)]) == 1
+    assert plot.main([str(tmp_path)]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "holds no metrics.jsonl" in errors[0] and "no train or validation line yet" in errors[1]
     with pytest.raises(SystemExit):
-        tool().main([str(tmp_path), str(tmp_path)])
+        plot.main([str(tmp_path), str(tmp_path)])
     assert "several runs need --out" in capsys.readouterr().err
 
 

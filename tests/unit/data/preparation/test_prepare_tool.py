@@ -1,22 +1,17 @@
-"""tools/prepare_data.py from the command line: what people and scripts get, and what they are told when something is wrong."""
+"""`bd3 prepare` from the command line: what people and scripts get, and what they are told when something is wrong."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[4] / "tools" / "prepare_data.py"
+from bd3_scale.prepare import main
 
 
 def run(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -53,7 +48,7 @@ def test_prepare_inspect_verify(kind: str, corpus: Path, tmp_path: Path, capsys:
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     assert run("--path", tmp_path / "out", "--verify") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and shard.name in error and error.count("\n") == 1
+    assert error.startswith("bd3 prepare: error: ") and shard.name in error and error.count("\n") == 1
 
 
 def test_plain_text_and_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

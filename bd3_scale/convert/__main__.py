@@ -1,0 +1,113 @@
+"""Weights from elsewhere into a checkpoint, and a checkpoint into what others read; tensor by tensor.
+
+    # GPT-2, Llama, Mistral, Qwen2, Qwen3, SmolLM3 (a Hugging Face directory) as the start of block diffusion on your data; LLaDA and
+    # Dream go on as masked diffusion, or with --objective bd3
+    bd3 convert import ~/gpt2 runs/from-gpt2 --data data/my-corpus --block-size 16
+    bd3 train runs/from-gpt2/recipe.yaml
+    # the paper's published weights (a Hugging Face directory, or a Lightning .ckpt), to sample from
+    bd3 convert import ~/bd3lm-owt-block_size4 runs/paper-4
+    # a checkpoint or a run for others: a Hugging Face directory with modelling code, or one safetensors file
+    bd3 convert export runs/quickstart my-model
+    bd3 convert export runs/quickstart my-model.safetensors --weights weight
+    # for SGLang and LMDeploy, a network in the shape of Qwen3 with its tokenizer
+    bd3 convert export runs/from-qwen3 my-served --format sdar
+    # a run that goes on in a program of one's own under DeepSpeed
+    bd3 convert export runs/quickstart my-universal --deepspeed
+
+Exit status 0, or 1 (2 for the recipe's keys) with one line that says what is wrong. Nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from bd3_scale.errors import RecipeError, UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bd3 convert", description="Convert checkpoints from and to other formats.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    take = commands.add_parser("import", help="make one of our checkpoints")
+    take.add_argument(
+        "source", type=Path, help="a Hugging Face directory, a DeepSpeed universal checkpoint, an exported .safetensors file, a .ckpt file"
+    )
+    take.add_argument("out", type=Path, help="new run directory")
+    take.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="keys of the recipe that goes on from it")
+    take.add_argument("--tokenizer", help="gpt2 | bytes | a `tokenizers` JSON file; default: the source's own")
+    take.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, where it does not lie beside the weights")
+    take.add_argument("--data", metavar="FOLDER", help="prepared data to train on: makes a run that bd3 train continues")
+    take.add_argument("--objective", help="bd3 | mdlm | sedd | ssdlm | ar; default: the source's; of causal language models bd3")
+    take.add_argument("--block-size", type=int, metavar="L'", help="the block size of bd3; default: the source's, or the recipe's default")
+    give = commands.add_parser("export", help="write one of our checkpoints for others")
+    give.add_argument("checkpoint", help="a checkpoint folder, or a run directory (its latest is taken)")
+    give.add_argument("out", type=Path, help="a new FILE.safetensors, or a new folder for a Hugging Face directory")
+    give.add_argument(
+        "--deepspeed", action="store_true", help="a universal checkpoint of DeepSpeed (weights and moments) instead, to go on from there"
+    )
+    give.add_argument(
+        "--format", choices=("sdar",), help="sdar: a directory that SGLang and LMDeploy serve, a network in the shape of Qwen3"
+    )
+    give.add_argument("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
+    return parser
+
+
+def _import(options: argparse.Namespace) -> None:
+    from bd3_scale.convert.detect import detect
+    from bd3_scale.convert.write import write
+
+    found, tokenizer = detect(
+        options.source,
+        tokenizer=options.tokenizer,
+        objective=options.objective,
+        block_size=options.block_size,
+        config_file=options.config,
+    )
+    written = write(found, options.out, tokenizer=tokenizer, data=options.data, overrides=options.set)
+    recipe = written.recipe
+    masks = {rule.mask for rule in found.key_map.whole if rule.rows == "vocabulary"}
+    print(f"{found.origin}: {recipe.model.layers} layers x {recipe.model.hidden}, context {recipe.model.context} -> {written.checkpoint}")
+    if masks:
+        (row,) = masks
+        print(f"MASK is a new last id; its row is {'the mean of those that text has' if row is None else f'their row {row}, their MASK'}")
+    if found.note:
+        print(found.note)
+    if found.origin.endswith("(Hugging Face)"):
+        print(f"rows of {recipe.model.context} tokens (--set model.context=N for others); the objective goes on as {recipe.objective.kind}")
+    if written.trainable:
+        print(f"train from it: bd3 train {written.recipe_file}")
+    else:
+        print(f"sample from it: python -m bd3_scale.sample {options.out}")
+        print("to train from it, prepare data with its tokenizer (bd3 prepare) and convert again with --data FOLDER")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from bd3_scale.convert import export, sdar
+
+    if options.deepspeed and options.format:
+        raise RecipeError(f"--deepspeed and --format {options.format} are two forms; leave one of them out")
+    if options.deepspeed:
+        written = export.universal(options.checkpoint, options.out)
+    elif options.format == "sdar":
+        written = sdar.directory(options.checkpoint, options.out, weights=options.weights)
+    else:
+        write = export.single_file if options.out.suffix == ".safetensors" else export.directory
+        written = write(options.checkpoint, options.out, weights=options.weights)
+    print(f"{written.kind} of {written.checkpoint} -> {options.out} ({written.parameters:,} parameters)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    # megatron-core says at import that it does without packages that only training on CUDA could use.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    try:
+        (_import if options.command == "import" else _export)(options)
+    except UserError as error:
+        return error.say("bd3 convert")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

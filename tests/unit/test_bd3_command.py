@@ -1,0 +1,75 @@
+"""One command for everything, and messages that name only what exists after `pip install`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bd3_scale
+from bd3_scale.__main__ import VERBS, main
+from bd3_scale.errors import RecipeError
+from bd3_scale.recipe import load, shipped
+
+PACKAGE = Path(bd3_scale.__file__).parent
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """(where, text) of every string of the package that is no docstring."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        described = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described:
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", node.value
+
+
+def test_messages_name_commands_that_are_installed() -> None:
+    wrong, verbs, modules = [], set(), set()
+    for where, text in messages():
+        verbs |= {(where, verb) for verb in re.findall(r"(?<!=)\bbd3 ([a-z]+)", text)}
+        modules |= {(where, module) for module in re.findall(r"python -m (bd3_scale[\w.]*\w)", text)}
+        wrong += [f"{where}: {name}" for name in re.findall(r"tools/\w+\.py", text)]
+    wrong += [f"{where}: bd3 {verb}" for where, verb in verbs if verb not in VERBS]
+    wrong += [f"{where}: {module}" for where, module in modules if importlib.util.find_spec(module) is None]
+    assert not wrong and len(verbs) > 5 and len(modules) > 5, wrong
+
+
+def test_every_verb_helps() -> None:
+    command = [sys.executable, "-m", "bd3_scale"]
+    started = {verb: subprocess.Popen([*command, verb, "--help"], stdout=subprocess.PIPE, text=True) for verb in VERBS}
+    for verb, process in started.items():
+        text, _ = process.communicate()
+        assert process.returncode == 0 and text.startswith("usage:"), verb
+
+
+def test_what_is_no_verb_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bd3", "trian"])
+    assert main() == 2
+    assert capsys.readouterr().err.endswith("bd3 train, for example\n")
+    monkeypatch.setattr(sys, "argv", ["bd3", "--version"])
+    assert main() == 0 and bd3_scale.__version__ in capsys.readouterr().out
+
+
+def test_a_shipped_recipe_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load("quickstart") == load(PACKAGE.parent / "recipes/quickstart.yaml")
+    Path("quickstart").write_text("run: {name: mine}")
+    assert load("quickstart").run.name == "mine"
+    with pytest.raises(RecipeError, match=r"or one of .*quickstart"):
+        load("quickstrat")
+
+
+def test_a_wheel_finds_its_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checkout around the package, they lie where the installer put its data."""
+    monkeypatch.setattr(shipped, "CHECKOUT", Path("/nowhere/recipes"))
+    file = importlib.metadata.PackagePath("../../../share/bd3_scale/recipes/owt_1b.yaml")
+    file.dist = importlib.metadata.distribution("bd3_scale")
+    monkeypatch.setattr(shipped.metadata, "files", lambda name: [file, importlib.metadata.PackagePath("bd3_scale/train.py")])
+    assert list(shipped.shipped()) == ["owt_1b"]
