@@ -348,10 +348,17 @@ class TrackingConfig:
     """The project in wandb."""
     entity: str | None = None
     """The team or user in wandb; null: wandb's default."""
+    tensorboard: bool = False
+    """Whether metrics go to RUN_DIR/tensorboard, too (`pip install 'bd3_scale[tensorboard]'`)."""
+    profile: list[int] = key([])
+    """[first, last]: a trace of these steps is written into RUN_DIR/profile, and on CUDA a snapshot of the memory; []: none."""
+    profile_ranks: list[int] = key([0])
+    """The ranks whose steps are profiled."""
     progress: bool = True
     """A progress line on the terminal."""
     plots: bool = True
-    """Draw report/*.png at validations (not so often that it slows the run) and at the end; `bd3 plot` draws them at any time."""
+    """Draw report/*.png, and report/index.html with them, at validations (not so often that it slows the run) and at the end; `bd3 plot`
+    draws the pictures at any time."""
     control_variate: bool = False
     """Training lines have a `controlled_loss`, too: the train loss less what its masks alone explain, by the mean nll that the tuner
     (needed for it) measured last. Same mean; a half to a seventh of the variance from step to step."""

@@ -30,7 +30,9 @@ from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, TrainingConfig
 from bd3_scale.recipe.text import as_yaml
 from bd3_scale.reporting.metrics import Meter, MetricsFile, read_metrics
 from bd3_scale.reporting.plots import draw
+from bd3_scale.reporting.tensorboard import TensorBoard
 from bd3_scale.reporting.tracking import Tracker
+from bd3_scale.reporting.web_page import write_page
 from bd3_scale.tuning.estimates import Validated, Validation
 from bd3_scale.tuning.interval_tuner import Choice, TunerState
 
@@ -63,6 +65,7 @@ class Reporter:
             self.file = MetricsFile(folder / "metrics.jsonl", first_step, may_write)
             self.tracker = Tracker(recipe, folder, wandb)
             self.wandb = self.tracker.run_id
+            self.tensorboard = TensorBoard(recipe.tracking.tensorboard, folder, first_step)
             self.bar = None  # on a terminal a progress bar, elsewhere plain lines
             if recipe.tracking.progress and sys.stderr.isatty():
                 self.bar = tqdm(total=recipe.total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -203,13 +206,16 @@ class Reporter:
             self.say(f"bd3_scale: WARNING: {error}")
 
     def plot(self, *, now: bool = False) -> None:
-        """Draw report/*.png from metrics.jsonl, unless that was done a short while ago. All other ranks wait for the leader, so it
-        does not draw often (`now`: whenever it was). A picture that fails is said and stops nothing; its time is not training."""
+        """Draw report/*.png and report/index.html from metrics.jsonl, unless that was done a short while ago. All other ranks wait for the
+        leader, so it does not draw often (`now`: whenever it was). A picture that fails is said and stops nothing; its time is not
+        training."""
         start = time.perf_counter()
         if self.file is None or not self.recipe.tracking.plots or (start < self.plots_wait_until and not now):
             return
         try:
-            draw({self.folder.resolve().name: read_metrics(self.file.path)}, self.folder / "report")
+            lines, report = read_metrics(self.file.path), self.folder / "report"
+            pictures = draw({self.folder.resolve().name: lines}, report)
+            write_page(self.recipe, self.layout.world_size, lines, pictures, report)
         except Exception as error:  # a full disk, a font cache that cannot be written: no reason to lose a run
             self.say(f"bd3_scale: warning: no plots ({type(error).__name__}: {error}); draw them later with bd3 plot")
         seconds = time.perf_counter() - start
@@ -223,10 +229,13 @@ class Reporter:
                 self.bar.close()
             self.plot(now=True)
             self.tracker.close()
+            self.tensorboard.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self.file is not None
-        self.tracker.log(self.file.write(line))
+        written = self.file.write(line)
+        self.tracker.log(written)
+        self.tensorboard.log(written)
 
     def _progress(self, line: dict[str, Any]) -> None:
         total, step = self.recipe.total_steps, line["step"]

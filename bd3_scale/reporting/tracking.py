@@ -61,7 +61,7 @@ class Tracker:
         if self.run is None:
             return
         try:
-            self.run.log({"step": line["step"], **_numbers(line)})
+            self.run.log({"step": line["step"], **numbers(line)})
         except Exception as error:
             self._give_up(error)
 
@@ -107,7 +107,8 @@ def _read(folder: Path) -> tuple[str, str, str]:
     return run_id, where, host
 
 
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """{kind/key: value} of a line of metrics.jsonl."""
     kind = line.get("kind", "train")
     if kind == "tuner" and "block_size" in line:  # one of a mixture's
         kind = f"tuner/block_size_{line['block_size']}"

@@ -5,6 +5,7 @@ As `across_keys.py`, which asks them; none of these depends on the layout.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from itertools import pairwise
 
@@ -72,6 +73,22 @@ def amended_keys_may_be(case: Case) -> Problem | None:
     return Problem(text, lambda: [f"use some of {', '.join(amendable)}"])
 
 
+def tensorboard_is_installed(case: Case) -> Problem | None:
+    if not case.recipe.tracking.tensorboard or importlib.util.find_spec("tensorboard") is not None:
+        return None
+    text = "tracking.tensorboard is true, but the package tensorboard is not installed here"
+    return Problem(text, lambda: ["set tracking.tensorboard=false", "pip install 'bd3_scale[tensorboard]'"])
+
+
+def profiled_steps_ascend(case: Case) -> Problem | None:
+    steps = case.recipe.tracking.profile
+    if not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        return None
+    return Problem(
+        f"tracking.profile is {steps} but must be [first step, last step]", lambda: ["set tracking.profile=[20,25], for example"]
+    )
+
+
 RUN_RULES = (
     set_names_are_plain,
     decay_has_its_schedule,
@@ -79,4 +96,6 @@ RUN_RULES = (
     momentum_has_its_optimizer,
     skipped_ranges_ascend,
     amended_keys_may_be,
+    tensorboard_is_installed,
+    profiled_steps_ascend,
 )

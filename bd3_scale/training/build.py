@@ -28,6 +28,7 @@ from bd3_scale.reporting.reporter import Reporter
 from bd3_scale.saving.background import Saver
 from bd3_scale.training import resume
 from bd3_scale.training.feed import Feed
+from bd3_scale.training.profiler import StepProfiler
 from bd3_scale.training.run_state import RunState
 from bd3_scale.training.schedules import TunedObjective
 from bd3_scale.training.validation import Validator
@@ -56,6 +57,7 @@ class Parts:
     unigram: float | None
     """Perplexity that a model must beat; see `_unigram`."""
     stop: StopRequest
+    profiler: StepProfiler
     report: Reporter
     heartbeat: HeartbeatFile
     pace: Pace
@@ -66,6 +68,12 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     """Of a new run, or of one that is continued; collective. Raises UserError of many kinds where the run may not or cannot start."""
     folder = Path(recipe.run.dir)
     owner = own(folder, layout)
+    validation: dict[str, Any] = {"rows": recipe.validation.rows, "micro_batch": recipe.micro_batch(layout.data), "seed": recipe.run.seed}
+    validator = Validator(data.validation, layout, **validation)
+    set_validators = {}
+    for name, path in recipe.validation.sets.items():
+        with open_held_out(name, path, recipe.data, recipe.model.context, data.tokenizer) as rows:
+            set_validators[name] = Validator(rows, layout, **validation, name=name)
     found = resume.find(recipe, folder, data, layout)
     probed = probe_recipe(recipe, layout.device)
     vocabulary = data.tokenizer.model_vocabulary_size
@@ -80,12 +88,6 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     objectives = TunedObjective(recipe, data.tokenizer, layout.device.type, state.tuner)
     _amend(objectives, step, found, forget=engine.adam.rule.forget)
     feed = Feed(recipe, layout, data, objectives.at, step=step, samples=samples)
-    validation: dict[str, Any] = {"rows": recipe.validation.rows, "micro_batch": recipe.micro_batch(layout.data), "seed": recipe.run.seed}
-    validator = Validator(data.validation, layout, **validation)
-    set_validators = {}
-    for name, path in recipe.validation.sets.items():
-        with open_held_out(name, path, recipe.data, recipe.model.context, data.tokenizer) as rows:
-            set_validators[name] = Validator(rows, layout, **validation, name=name)
     stop = StopRequest(layout, seconds_left(recipe.run.time_limit))
     unigram = _unigram(data, recipe.validation.rows) if layout.is_main_rank else None
     report = Reporter(recipe, layout, folder, first_step=step, wandb=state.wandb, may_write=owner.check)
@@ -122,6 +124,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
         set_validators=set_validators,
         unigram=unigram,
         stop=stop,
+        profiler=StepProfiler(recipe.tracking, layout.rank, layout.device, folder / "profile"),
         report=report,
         heartbeat=heartbeat,
         pace=pace,

@@ -35,7 +35,7 @@ class Trainer:
         self.engine, self.ema, self.objectives, self.feed = parts.engine, parts.ema, parts.objectives, parts.feed
         self.report, self.saver, self.heartbeat, self.pace = parts.report, parts.saver, parts.heartbeat, parts.pace
         self.validator, self.unigram, self.stop, self.owner = parts.validator, parts.unigram, parts.stop, parts.owner
-        self.set_validators = parts.set_validators
+        self.set_validators, self.profiler = parts.set_validators, parts.profiler
         self.batches = parts.recipe.batches  # read from the key once, not at every step
         self.step, self.samples, self.total_steps = parts.step, parts.samples, parts.recipe.total_steps
         self.validated: Validated | None = None
@@ -57,6 +57,7 @@ class Trainer:
             if self.step == self.total_steps:
                 self.save()
         while self.step < self.total_steps and not self.stop.agreed():
+            self.profiler.before(self.step)
             self.report.add(*self.update())
             self.heartbeat.beat(self.step, "train")
             if self.due(recipe.tracking.every):
@@ -65,6 +66,7 @@ class Trainer:
                 self.validate()
             if self.due(recipe.checkpoint.every):
                 self.save()
+        self.profiler.close()
         if self.saver.step != self.step:
             self.save()
 

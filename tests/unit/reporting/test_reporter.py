@@ -25,7 +25,7 @@ from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import running_mean, series
 from bd3_scale.reporting.reporter import Reporter, flops_per_token
 from bd3_scale.reporting.summary import summary
-from bd3_scale.reporting.tracking import _numbers
+from bd3_scale.reporting.tracking import numbers
 from bd3_scale.tuning.estimates import CrossEntropy, Validation
 from bd3_scale.tuning.interval_tuner import TunerState
 
@@ -177,7 +177,7 @@ def test_plots_take_little_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_plots_can_be_made_again_from_the_file_alone(tmp_path: Path) -> None:
     a_run(tmp_path, pictures=True)
-    pictures = sorted((tmp_path / "report").iterdir())
+    pictures = sorted((tmp_path / "report").glob("*.png"))
     assert [picture.name for picture in pictures] == ["loss.png", "perplexity.png", "throughput.png"]
     before = matplotlib.image.imread(pictures[1])
     assert before.std() > 0.01, "the picture is empty"
@@ -270,7 +270,7 @@ def test_a_run_without_likelihood_reports_its_cross_entropy_and_no_perplexity(tm
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "validation"]
     assert [line["cross_entropy"] for line in lines] == [3.0, 3.5]
     assert not any({"nelbo", "perplexity", "unigram_perplexity"} & line.keys() for line in lines)
-    assert sorted(picture.name for picture in (tmp_path / "report").iterdir()) == ["cross_entropy.png", "loss.png", "throughput.png"]
+    assert sorted(picture.name for picture in (tmp_path / "report").glob("*.png")) == ["cross_entropy.png", "loss.png", "throughput.png"]
     checkpoint = tmp_path / "checkpoints" / "step_00000020"
     for known in (CrossEntropy(3.5, 0.01, 32), None):
         text = summary(asked, step=20, checkpoint=checkpoint, validated=known, unigram=90.0, stopped=None)
@@ -326,6 +326,6 @@ def test_every_validation_set_has_its_line_plot_and_key_of_wandb(tmp_path: Path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["nelbo"] for line in lines if line["kind"] == "validation/books"] == [3.0, 3.0]
     assert [line["nelbo"] for line in lines if line["kind"] == "validation"] == [6.0, 6.0]
-    assert _numbers(next(line for line in lines if line["kind"] == "validation/0012"))["validation/0012/nelbo"] == 2.0
+    assert numbers(next(line for line in lines if line["kind"] == "validation/0012"))["validation/0012/nelbo"] == 2.0
     drawn = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"perplexity.png", "perplexity_books.png", "perplexity_0012.png"} <= drawn
