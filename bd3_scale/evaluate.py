@@ -132,7 +132,7 @@ def _likelihood(loaded: LoadedNetwork, layout: Layout, options: argparse.Namespa
         "data": name,
         "split": None if options.zero_shot else options.split,
         "rows": len(result.row_nelbo),
-        "tokens": len(result.row_nelbo) * result.tokens_per_row,
+        "tokens": int(result.row_tokens.sum()),
         "draws": result.draws,
         "seed": loaded.recipe.run.seed if options.seed is None else options.seed,
         "exact": result.exact,

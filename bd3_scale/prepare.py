@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.data.counted import ids
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.manifest import FORMATS, MANIFEST, PACKINGS, SPLITS, Manifest
 from bd3_scale.data.preparation.documentation import documentation
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--packing",
         choices=PACKINGS,
         default="wrap",
-        help="one stream cut into rows, or a document a row (default %(default)s)",
+        help="one stream cut into rows, a document a row, or whole documents together in rows (default %(default)s)",
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished preparation with other options")
@@ -98,8 +99,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             if options.verify:
                 reader.verify()
             report[name]["shards"] = len(reader.shard_rows)
+            report[name]["filling_share"] = manifest.split(name).filling / max(1, len(reader) * manifest.context)
             if options.inspect:
-                report[name]["text"] = [tokenizer.decode(row) for row in reader.rows(range(min(options.inspect, len(reader))))]
+                rows = ids(reader.rows(range(min(options.inspect, len(reader)))))
+                report[name]["text"] = [tokenizer.decode(row) for row in rows.tolist()]
     report["verified"] = bool(options.verify)
     return report
 
@@ -149,6 +152,7 @@ def _for_people(report: dict[str, Any]) -> str:
         lines.append(
             f"  {name}: {split['rows']:,} rows, {split['tokens']:,} tokens of {split['documents']:,} documents "
             f"({split['dropped_tokens']:,} {left}), {split['shards']} shards"
+            + (f", {split['filling_share']:.1%} of the positions are filling" if split["filling"] else "")
         )
         for number, text in enumerate(split.get("text", [])):
             lines.append(f"--- {name} row {number}\n{text}")

@@ -46,6 +46,7 @@ class Rows(Protocol):
 class TrainingRows(Rows, Protocol):
     """Rows whose shards may have to be fetched; see ShardReader."""
 
+    def counts(self, indices: np.ndarray) -> np.ndarray: ...
     @property
     def fetches(self) -> bool: ...
     def fetch(self, shard: int, keep: Collection[int]) -> bool: ...
@@ -60,7 +61,7 @@ class MicroBatch:
     slots: np.ndarray
     """int64 [m]: places in the global batch."""
     rows: np.ndarray
-    """int64 [m, L]: token ids."""
+    """int64 [m, L]: token ids, the complements of those that do not count (`counted`)."""
     real: int
     """The first so many rows are this replica's; what follows is filler, a row of the replica once more, and counts nowhere."""
 
@@ -101,13 +102,13 @@ class Loader:
         download_ahead: int = 0,
         by_shard: bool = False,
         host: range | None = None,
-        prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
+        prepare: Callable[[int, list[MicroBatch], int], Any] | None = None,
     ) -> None:
         """`global_batch`: rows, or a schedule as `training.global_batch` has it. `micro_batch`: the most rows at a time. `draws`: rows that
         `global_batch` counts for each that is read. `download_ahead`: shards fetched and opened after those of the batches read ahead.
         `by_shard`: the rows of a batch stand in the order of their shards, so that a replica reads few of them. `host`: the replicas that
-        share this host's folder (this one alone). `prepare`: (samples consumed, its micro-batches) -> what `take` gives with them, made
-        where they are read.
+        share this host's folder (this one alone). `prepare`: (samples consumed, its micro-batches, tokens of the whole global batch
+        that count) -> what `take` gives with them, made where they are read.
 
         Raises RecipeError where there are fewer rows than replicas.
         """
@@ -168,8 +169,8 @@ class Loader:
         self.close()
 
     def _make(self, position: int) -> tuple[list[MicroBatch], Any]:
-        batches = self._read(position)
-        return batches, None if self._prepare is None else self._prepare(position, batches)
+        batches, tokens = self._read(position)
+        return batches, None if self._prepare is None else self._prepare(position, batches, tokens)
 
     def _positions(self, position: int) -> list[int]:
         """Where this global batch begins, those that are read ahead, and the one after them."""
@@ -178,14 +179,15 @@ class Loader:
             found.append(found[-1] + self._batches.rows_after(found[-1]))
         return found
 
-    def _read(self, position: int) -> list[MicroBatch]:
+    def _read(self, position: int) -> tuple[list[MicroBatch], int]:
         batch = self._batches.rows_after(position)
         parts = self._parts[batch]
         ids = self._order.sample_ids(position, batch)
         if self._by_shard:
             ids = ids[np.argsort(self._order.window_places(position, batch), kind="stable")]
         rows = self._reader.rows(ids[parts.slots])
-        return [MicroBatch(parts.slots[places], rows[places], real) for places, real in zip(parts.places, parts.real, strict=True)]
+        made = [MicroBatch(parts.slots[places], rows[places], real) for places, real in zip(parts.places, parts.real, strict=True)]
+        return made, int(self._reader.counts(ids).sum())
 
     def _download(self, position: int) -> None:
         """Let go of the shards that were read, fetch those that come, nearest first, as far as there is room, and open them."""

@@ -1,6 +1,7 @@
 """What a data folder says about itself: `manifest.json`.
 
-A data folder holds `manifest.json`, `train/` and `validation/`, each with `index.json` and its shards. The manifest names every
+A data folder holds `manifest.json`, `train/` and `validation/`, each with `index.json`, its shards, and `counts.u32` where not every token
+counts (`counted`). The manifest names every
 other file with its size and xxh64 hash and carries its own checksum, so that whatever is changed in the folder is noticed:
 the bytes of the manifest must be exactly those that writing its content again gives. It is written last.
 
@@ -25,7 +26,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 FORMATS = KEYS["data.format"].choices
-PACKINGS = ("wrap", "document")
+PACKINGS = ("wrap", "document", "best_fit")
+DTYPES = ("uint16", "uint32", "int16", "int32")
 DOCUMENT_END = "end_of_text after each document"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 PREPARE_AGAIN = "prepare another folder with bd3 prepare and set data.path to it"
@@ -52,6 +54,10 @@ class Split:
     dropped_tokens: int
     index: FileEntry
     shards: tuple[FileEntry, ...]
+    counts: FileEntry | None = None
+    """The file that says of every row how many of its tokens count (little-endian uint32 each); None: all, but token 0."""
+    filling: int = 0
+    """Positions of the rows that hold filling, which counts nowhere."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Manifest:
     context: int
     """L, tokens per row."""
     dtype: str
-    """How ids are stored: uint16 | uint32."""
+    """How ids are stored: uint16 | uint32, or int16 | int32 where not every token counts (`counted`)."""
     row_special: str
     """Special tokens in each row: none | bos | bos_eos."""
     tokenizer: str
@@ -78,7 +84,7 @@ class Manifest:
     train: Split
     validation: Split
     packing: str = "wrap"
-    """wrap (a stream, cut into rows) | document (one in a row, cut or filled up)."""
+    """wrap (a stream, cut into rows) | document (one in a row, cut or filled up) | best_fit (whole ones together in a row)."""
     held_out: str = ""
     """The rule by which documents went to validation, for people and for comparing; "" where the source has its own."""
     left_out: tuple[str, ...] = ()
@@ -102,6 +108,8 @@ class Manifest:
         for key, before in (("packing", "wrap"), ("held_out", ""), ("left_out", ()), ("options", {})):
             if content[key] == before:
                 del content[key]  # folders from before there was such a key stay what they were
+        for split in (content[name] for name in SPLITS if content[name]["counts"] is None):
+            del split["counts"], split["filling"]
         return content
 
     @property
@@ -138,7 +146,7 @@ class Manifest:
 
     def _check(self, path: Path) -> None:
         sizes = (self.context, self.vocabulary_size, self.end_of_text)
-        if self.format not in FORMATS or self.dtype not in ("uint16", "uint32") or any(type(size) is not int or size < 0 for size in sizes):
+        if self.format not in FORMATS or self.dtype not in DTYPES or any(type(size) is not int or size < 0 for size in sizes):
             raise DataError(f"{path}: has an impossible format, dtype, context or vocabulary; {PREPARE_AGAIN}")
         if self.packing not in PACKINGS or not isinstance(self.held_out, str):
             raise DataError(f"{path}: has an impossible packing or rule of what is held out; {PREPARE_AGAIN}")
@@ -146,6 +154,9 @@ class Manifest:
             held, said = sum(shard.rows for shard in self.split(name).shards), self.split(name).rows
             if said != held:
                 raise DataError(f"{path}: says {said} {name} rows, its shards hold {held}; {PREPARE_AGAIN}")
+            counts = self.split(name).counts
+            if (counts is not None) != self.dtype.startswith("int") or (counts is not None and counts.bytes != 4 * said):
+                raise DataError(f"{path}: does not say which tokens of its {name} rows count; {PREPARE_AGAIN}")
 
     def require(self, path: Path, *, context: int, tokenizer: Tokenizer) -> None:
         """Raises DataError, naming both values, where the rows (in the folder `path`) are of another context, tokenizer or vocabulary."""
@@ -180,9 +191,10 @@ def check_plain_name(name: object, path: Path) -> str:
 def _split(content: dict[str, Any], path: Path) -> Split:
     index = _file_entry(content.pop("index"), path)
     shards = tuple(_file_entry(shard, path) for shard in content.pop("shards"))
+    counts = _file_entry(content.pop("counts"), path) if "counts" in content else None
     if any(type(value) is not int or value < 0 for value in content.values()):
         raise DataError(f"{path}: has a count that is no whole number; {PREPARE_AGAIN}")
-    return Split(index=index, shards=shards, **content)
+    return Split(index=index, shards=shards, counts=counts, **content)
 
 
 def _file_entry(content: dict[str, Any], path: Path) -> FileEntry:

@@ -9,7 +9,7 @@ state of the data; each source is read in the order that it would have alone, ep
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from math import lcm
 
@@ -126,7 +126,12 @@ class MixedRows:
         """As ShardReader.rows."""
         numbers = np.asarray(indices, np.int64)
         sources = np.searchsorted(self._first_row, numbers, side="right") - 1
-        return _gather(self._readers, sources, numbers - self._first_row[sources])
+        return _gather([reader.rows for reader in self._readers], sources, numbers - self._first_row[sources])
+
+    def counts(self, indices: np.ndarray) -> np.ndarray:
+        """As ShardReader.counts."""
+        sources = np.searchsorted(self._first_row, indices, side="right") - 1
+        return _gather([reader.counts for reader in self._readers], sources, indices - self._first_row[sources])
 
     @property
     def fetches(self) -> bool:
@@ -173,13 +178,13 @@ class MixedHeldOut:
         numbers = np.asarray(indices, np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {numbers.min()} to {numbers.max()} of the held-out rows of a mixture, which has {len(self)}")
-        return _gather(self._readers, *self._mixture.at(numbers))
+        return _gather([reader.rows for reader in self._readers], *self._mixture.at(numbers))
 
 
-def _gather(readers: Sequence[Rows], sources: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Row `numbers[i]` of reader `sources[i]`: int64 [n, L]."""
+def _gather(readers: Sequence[Callable[[np.ndarray], np.ndarray]], sources: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """What reader `sources[i]` has for its row `numbers[i]`: [n, ...]."""
     parts = [np.flatnonzero(sources == source) for source in range(len(readers))]
-    rows = np.concatenate([reader.rows(numbers[part]) for reader, part in zip(readers, parts, strict=True)])
+    rows = np.concatenate([read(numbers[part]) for read, part in zip(readers, parts, strict=True)])
     result = np.empty_like(rows)
     result[np.concatenate(parts)] = rows
     return result

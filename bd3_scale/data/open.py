@@ -95,7 +95,7 @@ class Data:
         replica: int,
         replicas: int,
         host: range | None = None,
-        prepare: Callable[[int, list[MicroBatch]], Any] | None = None,
+        prepare: Callable[[int, list[MicroBatch], int], Any] | None = None,
     ) -> Loader:
         """What reads the global batches of a run; see `Loader`. Raises DataError where a bounded cache is too small for what is read at a
         time."""

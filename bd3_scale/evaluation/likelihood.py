@@ -23,8 +23,8 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.generation.load_model import LoadedNetwork
-from bd3_scale.objectives.network_inputs import row_nelbo
-from bd3_scale.tuning.estimates import Moments, mean_and_standard_error, perplexity
+from bd3_scale.objectives.network_inputs import row_losses
+from bd3_scale.tuning.estimates import per_token, perplexity
 
 MICRO_BATCH = 8
 """Rows of a forward, where the caller does not say."""
@@ -34,18 +34,23 @@ MICRO_BATCH = 8
 class Likelihood:
     """nats per data token over a set of rows."""
 
-    row_nelbo: np.ndarray
-    """float64 [rows], each the mean over its draws."""
-    tokens_per_row: int
-    """Scored tokens of a row: all but token 0."""
+    row_losses: np.ndarray
+    """float64 [rows], nats, each the mean over its draws."""
+    row_tokens: np.ndarray
+    """int64 [rows]: tokens that count."""
     draws: int
     """Draws of noise per row; 1 where the likelihood is exact."""
     exact: bool
     """Whether this is the likelihood itself and not a bound of it."""
 
     @property
+    def row_nelbo(self) -> np.ndarray:
+        """float64 [rows], nats per data token of each."""
+        return self.row_losses / self.row_tokens
+
+    @property
     def nelbo(self) -> float:
-        """Mean over rows, nats per data token."""
+        """Of all rows, nats per data token."""
         return self._moments[0]
 
     @property
@@ -60,7 +65,7 @@ class Likelihood:
 
     @property
     def _moments(self) -> tuple[float, float]:
-        return mean_and_standard_error([Moments.of(self.row_nelbo)])
+        return per_token(self.row_losses, self.row_tokens)
 
 
 def open_rows(folder: Path, split: str, loaded: LoadedNetwork) -> ShardReader:
@@ -125,7 +130,7 @@ def evaluate_likelihood(
     if total == 0:
         raise DataError("there are no rows to evaluate; name another split")
     mine = np.arange(layout.data_rank, total, layout.data, dtype=np.int64)
-    values = np.zeros(len(mine))
+    values, counts = np.zeros(len(mine)), np.zeros(len(mine), np.int64)
     with tqdm(total=len(mine) * draws, unit="row", disable=None if progress and layout.is_main_rank else True) as bar:
         for first in range(0, len(mine), micro_batch):
             part = slice(first, first + micro_batch)
@@ -133,10 +138,11 @@ def evaluate_likelihood(
             for draw in range(draws):
                 inputs = objective.validation_inputs(tokens, mine[part], seed + draw)
                 nll = loaded.network(inputs.to(loaded.device))[1]
-                values[part] += row_nelbo(inputs, nll) / draws
+                values[part] += row_losses(inputs, nll) / draws
+                counts[part] = inputs.counted
                 bar.update(len(tokens))
-    gathered = np.empty(total)
+    losses, row_tokens = np.empty(total), np.empty(total, np.int64)
     # Tensor peers score the same rows: one of them speaks for the replica.
-    for share in layout.all_gather((mine, values) if layout.reports_for_replica else (mine[:0], values[:0])):
-        gathered[share[0]] = share[1]
-    return Likelihood(gathered, objective.scored_tokens_per_row, draws, exact)
+    for places, *share in layout.all_gather((mine, values, counts) if layout.reports_for_replica else (mine[:0], values[:0], counts[:0])):
+        losses[places], row_tokens[places] = share
+    return Likelihood(losses, row_tokens, draws, exact)

@@ -16,10 +16,9 @@ from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.base import ObjectiveBase, check_padding
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
+    DataRows,
     NetworkInputs,
     block_losses,
-    checked_rows,
-    counted_tokens,
     masked_counts,
     network_inputs,
 )
@@ -56,9 +55,11 @@ class Autoregressive(ObjectiveBase):
     def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
         """As `Objective.block_samples`: every token is a block with t = 1."""
         losses = block_losses(inputs, nll)
-        return BlockSamples(np.ones_like(losses), losses, masked_counts(inputs), counted_tokens(self.pattern))
+        return BlockSamples(np.ones_like(losses), losses, masked_counts(inputs), inputs.denoised)
 
     def _inputs(self, rows: np.ndarray, dropout_keys: np.ndarray) -> NetworkInputs:
-        rows = checked_rows(rows, len(dropout_keys), self.context, self.mask_id)
-        selected = np.arange(rows.size).reshape(rows.shape)[:, :-1].ravel()
-        return network_inputs(rows, rows, selected, rows[:, 1:].ravel(), np.ones(len(selected)), dropout_keys, self.pattern, self.pad_to)
+        data = DataRows.of(rows, len(dropout_keys), self.pattern, self.mask_id)
+        predicted = np.flatnonzero(data.denoised)  # never token 0, so that the position before it is of the same row
+        weights = np.ones(len(predicted))
+        targets = data.tokens.ravel()[predicted]
+        return network_inputs(data.tokens, data, predicted - 1, targets, weights, dropout_keys, self.pattern, self.pad_to)

@@ -41,7 +41,7 @@ class Objective(Protocol):
 
     @property
     def scored_tokens_per_row(self) -> int:
-        """Scored tokens that a row of data contributes to the denominator of training: all but token 0 of each of its draws."""
+        """What a row of data whose tokens all count contributes to the denominator of training: all but token 0 of each of its draws."""
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """Lay out rows int64 [m, L] that fill `slots` int64 [m] of step `step`'s global batch, which has `global_batch` rows of data.

@@ -20,10 +20,9 @@ from bd3_scale.objectives.draws import NoisyRows, fold
 from bd3_scale.objectives.mask_resampling import resampled_tokens
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
+    DataRows,
     NetworkInputs,
     block_losses,
-    checked_rows,
-    counted_tokens,
     masked_counts,
     network_inputs,
 )
@@ -73,9 +72,9 @@ class AbsorbingDiffusion(ObjectiveBase):
         probabilities = schedule.mask_probability(times)
         if self.resample:
             low, high = schedule.mask_probability(np.array(self.interval))
-            maskable = counted_tokens(self.pattern)
             bounds = float(low), float(high)
-            masked = resampled_tokens(*of_draws, probabilities, maskable, self.block_size, bounds, noisy.mirrored)
+            denoised = np.repeat(DataRows.of(rows, len(slots), self.pattern, self.mask_id).denoised, self.draws, axis=0)
+            masked = resampled_tokens(*of_draws, probabilities, denoised, self.block_size, bounds, noisy.mirrored)
         else:
             masked = noise.masked_tokens(*of_draws, probabilities, self.block_size, noisy.mirrored)
         return self._inputs(rows, masked, times, schedule, noise.dropout_keys(seed, step, slots), self.pattern, corrections)
@@ -105,17 +104,17 @@ class AbsorbingDiffusion(ObjectiveBase):
         a pass at t ~ U[1e-3, 1] would give is nll / t where the token is masked and 0 elsewhere, without another forward.
         Then there are 2B draws a row: those, and the exact ones with t = 1. (Drawn t lie below 1.)
         """
-        losses, masked, maskable = block_losses(inputs, nll), masked_counts(inputs), counted_tokens(self.pattern)
+        losses, masked, maskable = block_losses(inputs, nll), masked_counts(inputs), inputs.denoised
         times = noise.validation_times(seed, row_indices, self.blocks)
         if self.block_size > 1:
             return BlockSamples(times, losses, masked, maskable)
-        drawn = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), 1)
+        drawn = noise.validation_masked_tokens(seed, row_indices, LINEAR.mask_probability(times), 1) & (maskable > 0)
         weighted = losses * np.where(drawn, LINEAR.weight(times), 0.0)
         return BlockSamples(
             times=np.concatenate([times, np.ones_like(times)], axis=1),
             losses=np.concatenate([weighted, losses], axis=1),
             masked=np.concatenate([drawn.astype(np.int64), masked], axis=1),
-            maskable=np.concatenate([maskable, maskable]),
+            maskable=np.concatenate([maskable, maskable], axis=1),
         )
 
     def _inputs(
@@ -128,10 +127,11 @@ class AbsorbingDiffusion(ObjectiveBase):
         pattern: AttentionPattern,
         corrections: np.ndarray | None = None,
     ) -> NetworkInputs:
-        """Rows [m, L], and for each of their draws, row after row, what is masked [m draws, L] and the times [m draws, B], with the
+        """Rows [m, L], and for each of their draws, row after row, what noise would mask [m draws, L] and the times [m draws, B], with the
         `corrections` of the density that these come from (None: it is uniform)."""
-        rows = checked_rows(rows, len(dropout_keys), masked.shape[1], self.mask_id)
-        drawn = np.repeat(rows, pattern.draws, axis=0)
+        data = DataRows.of(rows, len(dropout_keys), pattern, self.mask_id)
+        drawn, denoised = (np.repeat(of_rows, pattern.draws, axis=0) for of_rows in (data.tokens, data.denoised))
+        masked = masked & denoised
         noisy = np.where(masked, self.mask_id, drawn).reshape(len(rows), pattern.scored_rows)
         selected = np.flatnonzero(masked)
         # L' divides L: the flat position over L' is the flat block. t = 0 masks nothing and is never divided by.
@@ -139,7 +139,7 @@ class AbsorbingDiffusion(ObjectiveBase):
         weights = schedule.weight(times.ravel()[block])
         if corrections is not None:
             weights = weights * corrections.ravel()[block]
-        return network_inputs(noisy, rows, selected, drawn.ravel()[selected], weights, dropout_keys, pattern, self.pad_to, sparse=True)
+        return network_inputs(noisy, data, selected, drawn.ravel()[selected], weights, dropout_keys, pattern, self.pad_to, sparse=True)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from bd3_scale.objectives.loss_profile import LossProfile, pools
-from bd3_scale.objectives.network_inputs import NetworkInputs, counted_tokens, masked_counts, weight_sums
+from bd3_scale.objectives.network_inputs import NetworkInputs, masked_counts, weight_sums
 from bd3_scale.rules.objective import Interval
 
 
@@ -24,12 +24,12 @@ def control(inputs: NetworkInputs, real: int, masked_nll: tuple[float, ...], int
 
     `masked_nll`: mean nll of a masked token, of every pool of masked fractions (`loss_profile.pools`).
     """
-    maskable = counted_tokens(inputs.pattern)
+    maskable = np.repeat(inputs.denoised, inputs.pattern.draws, axis=0)
     fraction = masked_counts(inputs) / np.maximum(maskable, 1)
     known = (weight_sums(inputs) * np.asarray(masked_nll)[pools(fraction)]).sum()
-    sizes, counts = np.unique(maskable, return_counts=True)
+    sizes, counts = np.unique(maskable[: real * inputs.pattern.draws], return_counts=True)
     mean = sum(count * size * _mean(masked_nll, int(size), interval) for size, count in zip(sizes, counts, strict=True))
-    return float(known - real * inputs.pattern.draws * mean)
+    return float(known - mean)
 
 
 @lru_cache(maxsize=16)

@@ -34,9 +34,10 @@ def count_sums(samples: BlockSamples) -> np.ndarray:
     sums = np.zeros((len(samples.times), 5, POOLS))
     counted = samples.maskable > 0
     for row, out in enumerate(sums):  # row by row, as in `interval_tuner.row_statistics`
-        masked = samples.masked[row, counted]
-        total = samples.losses[row, counted] * samples.times[row, counted] * samples.maskable[counted]
-        pool = pools(masked / samples.maskable[counted])
+        of_row = (samples.times, samples.losses, samples.masked, samples.maskable)
+        times, losses, masked, maskable = (of[row, counted[row]] for of in of_row)
+        total = losses * times * maskable
+        pool = pools(masked / maskable)
         some = masked > 0
         for line, values in zip(out, (np.ones(len(masked)), masked, total, masked**2, np.square(total)), strict=True):
             line[:] = np.bincount(pool[some], values[some], POOLS)

@@ -68,21 +68,22 @@ def resampled_tokens(
     step: int,
     slots: np.ndarray,
     probabilities: np.ndarray,
-    maskable: np.ndarray,
+    denoised: np.ndarray,
     block_size: int,
     interval: Interval,
     mirrored: np.ndarray | None = None,
 ) -> np.ndarray:
     """As `noise.masked_tokens`, with every block's masked fraction inside `interval`: bool [m, blocks * block_size].
 
-    `probabilities`: float64 [m, blocks] in `interval`; `maskable`: int64 [blocks], tokens of each block that may be masked.
+    `probabilities`: float64 [m, blocks] in `interval`; `denoised`: bool [m, blocks * block_size], what may be masked.
     """
-    uniforms = noise.count_uniforms(seed, step, slots, len(maskable), mirrored)
+    maskable = denoised.reshape(*probabilities.shape, block_size).sum(2)
+    uniforms = noise.count_uniforms(seed, step, slots, maskable.shape[1], mirrored)
     counts = np.zeros(uniforms.shape, np.int64)
     for size in np.unique(maskable):
         here = maskable == size
-        counts[:, here] = truncated_counts(uniforms[:, here], probabilities[:, here], int(size), interval)
-    return noise.masked_subsets(seed, step, slots, counts, block_size, mirrored)
+        counts[here] = truncated_counts(uniforms[here], probabilities[here], int(size), interval)
+    return noise.masked_subsets(seed, step, slots, counts, denoised, block_size, mirrored)
 
 
 @dataclass(frozen=True)

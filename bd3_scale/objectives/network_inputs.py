@@ -3,6 +3,11 @@
 The network answers `NetworkInputs` with one negative log-likelihood (nll), or a score entropy, per selected position; here
 these become losses per block and per row. Invariants: sums are divided by data tokens, never by masked ones; token 0 of a row is never
 counted; padding adds exactly nothing; the losses of a row depend on no other row of the micro-batch, bit for bit.
+
+Not all tokens of a row need to count (`data.counted`). A block is denoised from its first token that counts to its end: what stands before
+that is known, as a prompt is to the sampler, and what stands behind the last one, such as ends of text up to the end of the block, is
+predicted, too, because a sampler fills whole blocks and has to learn where a text ends. That adds to the loss (a text that ends is all of
+that), and to no count of tokens. Blocks without a token that counts are neither masked nor scored.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_scale.data.counted import counted, ids
 from bd3_scale.errors import DataError
 from bd3_scale.objectives.attention_mask import AttentionPattern, document_segments
 from bd3_scale.objectives.simplex import SimplexNoise
@@ -41,6 +47,10 @@ class NetworkInputs:
     dropout_keys: Tensor
     """int64 [m] in [0, 2^32): seed for the dropout of each row."""
     pattern: AttentionPattern
+    denoised: np.ndarray
+    """int64 [m, B]: tokens of each block of data that can be masked and scored (`DataRows.denoised`); stays on the host."""
+    counted: np.ndarray
+    """int64 [m]: tokens of each row that count; stays on the host."""
     segments: Tensor | None = None
     """int32 [m, pattern.rows]: which document of its row each row of the network is in; None where rows are one text."""
     noise_levels: Tensor | None = None
@@ -77,6 +87,8 @@ class NetworkInputs:
             weights=move(self.weights),
             dropout_keys=move(self.dropout_keys),
             pattern=self.pattern,
+            denoised=self.denoised,
+            counted=self.counted,
             segments=None if self.segments is None else move(self.segments),
             noise_levels=None if self.noise_levels is None else move(self.noise_levels),
             uses_cross_entropy=self.uses_cross_entropy,
@@ -85,9 +97,42 @@ class NetworkInputs:
         )
 
 
+@dataclass(frozen=True)
+class DataRows:
+    """m rows of data as objectives look at them."""
+
+    tokens: np.ndarray
+    """int64 [m, L]: ids."""
+    denoised: np.ndarray
+    """bool [m, L]: what noise may hit, and what is scored."""
+    counted: np.ndarray
+    """int64 [m]: tokens that count."""
+
+    @classmethod
+    def of(cls, rows: np.ndarray, count: int, pattern: AttentionPattern, mask_id: int) -> DataRows:
+        """Of rows int64 [count, L] as readers give them. Raises ValueError for another shape, DataError for an id that is MASK or more."""
+        rows = np.asarray(rows, np.int64)
+        if rows.shape != (count, pattern.length):
+            raise ValueError(f"rows have shape {rows.shape}, their noise {(count, pattern.length)}; both must be [rows, model.context]")
+        tokens, counts = ids(rows), counted(rows)
+        if tokens.size and tokens.max() >= mask_id:
+            raise DataError(
+                f"rows hold token ids {tokens.min()}..{tokens.max()}, but data ids must lie in [0, {mask_id}) because "
+                f"{mask_id} is MASK; pack the data with the recipe's tokenizer"
+            )
+        blocks = counts.reshape(count, -1, pattern.block_size)
+        begun = np.maximum.accumulate(blocks, axis=2)
+        going_on = np.maximum.accumulate(blocks[:, :, ::-1], axis=2)[:, :, ::-1]
+        return cls(tokens, (blocks | (begun & ~going_on)).reshape(rows.shape), counts.sum(1))
+
+    def of_blocks(self, block_size: int) -> np.ndarray:
+        """`denoised` tokens of each block: int64 [m, B]."""
+        return self.denoised.reshape(len(self.tokens), -1, block_size).sum(2)
+
+
 def network_inputs(
     scored: np.ndarray,
-    rows: np.ndarray,
+    rows: DataRows,
     selected: np.ndarray,
     targets: np.ndarray,
     weights: np.ndarray,
@@ -96,19 +141,21 @@ def network_inputs(
     pad_to: int,
     sparse: bool = False,
 ) -> NetworkInputs:
-    """`NetworkInputs` of the scored rows int64 [m, pattern.scored_rows], the data tokens int64 [m, L], and of host arrays of the same
-    names, the selected positions padded to a multiple of `pad_to`."""
+    """`NetworkInputs` of the scored rows int64 [m, pattern.scored_rows], the rows of data, and of host arrays of the same names, the
+    selected positions padded to a multiple of `pad_to`."""
     capacity = -(-max(len(selected), 1) // pad_to) * pad_to
     padding = (0, capacity - len(selected))
     return NetworkInputs(
-        tokens=torch.from_numpy(np.concatenate([scored, rows[:, : pattern.clean_rows]], axis=1)),
+        tokens=torch.from_numpy(np.concatenate([scored, rows.tokens[:, : pattern.clean_rows]], axis=1)),
         positions=torch.from_numpy(np.arange(pattern.rows) % pattern.length),
         selected=torch.from_numpy(np.pad(selected, padding)),
         targets=torch.from_numpy(np.pad(targets, padding)),
         weights=torch.from_numpy(np.pad(weights, padding).astype(np.float32)),
         dropout_keys=torch.from_numpy(dropout_keys),
         pattern=pattern,
-        segments=torch.from_numpy(document_segments(rows, pattern)) if pattern.document_end is not None else None,
+        denoised=rows.of_blocks(pattern.block_size),
+        counted=rows.counted,
+        segments=torch.from_numpy(document_segments(rows.tokens, pattern)) if pattern.document_end is not None else None,
         sparse=sparse,
     )
 
@@ -127,19 +174,6 @@ def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
     )
 
 
-def checked_rows(rows: np.ndarray, count: int, length: int, mask_id: int) -> np.ndarray:
-    """Rows as int64 [count, length]. Raises ValueError for another shape, DataError for an id that is MASK or beyond."""
-    rows = np.asarray(rows, np.int64)
-    if rows.shape != (count, length):
-        raise ValueError(f"rows have shape {rows.shape}, their noise {(count, length)}; both must be [rows, model.context]")
-    if rows.size and not (rows.min() >= 0 and rows.max() < mask_id):
-        raise DataError(
-            f"rows hold token ids {rows.min()}..{rows.max()}, but data ids must lie in [0, {mask_id}) because "
-            f"{mask_id} is MASK; pack the data with the recipe's tokenizer"
-        )
-    return rows
-
-
 @dataclass(frozen=True)
 class BlockSamples:
     """Single blocks as one validation pass shows them, m rows of k draws: what the interval tuner lives on."""
@@ -151,11 +185,11 @@ class BlockSamples:
     masked: np.ndarray
     """int64 [m, k]: masked tokens of each block."""
     maskable: np.ndarray
-    """int64 [k]: data tokens of each block (token 0 of a row is none); 0 marks a column to leave out."""
+    """int64 [m, k]: tokens of each block that can be masked (token 0 of a row is none); 0 marks a block to leave out."""
 
 
 def counted_tokens(pattern: AttentionPattern) -> np.ndarray:
-    """Data tokens of each block, int64 [B]: L', one less in the first block (0 there when L' = 1)."""
+    """Data tokens of each block where all tokens count, int64 [B]: L', one less in the first block (0 there when L' = 1)."""
     counts = np.full(pattern.length // pattern.block_size, pattern.block_size, np.int64)
     counts[0] -= 1
     return counts
@@ -176,20 +210,19 @@ def _weighted(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
 
 
 def block_losses(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
-    """Mean weighted loss of every block, float64 [m, B], in nats per data token.
+    """Mean weighted loss of every block, float64 [m, B], in nats per token of it.
 
-    `nll`: float [n], one per selected position, as the network returns it. Each block's sum is divided by its data tokens
-    (L', L' - 1 in the first block), not by its masked ones: a block without masked tokens has loss 0. With L' = 1 the first
-    block has no data token and its loss is nan: leave it out where `counted_tokens` is 0. Of the next-token loss every
-    token is a block.
+    `nll`: float [n], one per selected position, as the network returns it. Each block's sum is divided by its tokens that can be masked
+    (L', L' - 1 in the first block, where all count), not by its masked ones: a block without masked tokens has loss 0. A block that has
+    none, as the first one with L' = 1, has the loss nan: leave it out. Of the next-token loss every token is a block.
     """
-    counts = counted_tokens(inputs.pattern).astype(np.float64)
+    counts = np.repeat(inputs.denoised, inputs.pattern.draws, axis=0).astype(np.float64)
     sums = _block_sums(inputs, _weighted(inputs, nll))
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
 def masked_counts(inputs: NetworkInputs) -> np.ndarray:
-    """Scored tokens of every block, int64 [m, B]: the masked ones, for the next-token loss all but token 0."""
+    """Scored tokens of every block, int64 [m, B]: the masked ones, for the next-token loss all that count."""
     return _block_sums(inputs, (inputs.weights.cpu().numpy() > 0).astype(np.float64)).astype(np.int64)
 
 
@@ -198,9 +231,12 @@ def weight_sums(inputs: NetworkInputs) -> np.ndarray:
     return _block_sums(inputs, inputs.weights.cpu().double().numpy())
 
 
-def row_nelbo(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
-    """NELBO of every row, float64 [m], in nats per data token (L - 1 of them), from `validation_inputs` and their nll [n].
+def row_losses(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
+    """Weighted loss of every row of data, float64 [m], in nats, from `validation_inputs` and their nll [n]."""
+    return _block_sums(inputs, _weighted(inputs, nll)).sum(axis=1)
 
-    The mean over rows is the set's NELBO (all rows have the same number of data tokens).
-    """
-    return _block_sums(inputs, _weighted(inputs, nll)).sum(axis=1) / (inputs.pattern.length - 1)
+
+def row_nelbo(inputs: NetworkInputs, nll: Tensor) -> np.ndarray:
+    """The same in nats per data token that counts: the NELBO of every row; nan of a row without any."""
+    sums = row_losses(inputs, nll)
+    return np.divide(sums, inputs.counted, out=np.full_like(sums, np.nan), where=inputs.counted > 0)

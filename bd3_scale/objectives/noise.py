@@ -160,17 +160,22 @@ def count_uniforms(seed: int, step: int, slots: np.ndarray, blocks: int, mirrore
 
 
 def masked_subsets(
-    seed: int, step: int, slots: np.ndarray, counts: np.ndarray, block_size: int, mirrored: np.ndarray | None = None
+    seed: int,
+    step: int,
+    slots: np.ndarray,
+    counts: np.ndarray,
+    denoised: np.ndarray,
+    block_size: int,
+    mirrored: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which tokens are masked where their number is given, bool [m, blocks * block_size]: those with the smallest words.
 
-    `counts`: int64 [m, blocks], at most block_size, one less in the first block: token 0 of a row is never masked. Every
-    subset of a size is equally probable. The words are those of `masked_tokens`, of which only one is used in a step.
+    `counts`: int64 [m, blocks], at most the tokens of the block that are `denoised`, bool [m, blocks * block_size]. Every
+    subset of them of a size is equally probable. The words are those of `masked_tokens`, of which only one is used in a step.
     """
     blocks = counts.shape[1]
     words = _per_row((raw_words(seed, "mask", (step, int(slot)), blocks * block_size) for slot in slots), len(slots), blocks * block_size)
-    words = _mirrored(words, mirrored)
-    words[:, 0] = WORD - 1
+    words = np.where(denoised, _mirrored(words, mirrored), np.uint64(WORD - 1))
     order = np.argsort(words.reshape(-1, blocks, block_size), axis=-1, kind="stable")
     masked = np.empty(order.shape, bool)
     np.put_along_axis(masked, order, np.arange(block_size) < counts[..., None], axis=-1)

@@ -18,10 +18,9 @@ from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_paddin
 from bd3_scale.objectives.draws import NoisyRows
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,
+    DataRows,
     NetworkInputs,
     block_losses,
-    checked_rows,
-    counted_tokens,
     masked_counts,
     network_inputs,
 )
@@ -73,26 +72,25 @@ class SimplexDiffusion(ObjectiveBase):
     def block_samples(self, inputs: NetworkInputs, nll: Tensor, row_indices: np.ndarray, seed: int) -> BlockSamples:
         """As `Objective.block_samples`; every counted token is scored."""
         times = noise.validation_times(seed, row_indices, self.blocks)
-        return BlockSamples(times, block_losses(inputs, nll), masked_counts(inputs), counted_tokens(self.pattern))
+        return BlockSamples(times, block_losses(inputs, nll), masked_counts(inputs), inputs.denoised)
 
     def _inputs(
         self, rows: np.ndarray, times: np.ndarray, keys: np.ndarray, dropout_keys: np.ndarray, pattern: AttentionPattern
     ) -> NetworkInputs:
         """Rows [m, L], and for each of their draws, row after row, the times [m draws, B] and the keys of its noise [m draws, L]."""
-        rows = checked_rows(rows, len(dropout_keys), self.context, self.mask_id)
-        drawn, streams = np.repeat(rows, pattern.draws, axis=0), (len(rows), pattern.scored_rows)
-        scored = np.arange(drawn.size).reshape(drawn.shape)[:, 1:].ravel()
+        data = DataRows.of(rows, len(dropout_keys), pattern, self.mask_id)
+        drawn, denoised = (np.repeat(of_rows, pattern.draws, axis=0) for of_rows in (data.tokens, data.denoised))
+        scored, streams = np.flatnonzero(denoised), (len(data.tokens), pattern.scored_rows)
         made = network_inputs(
             drawn.reshape(streams),
-            rows,
+            data,
             scored,
-            drawn[:, 1:].ravel(),
+            drawn.ravel()[scored],
             np.ones(len(scored)),
             dropout_keys,
             pattern,
             self.pad_to,
         )
-        of_positions = np.repeat(times, self.block_size, axis=1)
-        of_positions[:, 0] = 0.0
+        of_positions = np.where(denoised, np.repeat(times, self.block_size, axis=1), 0.0)
         simplex = SimplexNoise.at(keys.reshape(streams), of_positions.reshape(streams))
-        return replace(made, noise_levels=conditioning_times(times.reshape(len(rows), pattern.draws * self.blocks)), simplex=simplex)
+        return replace(made, noise_levels=conditioning_times(times.reshape(len(data.tokens), pattern.draws * self.blocks)), simplex=simplex)

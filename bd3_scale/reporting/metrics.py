@@ -1,7 +1,8 @@
 """What is measured while training, and the file it goes to.
 
 Invariants: between logging steps numbers stay on the device and nobody waits for them; a logging step makes one small
-reduction over the replicas; tokens are data tokens, counted once although the network's input is 2L long; metrics.jsonl
+reduction over the replicas; tokens are data tokens, counted once although the network's input is 2L long, of a rate those that count
+(neither filling nor prompts); metrics.jsonl
 is strict JSON, grows by whole lines, and never holds a step twice, however often the run was killed and continued.
 """
 
@@ -35,11 +36,13 @@ class Meter:
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._controlled: list[Tensor] = []
+        self._counted: list[float] = []
         self._tokens, self._clock = data_tokens, time.perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor, control: float = 0.0) -> None:
+    def add(self, loss: Tensor, norm: Tensor, control: float = 0.0, counted: float = 1.0) -> None:
         """This rank's part of a step's train loss and the (global) gradient norm; scalars on the device, not waited for. `control`: what is
-        subtracted from the loss for `controlled_loss`."""
+        subtracted from the loss for `controlled_loss`. `counted`: share of the step's tokens that count."""
+        self._counted.append(counted)
         self._losses.append(loss.detach())
         self._controlled.append(loss.detach() - control)
         self._norms.append(norm.detach())
@@ -52,13 +55,14 @@ class Meter:
         means = torch.stack([_finite_mean(steps) for steps in (losses, norms, controlled)]).tolist()  # the one wait for the device
         now = time.perf_counter()
         rate = (data_tokens - self._tokens) / (now - self._clock)
-        self._losses, self._norms, self._controlled = [], [], []
+        counted = sum(self._counted) / len(self._counted)
+        self._losses, self._norms, self._controlled, self._counted = [], [], [], []
         self._tokens, self._clock = data_tokens, now
         return {
             "loss": means[0],
             "controlled_loss": means[2],
             "gradient_norm": means[1],
-            "tokens_per_second": rate,
+            "tokens_per_second": rate * counted,
             "mfu": None if self.peak_flops is None else rate * flops_per_token / self.peak_flops,
             "memory_bytes": memory_bytes(self.device),
         }

@@ -91,9 +91,9 @@ class Reporter:
             if self.file is not None:
                 self._write({"kind": "amendment", **one})
 
-    def add(self, loss: Tensor, norm: Tensor, control: float = 0.0) -> None:
+    def add(self, loss: Tensor, norm: Tensor, control: float = 0.0, counted: float = 1.0) -> None:
         """A step was made; see `Meter.add`."""
-        self.meter.add(loss, norm, control)
+        self.meter.add(loss, norm, control, counted)
 
     def train(
         self,

@@ -31,8 +31,15 @@ class StepInputs:
     objective: Objective
     micro_batches: list[MicroBatch]
     inputs: list[NetworkInputs]
+    rows_tokens: int
+    """Tokens that count in the rows of the whole global batch."""
     control: float
     """Of the sum of this replica's losses (see `objectives.control_variate`); 0 where there is none."""
+
+    @property
+    def tokens(self) -> int:
+        """What the sum of all replicas' losses is divided by: tokens that count, of every draw; 1 where there are none."""
+        return max(1, self.rows_tokens * self.objective.pattern.draws)
 
 
 class Feed:
@@ -60,18 +67,18 @@ class Feed:
         is none."""
         micro_batches, made = self._loader.take(samples)
         objective = self._objective_at(step)
-        return made if made.objective == objective else self._make(objective, step, micro_batches)
+        return made if made.objective == objective else self._make(objective, step, micro_batches, made.rows_tokens)
 
     def close(self) -> None:
         """End the threads, waiting for what is under way."""
         self._loader.close()
 
-    def _prepare(self, samples: int, micro_batches: list[MicroBatch]) -> StepInputs:
+    def _prepare(self, samples: int, micro_batches: list[MicroBatch], tokens: int) -> StepInputs:
         step = self._batches.steps_for(samples)
         objective = self._objective_at(step)
-        return self._make(objective, step, micro_batches)
+        return self._make(objective, step, micro_batches, tokens)
 
-    def _make(self, objective: Objective, step: int, micro_batches: list[MicroBatch]) -> StepInputs:
+    def _make(self, objective: Objective, step: int, micro_batches: list[MicroBatch], tokens: int) -> StepInputs:
         made, control = [], 0.0
         for batch in micro_batches:
             inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._batches.rows_at(step))
@@ -80,4 +87,4 @@ class Feed:
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):  # a thread begins on the first device, whose ranks are others
                 made = [inputs.pinned() for inputs in made]
-        return StepInputs(objective, micro_batches, made, control)
+        return StepInputs(objective, micro_batches, made, tokens, control)

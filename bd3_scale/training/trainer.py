@@ -85,23 +85,23 @@ class Trainer:
             self.engine.adam.rule.forget()  # norms of another loss, or of another noise
             self.heartbeat.forget()  # and steps of another length
 
-    def update(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device, and the control of the former."""
+    def update(self) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+        """One optimizer step. Returns (this rank's part of the train loss, gradient norm), on the device, the control of the former, and
+        the share of the batch's tokens that count."""
         recipe = self.recipe
         start, self.heartbeat.waits = time.perf_counter(), True
         taken = self.feed.take(self.step, self.samples)
         self.heartbeat.waits = False
         self.pace.begin_step(time.perf_counter() - start)
         batch = self.batches.rows_at(self.step)
-        tokens = batch * taken.objective.scored_tokens_per_row
-        loss = self.engine.forward_backward(taken.inputs, tokens)
+        loss = self.engine.forward_backward(taken.inputs, taken.tokens)
         norm = self.engine.step(rate_of(recipe, self.step))
         self._advance(self.step + 1)
         self.samples += batch
         if self.ema is not None:
             self.ema.update(self.step)
         self.pace.end_step()
-        return loss, norm, taken.control / tokens
+        return loss, norm, taken.control / taken.tokens, taken.rows_tokens / (batch * (recipe.model.context - 1))
 
     def log(self) -> None:
         """Write a training line; too many steps left out in a row end the run."""

@@ -3,7 +3,8 @@
 An objective without a bound (ssdlm) has its cross-entropy instead, under that name and without a perplexity.
 
 Invariants: t ~ U[1e-3, 1] and weight 1/t whatever training does (exact where L' = 1); the same rows and the same noise
-every time, on every layout; each row counts once however the ranks share them. The same pass feeds the interval tuner.
+every time, on every layout; each row counts once however the ranks share them, with as many tokens as it has that count. The same pass
+feeds the interval tuner.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 from bd3_scale.data.loader import Rows, validation_rows
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
+from bd3_scale.objectives.network_inputs import NetworkInputs, row_losses
 from bd3_scale.objectives.table import Objective
 from bd3_scale.rules.objective import interval_candidates
-from bd3_scale.tuning.estimates import CrossEntropy, Moments, Validated, Validation, mean_and_standard_error, perplexity
+from bd3_scale.tuning.estimates import CrossEntropy, Validated, Validation, per_token, perplexity
 from bd3_scale.tuning.interval_tuner import IntervalStatistics, interval_statistics, no_rows, row_statistics
 
 Evaluate = Callable[[Sequence[NetworkInputs]], list[Tensor | None]]
@@ -74,7 +75,7 @@ class Validator:
         interrupted: Interrupted,
         collect: Callable[[NetworkInputs, Tensor, np.ndarray], None],
     ) -> Validated | None:
-        moments = Moments()
+        mine = [np.zeros((2, 0))]
         for first in range(0, self.forwards, EVALUATED_TOGETHER):
             if first and interrupted():
                 return None
@@ -84,10 +85,11 @@ class Validator:
             inputs = [objective.validation_inputs(rows, indices, self.seed) for indices, rows in given]
             for (indices, _), one, nll in zip(parts, inputs, evaluate(inputs), strict=True):
                 if nll is not None and len(indices):
-                    moments = moments + Moments.of(row_nelbo(one, nll))
+                    mine.append(np.stack([row_losses(one, nll), one.counted]))
                     collect(one, nll, indices)
         # Tensor peers score the same rows: one of them speaks for the replica.
-        mean, error = mean_and_standard_error(self.layout.all_gather(moments if self.layout.reports_for_replica else Moments()))
+        shares = self.layout.all_gather(np.concatenate(mine, 1) if self.layout.reports_for_replica else mine[0])
+        mean, error = per_token(*np.concatenate(shares, 1))
         if not objective.traits.has_likelihood_bound:
             return CrossEntropy(mean, error, self.total)
         return Validation(mean, error, perplexity(mean), self.total)

@@ -1,6 +1,6 @@
-"""From losses to reported numbers: perplexity, mean with standard error over ranks, and what a model has to beat.
+"""From losses to reported numbers: perplexity, nats per token with standard error, and what a model has to beat.
 
-The statistics travel as (count, mean, M2) and are joined by Chan's formula, never as sums of squares (which cancel) nor as
+The statistics of the tuner travel as (count, mean, M2) and are joined by Chan's formula, never as sums of squares (which cancel) nor as
 means of per-rank means (which are wrong when ranks hold different numbers of rows). Everything is float64 on the host.
 """
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+
+from bd3_scale.data.counted import counted, ids
 
 
 def perplexity(nelbo: float) -> float:
@@ -51,16 +53,21 @@ def combine(parts: Iterable[Moments]) -> Moments:
     return reduce(Moments.__add__, parts, Moments())
 
 
-def mean_and_standard_error(parts: Iterable[Moments]) -> tuple[float, float]:
-    """(mean, its standard error) of independent numbers, from one Moments per rank.
+def per_token(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """(nats per token, its standard error) of independent rows with these losses, float64 [n], and tokens that count, int64 [n].
 
-    The standard error is sqrt(M2 / (n - 1) / n); nan for fewer than two numbers. Raises ValueError for none.
+    All losses over all tokens; the error is that of the ratio to first order, which is the plain one of a mean where rows have as many
+    tokens as each other, and nan for fewer than two rows. Raises ValueError where there are no tokens.
     """
-    total = combine(parts)
-    count, mean, m2 = float(total.count), float(total.mean), float(total.m2)
-    if count == 0:
-        raise ValueError("mean of no numbers")
-    return mean, math.sqrt(m2 / (count - 1) / count) if count > 1 else math.nan
+    losses, tokens = np.asarray(losses, np.float64), np.asarray(tokens, np.int64)
+    rows, total = len(losses), int(tokens.sum())
+    if total == 0:
+        raise ValueError("nats per token of no tokens")
+    mean = float(losses.sum()) / total
+    if rows < 2:
+        return mean, math.nan
+    residual = losses - mean * tokens
+    return mean, math.sqrt(float(np.square(residual).sum()) * rows / (rows - 1)) / total
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,9 @@ Validated = Validation | CrossEntropy
 def unigram_perplexity(train_rows: np.ndarray, validation_rows: np.ndarray, vocabulary: int) -> float:
     """Perplexity per token of `validation_rows` under the token frequencies of `train_rows` (int64 [n, L] and [m, L]).
 
-    Frequencies are smoothed by adding one to the count of each of the `vocabulary` ids. Position 0 is left out of both, as the
-    objective does: it is never masked and not scored.
+    Frequencies are smoothed by adding one to the count of each of the `vocabulary` ids. Only tokens that count are looked at, of both,
+    so never position 0.
     """
-    counts = np.bincount(train_rows[:, 1:].ravel(), minlength=vocabulary) + 1.0
-    held_out = np.bincount(validation_rows[:, 1:].ravel(), minlength=vocabulary)
+    counts = np.bincount(ids(train_rows)[counted(train_rows)], minlength=vocabulary) + 1.0
+    held_out = np.bincount(ids(validation_rows)[counted(validation_rows)], minlength=vocabulary)
     return math.exp(-float(held_out @ np.log(counts / counts.sum())) / float(held_out.sum()))

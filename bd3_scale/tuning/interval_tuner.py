@@ -83,10 +83,10 @@ def row_statistics(
     """
     values = np.zeros((4, len(row_indices), len(intervals)))
     counted = samples.maskable > 0
-    maskable = samples.maskable[counted]
     # Row by row: vectorised sums may round differently with the number of rows beside.
     for row in range(len(row_indices)):
-        times, losses, masked = (of[row, counted] for of in (samples.times, samples.losses, samples.masked))
+        of_row = (samples.times, samples.losses, samples.masked, samples.maskable)
+        times, losses, masked, maskable = (of[row, counted[row]] for of in of_row)
         if resample:
             weights, means, within = _as_resampled(times, losses, masked, maskable, intervals)
         else:

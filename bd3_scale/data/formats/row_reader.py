@@ -25,6 +25,7 @@ import numpy as np
 
 from bd3_scale.data.cache import Cache
 from bd3_scale.data.checked_once import Checked, finding, keep
+from bd3_scale.data.counted import ids
 from bd3_scale.data.formats.checked_rows import ChangedError
 from bd3_scale.data.formats.mds import MDSIndex, MDSRows, xxh64
 from bd3_scale.data.formats.tar import TarIndex, TarRows
@@ -87,6 +88,11 @@ class ShardReader:
         self._open: OrderedDict[int, tuple[int, OpenShard]] = OrderedDict()
         descriptor, content = self._checked_file(self._split.index)
         os.close(descriptor)
+        self._counts: np.ndarray | None = None
+        if self._split.counts is not None:
+            descriptor, counts = self._checked_file(self._split.counts)
+            os.close(descriptor)
+            self._counts = np.frombuffer(counts, "<u4")
         self._index = INDEXES[self.manifest.format](content, self._folder, self.manifest, self._split)
         if cache is None:
             self._require_files([shard.file for shard in self._split.shards])
@@ -136,6 +142,7 @@ class ShardReader:
             return
         other = self.manifest.train if self._split_name == "validation" else self.manifest.validation
         needed = 2 * len(self.manifest.to_bytes()) + self._split.index.bytes + other.index.bytes
+        needed += sum(split.counts.bytes for split in (self._split, other) if split.counts is not None)
         for split, at_once in ((self._split, count), (other, 2)):
             needed += sum(sorted(shard.bytes for shard in split.shards)[-at_once:])
         if needed > limit:
@@ -145,7 +152,7 @@ class ShardReader:
             )
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The rows numbered `indices` (any order, repeats allowed): int64 [n, L].
+        """The rows numbered `indices` (any order, repeats allowed): int64 [n, L]; tokens that do not count as `counted` has them.
 
         Raises IndexError for a number outside the split, DataError for a file that is missing or not what the manifest says.
         """
@@ -158,11 +165,17 @@ class ShardReader:
             for shard in np.unique(shards):
                 chosen = np.flatnonzero(shards == shard)
                 result[chosen] = self._rows_of(int(shard), numbers[chosen] - self._first_row[shard])
-        if result.size and not 0 <= result.min() <= result.max() < self.manifest.vocabulary_size:
+        if result.size and (largest := ids(result).max()) >= self.manifest.vocabulary_size:
             raise DataError(
-                f"{self._folder}: has token id {result.max()}, outside the vocabulary of {self.manifest.vocabulary_size}; {PREPARE_AGAIN}"
+                f"{self._folder}: has token id {largest}, outside the vocabulary of {self.manifest.vocabulary_size}; {PREPARE_AGAIN}"
             )
         return result
+
+    def counts(self, indices: np.ndarray) -> np.ndarray:
+        """How many tokens of the rows numbered `indices` count: int64 [n]. Reads no shard."""
+        if self._counts is None:
+            return np.full(len(indices), self.context - 1, np.int64)
+        return self._counts[indices].astype(np.int64)
 
     def verify(self) -> None:
         """Check every file of the split, whether it was opened before or not. Raises DataError."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bd3_scale.data.counted import uncounted
 from bd3_scale.errors import RecipeError
 
 ROW_SPECIAL = {"none": 0, "bos": 1, "bos_eos": 2}
@@ -50,15 +51,18 @@ def held_out(name: str, fraction: float = HELD_OUT) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") < fraction * 2.0**64
 
 
-def storage_dtype(vocabulary_size: int) -> str:
-    """The smallest type that holds every id of text: uint16 | uint32."""
+def storage_dtype(vocabulary_size: int, all_count: bool = True) -> str:
+    """The smallest type that holds every id of text: uint16 | uint32, or where not all tokens count int16 | int32 (`counted`)."""
+    if not all_count:
+        return "int16" if vocabulary_size <= 1 << 15 else "int32"
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
 class Packer:
     """Packs a stream of documents; feed `add`, take the complete rows it returns. `dropped_tokens` is what waits for a full row."""
 
-    def __init__(self, context: int, vocabulary_size: int, end_of_text: int, row_special: str) -> None:
+    def __init__(self, context: int, vocabulary_size: int, end_of_text: int, row_special: str, all_count: bool = True) -> None:
+        """`all_count`: whether all tokens of the rows count; else they are of a signed type."""
         if row_special not in ROW_SPECIAL:
             raise RecipeError(f"data.row_special must be one of {', '.join(ROW_SPECIAL)}, got {row_special!r}")
         self.payload = context - ROW_SPECIAL[row_special]
@@ -67,7 +71,7 @@ class Packer:
                 f"model.context {context} leaves no room for text with data.row_special={row_special}; set model.context=3 or more"
             )
         self.context, self.vocabulary_size, self.end_of_text, self.row_special = context, vocabulary_size, end_of_text, row_special
-        self.dtype = np.dtype(storage_dtype(vocabulary_size))
+        self.dtype = np.dtype(storage_dtype(vocabulary_size, all_count))
         self.documents = 0
         self.tokens = 0
         """Tokens of the stream so far: documents with their end of text."""
@@ -105,4 +109,6 @@ class Packer:
         rows = np.full((len(payloads), self.context), self.end_of_text, self.dtype)
         start = 0 if self.row_special == "none" else 1
         rows[:, start : start + self.payload] = payloads
+        if self.row_special == "bos_eos" and self.dtype.kind == "i":
+            rows[:, -1] = np.where(payloads[:, -1] < 0, uncounted(rows[:, -1]), rows[:, -1])  # behind filling it is no end
         return rows

@@ -35,7 +35,18 @@ class Packing:
     format: str = "mds"
     shard_bytes: int = SHARD_BYTES
     kind: str = "wrap"
-    """wrap | document (prepare_corpus.py)."""
+    """wrap | document | best_fit (prepare_corpus.py)."""
+
+    @property
+    def all_count(self) -> bool:
+        """Whether every token of the rows counts: `wrap` has no filling."""
+        return self.kind == "wrap"
+
+    @property
+    def packer(self) -> Packer:
+        """Of its rows. Raises RecipeError where they leave no room for text."""
+        tokenizer = self.tokenizer
+        return Packer(self.context, tokenizer.vocabulary_size, tokenizer.end_of_text, self.row_special, self.all_count)
 
 
 def prepare(folder: Path, packing: Packing, source: str, source_tokens: int | None, documents: Documents) -> Manifest:
@@ -62,7 +73,7 @@ def prepare(folder: Path, packing: Packing, source: str, source_tokens: int | No
 
 def _write(folder: Path, packing: Packing, source: str, source_tokens: int | None, documents: Documents) -> Manifest:
     tokenizer = packing.tokenizer
-    packers = {name: Packer(packing.context, tokenizer.vocabulary_size, tokenizer.end_of_text, packing.row_special) for name in SPLITS}
+    packers = {name: packing.packer for name in SPLITS}
     dtype = packers["train"].dtype.name
     check_shard_bytes(packing, packers["train"].dtype)
     writers: dict[str, RowWriter] = {}

@@ -4,8 +4,9 @@
     shard_jobs.py: ranges of those ids -> shards of rows          (parallel; finished shards are kept)
     here:          index, manifest, and the folder gets its name
 
-Rows are packed in one of two ways: `wrap` (packing.py: one stream, cut into rows, remainders carried over) or `document` (a document a
-row: a longer one is cut, which the manifest counts, a shorter one filled up with ends of text, which are data tokens like others).
+Rows are packed in one of three ways: `wrap` (packing.py: one stream, cut into rows, remainders carried over), `document` (a document a
+row: what is too long of it is cut off, which the manifest counts) or `best_fit` (best_fit.py: whole documents together). Rows of the last
+two are filled up with ends of text that do not count (counted.py); the manifest says how many, and a file how many tokens of a row count.
 
 The scratch folder (destination.py) holds options.json, tokens/ (chunks), data/ (what the folder will hold), entries/ (of finished shards)
 and temporary/. Invariants: the folder is byte for byte the same for any number of processes and kills; what lies in the scratch folder is
@@ -41,9 +42,9 @@ from bd3_scale.data.preparation.records import LONGEST, BadRecords, require_read
 from bd3_scale.data.preparation.shard_jobs import (
     Documents,
     Entry,
+    Plan,
     ShardJob,
     index_bytes,
-    rows_of_split,
     shard_jobs,
     split_documents,
     write_shard,
@@ -53,7 +54,7 @@ from bd3_scale.data.preparation.workers import in_order
 from bd3_scale.errors import DataError, RecipeError
 
 OPTIONS = "options.json"
-LAYOUT = 3
+LAYOUT = 4
 """Of the scratch folder: another version of this program does not go on with what it cannot read."""
 WORTH_A_PROCESS = 16 << 20
 """Bytes of a corpus that pay for starting a process."""
@@ -102,10 +103,10 @@ def prepare_corpus(
     `restart`: throw away what an unfinished preparation with other options left.
     """
     tokenizer = packing.tokenizer
-    packer = Packer(packing.context, tokenizer.vocabulary_size, tokenizer.end_of_text, packing.row_special)  # checks what it is given
+    packer = packing.packer  # checks what it is given
     check_shard_bytes(packing, packer.dtype)
     if packing.kind not in PACKINGS:
-        raise RecipeError(f"packing is {packing.kind!r}; set {' or '.join(PACKINGS)}")
+        raise RecipeError(f"packing is {packing.kind!r}; set {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}")
     if workers < 1:
         raise RecipeError(f"workers is {workers}; take 1 or more processes")
     with claimed(folder) as scratch:
@@ -175,6 +176,8 @@ def _asked(packing: Packing, corpus: Corpus, files: list[Path]) -> dict[str, Any
 def _require_same(folder: Path, found: Manifest, packing: Packing, corpus: Corpus, options: dict[str, Any]) -> None:
     """The folder that is there was prepared by this command, as far as it says. Raises DataError with the first thing that differs."""
     tokenizer = packing.tokenizer
+    if found.packing != "wrap" and not found.dtype.startswith("int"):
+        raise DataError(f"{folder}: was prepared when the filling of --packing {found.packing} still counted; give another --path")
     held: dict[str, Any] = {"source": found.source, "validation": found.held_out or corpus.held_out_rule, "packing": found.packing}
     asked: dict[str, Any] = {"source": corpus.name, "validation": corpus.held_out_rule, "packing": packing.kind}
     held |= {"context": found.context, "format": found.format, "row_special": found.row_special, "tokens": found.source_tokens}
@@ -230,23 +233,24 @@ def _write(
     progress: bool,
 ) -> Manifest:
     tokenizer = packing.tokenizer
-    rows = {name: rows_of_split(packing, packer, documents) for name, documents in splits.items()}
+    plans = {name: Plan.of(documents, packing, packer.payload) for name, documents in splits.items()}
     for name, documents in splits.items():
-        if rows[name] == 0:
+        if plans[name].rows == 0:
             raise DataError(
                 f"{corpus.name}: its {name} split has {documents.tokens} tokens in {documents.count} documents, too few for one row "
                 f"of {packing.context}; give more text, a smaller context or another share of validation"
             )
-    written = _entries(list(shard_jobs(scratch, packing, packer, splits)), workers, progress)
+    written = _entries(list(shard_jobs(scratch, packing, packer, plans)), workers, progress)
     made = {}
-    for name, documents in splits.items():
-        content = index_bytes(packing.format, [index for _, index in written[name]])
-        (scratch / "data" / name / "index.json").write_bytes(content)
-        index = FileEntry("index.json", len(content), 0, xxh64(content))
-        shards = tuple(entry for entry, _ in written[name])
-        wrapped = packing.kind == "wrap"
-        kept = rows[name] * packer.payload if wrapped else int(np.minimum(documents.lengths, packer.payload).sum())
-        made[name] = Split(documents.count, documents.tokens, rows[name], documents.tokens - kept, index, shards)
+    for name, plan in plans.items():
+        entries, folder = written[name], scratch / "data" / name
+        index = _file(folder / "index.json", index_bytes(packing.format, [entry.index for entry in entries]))
+        counts = None
+        if not packing.all_count:
+            counts = _file(folder / "counts.u32", np.concatenate([entry.counts for entry in entries]).astype("<u4").tobytes())
+        tokens, filling = plan.documents.tokens, sum(entry.filling for entry in entries)
+        shards = tuple(entry.file for entry in entries)
+        made[name] = Split(plan.documents.count, tokens, plan.rows, tokens - plan.kept, index, shards, counts, filling)
     manifest = Manifest(
         format=packing.format,
         context=packing.context,
@@ -267,6 +271,11 @@ def _write(
     )
     (scratch / "data" / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def _file(path: Path, content: bytes) -> FileEntry:
+    path.write_bytes(content)
+    return FileEntry(path.name, len(content), 0, xxh64(content))
 
 
 def _entries(jobs: list[ShardJob], workers: int, progress: bool) -> dict[str, list[Entry]]:

@@ -19,17 +19,30 @@ from typing import Any
 import numpy as np
 
 from bd3_scale.data import journal
+from bd3_scale.data.counted import counted, uncounted
 from bd3_scale.data.formats.mds import MDSRows, rows_per_shard, xxh64
 from bd3_scale.data.formats.tar import TarRows
 from bd3_scale.data.manifest import SPLITS, FileEntry
+from bd3_scale.data.preparation.best_fit import best_fit
 from bd3_scale.data.preparation.packing import Packer
 from bd3_scale.data.preparation.prepare import Packing
 from bd3_scale.data.preparation.tokenization import Chunk, chunk_path, read_chunk, read_ends
 from bd3_scale.errors import DataError
 
 WHOLE_SHARD = (1 << 31) - 1
-Entry = tuple[FileEntry, dict[str, Any]]
-"""A shard's entry of the manifest, and that of the index."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a shard that is written."""
+
+    file: FileEntry
+    index: dict[str, Any]
+    """What its index says of it."""
+    counts: list[int]
+    """How many tokens of each row count; [] where all do."""
+    filling: int
+    """Positions that hold filling."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,41 @@ class Documents:
         begins = np.concatenate([[True], (chunk[1:] != chunk[:-1]) | (start[1:] != stop[:-1])])
         return np.stack([chunk[begins], start[begins], stop[np.append(begins[1:], True)]], axis=1)
 
-    def each(self, first: int, last: int) -> np.ndarray:
-        """Documents [first, last), as int64 [n, 3]: chunk, start, stop."""
-        return np.stack([self.chunk[first:last], self.start[first:last], self.stop[first:last]], axis=1)
+    def rows(self, kind: str, payload: int) -> np.ndarray:
+        """What each row of `document` or `best_fit` holds, in the order of the rows: int64 [n, 4]: row, chunk, start, stop. Documents lie
+        in the chunks whole."""
+        if kind == "document":
+            return np.stack([np.arange(len(self.chunk)), self.chunk, self.start, np.minimum(self.stop, self.start + payload)], axis=1)
+        row, document, first, last = best_fit(self.lengths, payload).T
+        return np.stack([row, self.chunk[document], self.start[document] + first, self.start[document] + last], axis=1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens of a split its rows hold."""
+
+    documents: Documents
+    rows: int
+    kept: int
+    """Tokens of the documents that are in some row."""
+    placed: np.ndarray | None
+    """`Documents.rows`; None: of the stream, one after another."""
+
+    @classmethod
+    def of(cls, documents: Documents, packing: Packing, payload: int) -> Plan:
+        if packing.kind == "wrap":
+            rows = documents.tokens // payload
+            return cls(documents, rows, rows * payload, None)
+        placed = documents.rows(packing.kind, payload)
+        return cls(documents, int(placed[:, 0].max(initial=-1)) + 1, int((placed[:, 3] - placed[:, 2]).sum()), placed)
+
+    def pieces(self, first: int, last: int, payload: int) -> np.ndarray:
+        """Of rows [first, last): int64 [n, 4], as `Documents.rows`, counted from row `first`."""
+        if self.placed is None:
+            pieces = self.documents.range(first * payload, last * payload)
+            return np.concatenate([np.zeros((len(pieces), 1), np.int64), pieces], axis=1)
+        begin, end = np.searchsorted(self.placed[:, 0], [first, last])
+        return self.placed[begin:end] - np.array([first, 0, 0, 0])
 
 
 def split_documents(folder: Path, chunks: int, budget: int | None, last: int | None, held_apart: bool) -> tuple[dict[str, Documents], int]:
@@ -102,19 +147,16 @@ def split_documents(folder: Path, chunks: int, budget: int | None, last: int | N
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to be written: rows of `payload` tokens of `pieces`, in order, or for packing `document` one row of each piece."""
+    """A shard to be written: the stream of all pieces, cut into rows (packing `wrap`), or rows of the pieces of each, filled up."""
 
     scratch: Path
     split: str
     number: int
     pieces: np.ndarray
-    """int64 [n, 3]: chunk, start, stop."""
+    """int64 [n, 4]: row of the shard (not of `wrap`), chunk, start, stop."""
     packing: str
     format: str
-    context: int
-    row_special: str
-    end_of_text: int
-    vocabulary_size: int
+    packer: Packer
 
     @property
     def folder(self) -> Path:
@@ -125,67 +167,63 @@ class ShardJob:
         return self.scratch / "entries" / f"{self.split}-{self.number:06d}.json"
 
 
-def rows_of_split(packing: Packing, packer: Packer, documents: Documents) -> int:
-    """Rows that a split fills."""
-    return documents.tokens // packer.payload if packing.kind == "wrap" else len(documents.chunk)
-
-
-def shard_jobs(scratch: Path, packing: Packing, packer: Packer, splits: dict[str, Documents]) -> Iterator[ShardJob]:
+def shard_jobs(scratch: Path, packing: Packing, packer: Packer, splits: dict[str, Plan]) -> Iterator[ShardJob]:
     """Every shard of `splits`, in order."""
-    tokenizer, per_shard = packing.tokenizer, rows_per_shard(packing.context * packer.dtype.itemsize, packing.shard_bytes)
-    how = (packing.kind, packing.format, packing.context, packing.row_special, tokenizer.end_of_text, tokenizer.vocabulary_size)
-    for name, documents in splits.items():
-        rows = rows_of_split(packing, packer, documents)
-        for number, first in enumerate(range(0, rows, per_shard)):
-            last = min(first + per_shard, rows)
-            wrapped = packing.kind == "wrap"
-            pieces = documents.range(first * packer.payload, last * packer.payload) if wrapped else documents.each(first, last)
-            yield ShardJob(scratch, name, number, pieces, *how)
+    per_shard = rows_per_shard(packing.context * packer.dtype.itemsize, packing.shard_bytes)
+    for name, plan in splits.items():
+        for number, first in enumerate(range(0, plan.rows, per_shard)):
+            pieces = plan.pieces(first, min(first + per_shard, plan.rows), packer.payload)
+            yield ShardJob(scratch, name, number, pieces, packing.kind, packing.format, packer)
 
 
 def write_shard(job: ShardJob) -> Entry:
     """Write one shard, unless it is there and whole."""
     saved = journal.read(job.entry)
     if saved is not None:
-        entry = FileEntry(**saved["file"])
-        path = job.folder / entry.file
-        if path.exists() and path.stat().st_size == entry.bytes and xxh64(path.read_bytes()) == entry.xxh64:
-            return entry, saved["index"]
-    packer = Packer(job.context, job.vocabulary_size, job.end_of_text, job.row_special)
-    rows = packer.rows_of(_payloads(job, packer))
+        entry = Entry(**{**saved, "file": FileEntry(**saved["file"])})
+        path = job.folder / entry.file.file
+        if path.exists() and path.stat().st_size == entry.file.bytes and xxh64(path.read_bytes()) == entry.file.xxh64:
+            return entry
+    packer = job.packer
+    payloads, filling = _payloads(job, packer)
+    rows = packer.rows_of(payloads)
     temporary = job.scratch / "temporary" / f"{job.split}-{job.number:06d}-{os.getpid()}"
     temporary.mkdir()
     writer: MDSRows | TarRows
     if job.format == "mds":
-        writer = MDSRows(temporary, job.context, packer.dtype.name, WHOLE_SHARD)
+        writer = MDSRows(temporary, packer.context, packer.dtype.name, WHOLE_SHARD)
     else:
-        writer = TarRows(temporary, job.context, packer.dtype.name, WHOLE_SHARD, number=job.number)
+        writer = TarRows(temporary, packer.context, packer.dtype.name, WHOLE_SHARD, number=job.number)
     writer.write(rows)
     _, (written,) = writer.finish()
     (index,) = json.loads((temporary / "index.json").read_bytes())["shards"]
-    entry = written
+    file = written
     if job.format == "mds":
-        entry = replace(written, file=f"shard.{job.number:05d}.mds")
-        index["raw_data"]["basename"] = entry.file
-    os.replace(temporary / written.file, job.folder / entry.file)
+        file = replace(written, file=f"shard.{job.number:05d}.mds")
+        index["raw_data"]["basename"] = file.file
+    os.replace(temporary / written.file, job.folder / file.file)
     shutil.rmtree(temporary)
-    journal.write(job.entry, {"file": asdict(entry), "index": index})
-    return entry, index
+    entry = Entry(file, index, counted(rows).sum(1).tolist() if packer.dtype.kind == "i" else [], filling)
+    journal.write(job.entry, asdict(entry))
+    return entry
 
 
-def _payloads(job: ShardJob, packer: Packer) -> np.ndarray:
-    """[rows, payload] of the job's tokens."""
+def _payloads(job: ShardJob, packer: Packer) -> tuple[np.ndarray, int]:
+    """[rows, payload] of the job's tokens, and how many positions of that are filling."""
     tokens = job.scratch / "tokens"
-    pieces = [_chunk(tokens, chunk).tokens[start:stop] for chunk, start, stop in job.pieces.tolist()]
+    pieces = [_chunk(tokens, chunk).tokens[start:stop] for _, chunk, start, stop in job.pieces.tolist()]
     if job.packing == "wrap":
-        return np.concatenate(pieces).reshape(-1, packer.payload)
-    payloads = np.full((len(pieces), packer.payload), job.end_of_text, packer.dtype)
-    for row, piece in zip(payloads, pieces, strict=True):
-        row[: min(len(piece), packer.payload)] = piece[: packer.payload]
-    return payloads
+        return np.concatenate(pieces).reshape(-1, packer.payload), 0
+    rows = job.pieces[:, 0].tolist()
+    payloads = np.full((rows[-1] + 1, packer.payload), uncounted(packer.dtype.type(packer.end_of_text)), packer.dtype)
+    used = [0] * len(payloads)
+    for row, piece in zip(rows, pieces, strict=True):
+        payloads[row, used[row] : used[row] + len(piece)] = piece
+        used[row] += len(piece)
+    return payloads, payloads.size - sum(used)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _chunk(folder: Path, number: int) -> Chunk:
     chunk = read_chunk(chunk_path(folder, number))
     if chunk is None:

@@ -98,6 +98,8 @@ def inputs_of(config: ModelConfig, kind: str) -> NetworkInputs:
         weights=torch.ones(length - 1),
         dropout_keys=bd3.dropout_keys,
         pattern=AttentionPattern("causal" if kind == "causal" else "full", length, 1),
+        denoised=bd3.denoised,
+        counted=bd3.counted,
         sparse=kind != "causal",
     )
 

@@ -147,6 +147,9 @@ def test_replicas_read_few_shards_of_a_window_where_rows_are_grouped() -> None:
             opened[-1] |= set((indices // 400).tolist())
             return np.zeros((len(indices), 4), np.int64)
 
+        def counts(self, indices: np.ndarray) -> np.ndarray:
+            return np.full(len(indices), 3)
+
         def keep_open(self, shards: list[int]) -> None:
             ahead[-1] |= set(shards)
 

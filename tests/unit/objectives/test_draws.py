@@ -112,7 +112,8 @@ def test_each_draw_of_a_pair_is_unbiased_by_enumeration(pairs: str, interval: tu
     monkeypatch.setattr(noise, "_strata", lambda seed, step, total: np.arange(total) // grid**2 * grid**2 + grid**2 // 2)
     objective = BlockDiffusion(MASK, 3, 3, interval, draws=2, pairs=pairs)
     inputs = objective.training_inputs(np.tile(row, (count, 1)), np.arange(count), 0, 0, count)
-    alone = replace(inputs, tokens=inputs.tokens.reshape(-1, 3), pattern=replace(inputs.pattern, draws=1))
+    of_draws = {"tokens": inputs.tokens.reshape(-1, 3), "denoised": inputs.denoised.repeat(2, axis=0)}
+    alone = replace(inputs, pattern=replace(inputs.pattern, draws=1), **of_draws)
     losses = block_losses(alone, model.nll(alone)).reshape(count, 2)
     exact = model.exact(row, interval)[0] / (interval[1] - interval[0])
     np.testing.assert_allclose(losses.mean(0), exact, rtol=1e-6)

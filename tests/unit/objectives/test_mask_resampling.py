@@ -53,7 +53,7 @@ def test_bounds_of_the_counts() -> None:
 
 def test_every_subset_of_a_size_is_equally_probable() -> None:
     slots = np.arange(12000)
-    masked = noise.masked_subsets(0, 0, slots, np.full((len(slots), 2), 2), 4)
+    masked = noise.masked_subsets(0, 0, slots, np.full((len(slots), 2), 2), np.tile(np.arange(8) > 0, (len(slots), 1)), 4)
     assert not masked[:, 0].any()
     for columns, subsets in ((slice(1, 4), 3), (slice(4, 8), 6)):
         codes = masked[:, columns] @ (1 << np.arange(columns.stop - columns.start))
@@ -97,7 +97,7 @@ def test_only_training_resamples() -> None:
         )
     weights = [set(of.training_inputs(rows, np.arange(3), 2, 0, 3).weights.tolist()) for of in (plain, resampled)]
     assert weights[0] == weights[1] and len(weights[0]) == 6
-    drawn = resampled_tokens(0, 5, np.arange(2), np.full((2, 2), 0.5), np.array([7, 8]), 8, (0.3, 0.8))
+    drawn = resampled_tokens(0, 5, np.arange(2), np.full((2, 2), 0.5), np.tile(np.arange(16) > 0, (2, 1)), 8, (0.3, 0.8))
     assert drawn.astype(int).tolist() == PINNED
     one_block = MaskedDiffusion(9, 16, (0.3, 0.8), resample=True).training_inputs(rows, np.arange(3), 2, 0, 3)
     assert all(5 <= count <= 12 for count in (one_block.tokens.numpy() == 9).sum(1))

@@ -339,7 +339,7 @@ def test_block_sizes_through_yaml_and_the_command_line(text: str) -> None:
 
 def test_data_that_holds_mask_is_refused() -> None:
     objective = BlockDiffusion(MASK, 4, 2)
-    for bad in ([0, 1, MASK, 2], [0, -1, 1, 2]):
+    for bad in ([0, 1, MASK, 2], [0, ~MASK, 1, 2]):
         with pytest.raises(DataError, match="is MASK"):
             objective.training_inputs(np.array([bad]), np.array([0]), 0, 0, 1)
     with pytest.raises(ValueError, match="shape"):

@@ -157,7 +157,7 @@ def test_losses_are_means_over_all_data_tokens() -> None:
     np.testing.assert_allclose(row_nelbo(inputs, nll), nll.view(4, -1).double().mean(1), rtol=1e-6)
     samples = objective.block_samples(inputs, nll, np.arange(4), 0)
     np.testing.assert_array_equal(samples.losses, block_losses(inputs, nll))
-    assert (samples.masked == samples.maskable).all() and samples.maskable.tolist() == [2, 3, 3, 3]
+    assert (samples.masked == samples.maskable).all() and samples.maskable.tolist() == [[2, 3, 3, 3]] * 4
     np.testing.assert_array_equal(samples.times, noise.validation_times(0, np.arange(4), 4))
     assert not objective.traits.has_likelihood_bound and objective.scored_tokens_per_row == LENGTH - 1
 

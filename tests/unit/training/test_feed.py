@@ -42,6 +42,9 @@ class _Data:
         rows[indices == self.bad] = MASK
         return rows
 
+    def counts(self, indices: np.ndarray) -> np.ndarray:
+        return np.full(len(indices), LENGTH - 1)
+
     def loader(self, seed: int, **how: Any) -> Loader:
         return Loader(self, self, prefetch=self.prefetch, **how)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_scale.tuning.estimates import Moments, combine, mean_and_standard_error, perplexity
+from bd3_scale.tuning.estimates import Moments, combine, per_token, perplexity
 from tests.unit.objectives.exact_bound import exact_block_nelbo
 
 VOCABULARY = 3
@@ -66,16 +66,26 @@ def test_moments_of_parts_are_moments_of_the_whole(parts: list[list[float]], off
     """Any spread of rows over ranks, empty ranks included; also where sums of squares would cancel."""
     arrays = [np.array(part, np.float64) + offset for part in parts]
     values = np.concatenate(arrays)
-    if values.size == 0:
-        with pytest.raises(ValueError, match="no numbers"):
-            mean_and_standard_error(map(Moments.of, arrays))
-        return
-    mean, error = mean_and_standard_error(map(Moments.of, arrays))
-    assert mean == pytest.approx(values.mean(), rel=1e-12, abs=1e-9)
-    if values.size == 1:
-        assert math.isnan(error)
-    else:
-        assert error == pytest.approx(values.std(ddof=1) / math.sqrt(values.size), rel=1e-6, abs=1e-6)
+    joined = combine(map(Moments.of, arrays))
+    assert joined.count == values.size
+    if values.size:
+        assert joined.mean == pytest.approx(values.mean(), rel=1e-12, abs=1e-9)
+        assert joined.m2 == pytest.approx(np.square(values - values.mean()).sum(), rel=1e-6, abs=1e-6)
+
+
+def test_nats_per_token_of_rows_that_are_not_alike() -> None:
+    """All losses over all tokens. Where rows are alike it is the mean of rows with its error; where not, it is that of repetitions."""
+    numbers = np.random.default_rng(0)
+    losses = numbers.normal(20.0, 3.0, 40)
+    mean, error = per_token(losses, np.full(40, 8))
+    assert mean == pytest.approx(losses.mean() / 8) and error == pytest.approx((losses / 8).std(ddof=1) / math.sqrt(40))
+    tokens = numbers.integers(0, 30, (4000, 50))
+    found = np.array([per_token(numbers.normal(2.0 * row, 1.0 + row), row) for row in tokens])
+    assert found[:, 0].mean() == pytest.approx(2.0, abs=4 * found[:, 0].std() / math.sqrt(4000))
+    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
+    assert math.isnan(per_token(np.ones(1), np.ones(1))[1])
+    with pytest.raises(ValueError, match="no tokens"):
+        per_token(np.zeros(2), np.zeros(2))
 
 
 def test_moments_of_many_statistics_at_once() -> None:

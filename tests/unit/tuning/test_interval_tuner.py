@@ -127,7 +127,7 @@ def test_variances_are_those_of_the_blocks_inside() -> None:
     """By hand: half-open intervals, blocks without data tokens left out, whatever stands there."""
     times = np.array([[0.2, 0.5, 0.9, 0.3], [0.1, 0.7, 0.99, 0.3]])
     losses = np.array([[1.0, 2.0, 4.0, np.nan], [7.0, 0.0, 3.0, np.nan]])
-    samples = BlockSamples(times, losses, np.ones((2, 4), np.int64), np.array([1, 2, 2, 0]))
+    samples = BlockSamples(times, losses, np.ones((2, 4), np.int64), np.tile([1, 2, 2, 0], (2, 1)))
     found = interval_statistics([row_statistics(samples, np.array([4, 2]), ((1e-3, 1.0), (0.2, 0.7), (0.5, 1.0), (0.95, 1.0)))])
     np.testing.assert_array_equal(found.blocks, [6, 2, 4, 1])
     expected = [float(np.var(values, ddof=1)) for values in ([1, 2, 4, 7, 0, 3], [1, 2], [2, 4, 0, 3])]
