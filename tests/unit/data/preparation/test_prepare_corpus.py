@@ -73,16 +73,60 @@ def test_rows_are_the_corpus(form: str, special: str, tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "out" / "manifest.json") == manifest
 
 
-def test_a_document_a_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["mds", "webdataset"])
+@pytest.mark.parametrize("special", ["none", "bos", "bos_eos"])
+def test_a_document_a_row(form: str, special: str, tmp_path: Path) -> None:
+    """Its end counts, what fills the row behind it does not, and readers say how much counts without opening a shard."""
     corpus = write(tmp_path / "a.jsonl")
-    packing = Packing(BYTES, 64, "bos", "mds", kind="document")
+    packing = Packing(BYTES, 64, special, form, shard_bytes=9000 + 8192, kind="document")
     manifest = prepare_corpus(tmp_path / "out", packing, Corpus((str(corpus),), held_out_last=60), workers=1, progress=False)
     texts = [json.loads(line)["text"].encode() for line in corpus.read_text().splitlines()]
-    rows = rows_of(tmp_path / "out", "train", 64)
-    assert len(rows) == 340
+    rows, payload = rows_of(tmp_path / "out", "train", 64), packing.packer.payload
+    assert len(rows) == 340 and len(manifest.train.shards) > 1
+    end, filling = BYTES.end_of_text, 0
     for row, text in zip(rows, texts, strict=False):
-        assert row.tolist() == [BYTES.end_of_text, *text[:63], *[BYTES.end_of_text] * (63 - len(text[:63]))]
-    assert manifest.train.dropped_tokens == sum(max(0, len(text) + 1 - 63) for text in texts[:340])
+        document = [*text, end][:payload]
+        fill = [~end] * (payload - len(document))
+        filling += len(fill)
+        last = [] if special != "bos_eos" else fill[-1:] or [end]
+        assert row.tolist() == [*([end] if special != "none" else []), *document, *fill, *last]
+    assert manifest.train.dropped_tokens == sum(max(0, len(text) + 1 - payload) for text in texts[:340])
+    assert manifest.train.filling == filling > 0 and Manifest.load(tmp_path / "out" / "manifest.json") == manifest
+    with ShardReader(tmp_path / "out", "train", context=64, tokenizer=BYTES) as reader:
+        assert reader.counts(np.array([5, 0, 5])).tolist() == (rows[[5, 0, 5], 1:] >= 0).sum(1).tolist()
+    (tmp_path / "out" / "train" / "counts.u32").write_bytes(b"\1" * 4 * 340)
+    with pytest.raises(DataError, match=r"counts\.u32: is damaged"):
+        ShardReader(tmp_path / "out", "train", context=64, tokenizer=BYTES)
+
+
+def test_documents_whole_together(tmp_path: Path) -> None:
+    """Every token of `best_fit` is in one row, documents that fit are whole, and hardly any position is filling."""
+    corpus = write(tmp_path / "a.jsonl")
+    packing = Packing(BYTES, 128, "bos", kind="best_fit")
+    manifest = prepare_corpus(tmp_path / "out", packing, Corpus((str(corpus),), held_out_last=60), workers=1, progress=False)
+    texts = [json.loads(line)["text"].encode() for line in corpus.read_text().splitlines()][:340]
+    rows = rows_of(tmp_path / "out", "train", 128)
+    found = [row[1:][row[1:] >= 0].tolist() for row in rows]
+    ends = [bytes(part) for row in found for part in _split(row, BYTES.end_of_text)]
+    assert sorted(part for part in ends if len(part) < 127) == sorted(
+        [t for t in texts if len(t) < 127] + [t[127:] for t in texts if len(t) >= 127]
+    )
+    assert sum(map(len, found)) == manifest.train.tokens and manifest.train.dropped_tokens == 0
+    assert manifest.train.filling == (rows[:, 1:] < 0).sum() < 0.05 * rows.size
+    for again in (1, 2):
+        other = prepare_corpus(tmp_path / f"again{again}", packing, Corpus((str(corpus),), held_out_last=60), workers=again, progress=False)
+        assert content(tmp_path / "out") == content(tmp_path / f"again{again}") and other == manifest
+
+
+def _split(tokens: list[int], end: int) -> list[list[int]]:
+    """What stands between ends, without a last empty one."""
+    parts: list[list[int]] = [[]]
+    for token in tokens:
+        if token == end:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts if parts[-1] else parts[:-1]
 
 
 def test_what_is_held_out(tmp_path: Path) -> None:
