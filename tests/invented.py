@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,29 @@ def prepare_invented(folder: Path, context: int) -> Path:
     from bd3_scale.data.preparation.prepare import Packing, prepare
     from bd3_scale.data.tokenizer import load_tokenizer
 
-    random, tokenizer = np.random.Generator(np.random.Philox(1)), load_tokenizer("bytes")
-    words = ["".join(random.choice(list("aeiounstrlmk"), length)) for length in random.integers(2, 8, 300)]
-    usual = 1 / np.arange(1, 301)  # Zipf's law
-    documents = []
-    for number in range(500):
-        chosen = random.choice(words, 100, p=usual / usual.sum())
-        sentences = (" ".join(chosen[first : first + 10]) for first in range(0, 100, 10))
-        documents.append(Document(f"{number}", np.array(tokenizer.encode(". ".join(sentences))), held_out=number % 5 == 0))
+    tokenizer, texts = load_tokenizer("bytes"), invented_texts(500, 100)
+    documents = [Document(f"{number}", np.array(tokenizer.encode(text)), held_out=number % 5 == 0) for number, text in enumerate(texts)]
     prepare(folder, Packing(tokenizer, context, shard_bytes=8192), "tests", None, lambda: documents)
     return folder
+
+
+def prepare_filled(folder: Path, context: int) -> Path:
+    """Make `folder` a data folder of shorter texts, one in each row of `context` bytes, which is filled up."""
+    from bd3_scale.data.preparation.prepare import Packing
+    from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
+    from bd3_scale.data.tokenizer import load_tokenizer
+
+    corpus = folder.with_suffix(".jsonl")
+    corpus.write_text("".join(json.dumps({"text": text[: 8 + number % 14]}) + "\n" for number, text in enumerate(invented_texts(600, 10))))
+    packing = Packing(load_tokenizer("bytes"), context, shard_bytes=16384, kind="document")
+    prepare_corpus(folder, packing, Corpus((str(corpus),), held_out_last=100), workers=1, progress=False)
+    return folder
+
+
+def invented_texts(count: int, length: int) -> list[str]:
+    """Texts of `length` words."""
+    random = np.random.Generator(np.random.Philox(1))
+    words = ["".join(random.choice(list("aeiounstrlmk"), size)) for size in random.integers(2, 8, 300)]
+    usual = 1 / np.arange(1, 301)  # Zipf's law
+    chosen = [random.choice(words, length, p=usual / usual.sum()) for _ in range(count)]
+    return [". ".join(" ".join(one[first : first + 10]) for first in range(0, length, 10)) for one in chosen]

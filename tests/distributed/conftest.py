@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.forked import run_ranks
-from tests.invented import prepare_invented
+from tests.invented import prepare_filled, prepare_invented
 
 # initial_std is 1 / sqrt(hidden): with 0.02 a network this narrow is so ill-conditioned that, within 20 steps, the order of a
 # sum on one process (micro_batch 2 or 4) was seen to change a gradient norm by a tenth while the loss agreed to 1e-6.
@@ -29,6 +29,12 @@ tracking: {every: 1, plots: false}
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder with rows of 32 bytes."""
     return prepare_invented(tmp_path_factory.mktemp("data") / "tiny", 32)
+
+
+@pytest.fixture(scope="session")
+def filled_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder with a text in each row of 32 bytes, of which the rest does not count."""
+    return prepare_filled(tmp_path_factory.mktemp("data") / "filled", 32)
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,10 @@ MODELS = {
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "mixture": ["objective.block_size={4: 0.5, 32: 0.5}", *TUNED],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
+    # A document in each row: how many tokens count is another number in every row, and in every replica's share
+    "filled": ["objective.block_size=4", "data.path=FILLED", *TUNED],
+    "ar, filled": ["objective.kind=ar", "objective.block_size=null", "data.path=FILLED"],
+    "mdlm, filled": ["objective.kind=mdlm", "objective.block_size=null", "data.path=FILLED", *TUNED],
     # 5 rows of data with 4 draws each
     "draws": ["objective.block_size=4", "objective.draws=4", "objective.pairs=antithetic", "training.global_batch=20",
               "data.document_mask=true", *TUNED],
@@ -143,6 +147,10 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "mixture: pipeline 2 x 2 interleaved, data 2": (4, "mixture", layout(1, 2, 1, VIRTUAL)),
     "mixture: data 3": (3, "mixture", layout()),
     "documents: tensor 2, pipeline 2, sequence": (4, "documents", layout(2, 2, 1, SEQUENCE)),
+    "filled: pipeline 2 x 2 interleaved, data 2": (4, "filled", layout(1, 2, 1, VIRTUAL)),
+    "filled: data 3, zero 3": (3, "filled", layout(1, 1, 3)),
+    "ar, filled: tensor 2, sequence": (2, "ar, filled", layout(2, 1, 1, SEQUENCE)),
+    "mdlm, filled: data 4, deepspeed, zero 1": (4, "mdlm, filled", layout(1, 1, 1, DEEPSPEED)),
     "draws: tensor 2, pipeline 2, sequence": (4, "draws", layout(2, 2, 1, SEQUENCE)),
     "draws: tensor 2, data 2, sequence, zero 2": (4, "draws", layout(2, 1, 2, SEQUENCE)),
     "draws: pipeline 2 x 2 interleaved, data 2": (4, "draws", layout(1, 2, 1, VIRTUAL, "parallel.micro_batch=1")),
@@ -206,7 +214,7 @@ SAID_BY_OTHERS = {
     "pipeline 2 x 2 interleaved, zero 2", "tensor 4, sequence, shared key heads", "tensor 2, data 2, sequence, zero 2",
     "tied: pipeline 2, data 2, zero 3", "muon: tensor 2, data 2, zero 3", "draws: tensor 2, data 2, sequence, zero 2",
     "draws: pipeline 2 x 2 interleaved, data 2", "draws: data 4, zero 3", "draws: compiled: data 2, fsdp, zero 3",
-    "ssdlm draws: tensor 2, pipeline 2, sequence",
+    "ssdlm draws: tensor 2, pipeline 2, sequence", "ar, filled: tensor 2, sequence", "mdlm, filled: data 4, deepspeed, zero 1",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]
@@ -221,17 +229,18 @@ RECIPES = {"owt_1b": ["parallel.shard=2"], "owt_7b": ["parallel.virtual_stages=2
 
 
 @pytest.fixture(scope="module")
-def runs(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(recipe: Path, tiny_data: Path, filled_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
+    models = {name: [key.replace("FILLED", str(filled_data)) for key in keys] for name, keys in MODELS.items()}
     for world_size in (1, 2, 3, 4):
         plan: list[tuple[str, list[str]]] = []
         if world_size == 1:
-            compared = {LAYOUTS[name][1]: MODELS[LAYOUTS[name][1]] for name in TRAINED}
+            compared = {LAYOUTS[name][1]: models[LAYOUTS[name][1]] for name in TRAINED}
             plan += [(str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *model]) for name, model in compared.items()]
         for name in TRAINED:
             size, model, parallel = LAYOUTS[name]
             if size == world_size:
-                plan.append((str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *MODELS[model], *parallel]))
+                plan.append((str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *models[model], *parallel]))
         if world_size == 4:
             for name, overrides in RECIPES.items():
                 paths = [f"run.dir={folder / name}", f"data.path={tiny_data}"]

@@ -11,7 +11,7 @@ import torch
 from bd3_scale.data.counted import uncounted
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives import noise
-from bd3_scale.objectives.noise_schedules import LINEAR
+from bd3_scale.objectives.noise import LINEAR
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, NetworkInputs, SimplexDiffusion
 from bd3_scale.recipe.schema import ModelConfig
 
