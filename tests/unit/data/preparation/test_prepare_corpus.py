@@ -235,14 +235,14 @@ def real_text(path: Path, size: int) -> Path:
     return path
 
 
-def test_twenty_megabytes_of_real_text_through_two_kills(tmp_path: Path) -> None:
+def test_real_text_through_two_kills(tmp_path: Path) -> None:
     """GPT-2 tokens, MDS and tar, 1 and 2 processes, kill -9 while tokenizing and while writing: the same rows."""
-    corpus = real_text(tmp_path / "real.jsonl", 20_000_000)
+    corpus = real_text(tmp_path / "real.jsonl", 12_000_000)
     common = ["--source", str(corpus), "--context", "1024", "--row-special", "bos_eos", "--validation", "last:50"]
     common += ["--shard-bytes", "1000000", "--json"]
 
     def start(name: str, *options: str) -> subprocess.Popen:
-        command = [sys.executable, "tools/prepare_data.py", "--path", str(tmp_path / name), *common, *options]
+        command = [sys.executable, "-m", "bd3_scale.prepare", "--path", str(tmp_path / name), *common, *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
