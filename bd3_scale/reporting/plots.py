@@ -38,6 +38,18 @@ def draw(runs: Mapping[str, Lines], folder: Path) -> list[Path]:
     return written
 
 
+def _by_block_size(runs: Mapping[str, Lines]) -> dict[str, Lines]:
+    """The runs, those with a mixture of block sizes once for each, with what was measured of that."""
+    found: dict[str, Lines] = {}
+    for name, lines in runs.items():
+        sizes = sorted({size for line in lines for size in line.get("block_sizes", ())}, key=int)
+        for size in sizes:
+            found[f"{name}, L' = {size}"] = [{**line, **line.get("block_sizes", {}).get(size, {})} for line in lines]
+        if not sizes:
+            found[name] = lines
+    return found
+
+
 def _of_sets(runs: Mapping[str, Lines]) -> dict[str, Any]:
     """{file: figure} of the sets of `validation.sets`, one each."""
     kinds = sorted({str(line.get("kind")) for lines in runs.values() for line in lines if str(line.get("kind")).startswith("validation/")})
@@ -58,7 +70,8 @@ def series(lines: Lines, kind: str, key: str) -> tuple[list[float], list[float]]
 def _figure(runs: Mapping[str, Lines], kind: str, key: str, label: str) -> Any:
     from matplotlib.ticker import EngFormatter
 
-    curves = {name: series(lines, kind, key) for name, lines in runs.items()}
+    measured = _by_block_size(runs) if kind.startswith("validation") else runs
+    curves = {name: series(lines, kind, key) for name, lines in measured.items()}
     if not any(x for x, _ in curves.values()):
         return None
     figure = empty_figure(7, 4.5)
@@ -108,8 +121,10 @@ def _tuner_figure(runs: Mapping[str, Lines]) -> Any:
     """Of each run: the variance of every candidate interval over (beta, omega) at its last tuning, and the path of the choice."""
     from matplotlib.colors import LogNorm
 
-    tuned = {name: [line for line in lines if line.get("kind") == "tuner"] for name, lines in runs.items()}
-    tuned = {name: lines for name, lines in tuned.items() if lines}
+    tuned: dict[str, list[Mapping[str, Any]]] = {}
+    for name, lines in runs.items():
+        for line in (line for line in lines if line.get("kind") == "tuner"):
+            tuned.setdefault(f"{name}, L' = {line['block_size']}" if "block_size" in line else name, []).append(line)
     if not tuned:
         return None
     figure = empty_figure(6 * len(tuned), 5)

@@ -100,20 +100,24 @@ class Reporter:
         *,
         step: int,
         learning_rate: float,
-        interval: list[float],
+        intervals: Mapping[int, list[float]],
         flops_per_token: float,
         reduce: Callable[[Tensor], Tensor],
         skipped: Tensor,
         pace: Callable[[Callable[[str], None]], dict[str, float]] = lambda tell: {},
     ) -> dict[str, Any]:
-        """Write a training line of the steps since the last one; collective over the replicas. `flops_per_token`: see `Meter.read`;
+        """Write a training line of the steps since the last one; collective over the replicas. `intervals`: {L': interval}, of a mixture
+        several, the largest share first, which is the one of the line's own. `flops_per_token`: see `Meter.read`;
         `skipped`: counts of `SkipStepRule`; `pace`: see `Pace.read`."""
         tokens = self.recipe.tokens_before(step)
         values = self.meter.read(tokens, reduce, flops_per_token)
         if not self.recipe.tracking.control_variate:
             del values["controlled_loss"]
         _, values["skipped_steps"], values["skipped_in_a_row"] = skipped.tolist()
+        interval = next(iter(intervals.values()))
         line = {"kind": "train", "step": step, "data_tokens": tokens, "learning_rate": learning_rate, "interval": interval, **values}
+        if len(intervals) > 1:
+            line["intervals"] = {str(size): one for size, one in intervals.items()}
         if own := pace(lambda text: self.warning(step, text)):
             line["own_seconds"] = own
         if self.file is not None:

@@ -110,7 +110,7 @@ class Trainer:
         line = self.report.train(
             step=self.step,
             learning_rate=rate_of(self.recipe, self.step - 1),
-            interval=list(self.tuning.interval),
+            intervals={tuning.block_size: list(tuning.interval) for _, _, tuning in self.objectives.in_use(self.step)},
             flops_per_token=self.flops_per_token(),  # block size and interval change during a run
             reduce=self.layout.sum_of_replicas,
             skipped=self.engine.adam.rule.counts,

@@ -48,7 +48,7 @@ def train(reporter: Reporter, step: int, loss: float) -> dict[str, Any]:
     return reporter.train(
         step=step,
         learning_rate=1e-3,
-        interval=[0.25, 0.75],
+        intervals={4: [0.25, 0.75]},
         flops_per_token=1e9,
         reduce=lambda value: value,
         skipped=torch.zeros(3, dtype=torch.int64),
@@ -208,6 +208,31 @@ def test_plots_hold_the_runs_points_and_the_unigram_model(tmp_path: Path, monkey
     assert len({line.get_label() for line in loss.lines}) == 2, "two folders of one name are two runs"
     assert [90.0, 90.0] in [list(line.get_ydata()) for line in perplexity.lines]
     assert [64.0, 32.0] in [list(line.get_ydata()) for line in perplexity.lines]
+
+
+def test_a_mixture_has_a_curve_and_a_map_for_each_block_size(tmp_path: Path) -> None:
+    def tuned(step: int, size: int, interval: list[float]) -> dict[str, Any]:
+        variances = [{"interval": interval, "variance": 1.0}]
+        return {"kind": "tuner", "step": step, "block_size": size, "interval": interval, "variances": variances}
+
+    sizes = {"4": {"perplexity": 20.0}, "16": {"perplexity": 30.0}}
+    measured = {"kind": "validation", "step": 5, "data_tokens": 50, "perplexity": 20.0, "unigram_perplexity": 90.0, "block_sizes": sizes}
+    paths = [(4, [0.1, 0.9]), (16, [0.5, 1.0]), (4, [0.2, 0.8])]
+    lines = [measured, *(tuned(step, size, interval) for step, (size, interval) in enumerate(paths))]
+    curves = plots._figure({"run": lines}, "validation", "perplexity", "").axes[0].lines
+    assert {line.get_label(): list(line.get_ydata()) for line in curves[:2]} == {"run, L' = 4": [20.0], "run, L' = 16": [30.0]}
+    assert len(curves) == 3, "one unigram model"
+    maps = plots._tuner_figure({"run": lines}).axes
+    chosen = {axes.get_title(): list(axes.lines[0].get_xdata()) for axes in maps if axes.lines}
+    assert chosen == {"run, L' = 4, step 2": [0.1, 0.2], "run, L' = 16, step 1": [0.5]}
+    reporter = Reporter(recipe(tmp_path), LAYOUT, tmp_path, first_step=0)
+    reporter.add(torch.tensor(1.0), torch.tensor(0.5))
+    both = {4: [0.1, 0.9], 16: [0.5, 1.0]}
+    line = reporter.train(
+        step=10, learning_rate=1e-3, intervals=both, flops_per_token=1e9, reduce=lambda value: value, skipped=torch.zeros(3)
+    )
+    reporter.close()
+    assert line["interval"] == [0.1, 0.9] and line["intervals"] == {"4": [0.1, 0.9], "16": [0.5, 1.0]}
 
 
 def test_plot_tool_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
