@@ -263,17 +263,6 @@ def test_every_template_is_shipped() -> None:
         assert any(fnmatch.fnmatch(str(path.relative_to(TEMPLATES.parent)), pattern) for pattern in patterns)
 
 
-GUIDE = (ROOT / "cluster" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("command", re.findall(r"^python -m bd3_scale\.launch (.*)$", GUIDE, re.MULTILINE))
-def test_commands_of_the_guide_are_taken(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    words = shlex.split(command, comments=True)
-    assert launch.main(words if "--write" in words else [*words, "--dry-run"]) == 0
-
-
 def test_image_copies_what_is_there() -> None:
     """What the Dockerfile copies exists, and the list of what the builder sees lets it through."""
     text = (ROOT / "cluster" / "docker" / "Dockerfile").read_text()

@@ -1,4 +1,4 @@
-"""Arrows between the rooms of the package run down only: the floors of README's table, read from the imports by `ast`."""
+"""Arrows between the rooms of the package run down only: the table of docs/architecture.md, the imports read by `ast`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ VERBS = {"__main__", "api", "cli", *bd3_scale.__main__.VERBS} - {"convert", "rec
 
 
 def floors() -> list[str]:
-    """Rooms of README's table from the ground up."""
-    table = (ROOT / "README.md").read_text().partition("<!-- floors -->\n\n")[2].partition("\n\n")[0]
+    """Rooms of that table from the ground up."""
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("<!-- floors -->\n\n")[2].partition("\n\n")[0]
     return re.findall(r"^\| `bd3_scale/(\w+)(?:\.py)?`", table, re.MULTILINE)
 
 

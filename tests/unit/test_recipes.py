@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,6 @@ from bd3_scale.rules.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:\w+=\S+ )*((?:torchrun|python).* -m bd3_scale\.train recipes/.*)$", README, re.MULTILINE)
-"""What the README tells people to type."""
 WORLD_SIZES = {"owt_110m": 64, "lm1b_110m": 8, "owt_1b": 64, "owt_1b_stream": 64, "owt_7b": 64}
 DAYS_AND_FLOPS = {"owt_1b": (1.25, 1.12), "owt_1b_stream": (1.25, 1.12), "owt_7b": (5.5, 1.15)}
 """On their 64 H100 at 40 % while they compute: at most so many days, and so many times the FLOPs of a next-token run."""
@@ -86,16 +81,3 @@ def test_streamed_recipe_is_the_other_but_for_its_data() -> None:
     plain, streamed = (recipes.flatten(recipes.load(ROOT / "recipes" / f"{name}.yaml")) for name in ("owt_1b", "owt_1b_stream"))
     different = {key for key, value in plain.items() if streamed[key] != value}
     assert different == {"run.name", "run.dir", "data.path", "data.remote", "data.cache_bytes"} and streamed["data.remote"]
-
-
-@pytest.mark.parametrize(
-    "command",
-    COMMANDS,
-)
-def test_commands_of_the_readme_are_valid(command: str) -> None:
-    """On as many ranks as they start, on either device."""
-    words = shlex.split(command, comments=True)
-    sizes = [int(words[words.index(name) + 1]) if name in words else 1 for name in ("--nnodes", "--nproc-per-node")]
-    recipe, *overrides = words[words.index("bd3_scale.train") + 1 :]
-    for device in ("cpu", "cuda"):
-        validate(recipes.load(ROOT / recipe, overrides), sizes[0] * sizes[1], device)
