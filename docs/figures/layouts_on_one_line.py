@@ -83,13 +83,14 @@ def draw() -> None:
         middle.plot(steps, values, linewidth=9 - 1.8 * number, linestyle="-" if number < 4 else style, label=name, color=f"C{number}")
         if number:
             apart = [max(abs(value / reference - 1), 1e-9) for value, reference in zip(values, first, strict=True)]
-            right.semilogy(steps, apart, linewidth=1.2, label=name, color=f"C{number}")
+            right.semilogy(steps, apart, ".", markersize=4, label=name, color=f"C{number}")
     middle.set(xlabel="step", ylabel="train loss, nats per data token", title="Loss of four layouts and of a killed run")
     middle.legend(fontsize=8, frameon=False)
     right.axhline(1e-5, color="black", linestyle="--", linewidth=1)
     right.text(2, 1.15e-5, "what the tests allow", fontsize=8)
     right.axvline(KILLED_AT, color="C4", linewidth=1, alpha=0.5)
-    right.set(xlabel="step", ylim=(5e-10, 1e-4), title="Relative distance from one process")
+    right.text(2, 6e-10, "equal", fontsize=8)
+    right.set(xlabel="step", ylim=(4e-10, 1e-4), title="Relative distance from one process")
     figure.savefig(PICTURE, dpi=90)
 
 

@@ -2,7 +2,8 @@
 
 20 steps in fp32 with dropout, clipping, weight decay, accumulation, EMA, a tuning and two validations; a layout is one line
 of the table. Trainings of one world size share their processes. The table is printed at the end and asserted line by line.
-Some layouts say what others say together: those are trained with `BD3_ALL_LAYOUTS=1` only.
+Some layouts say what others say together: those are trained with `BD3_ALL_LAYOUTS=1` only. `BD3_LAYOUTS='^data 2, '` trains those alone
+whose names the regular expression finds.
 """
 
 from __future__ import annotations
@@ -217,7 +218,9 @@ SAID_BY_OTHERS = {
     "ssdlm draws: tensor 2, pipeline 2, sequence", "ar, filled: tensor 2, sequence", "mdlm, filled: data 4, deepspeed, zero 1",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
-TRAINED = [name for name in LAYOUTS if name not in SAID_BY_OTHERS or os.environ.get("BD3_ALL_LAYOUTS")]
+CHOSEN = os.environ.get("BD3_LAYOUTS")
+ALL = os.environ.get("BD3_ALL_LAYOUTS")
+TRAINED = [name for name in LAYOUTS if (re.search(CHOSEN, name) if CHOSEN else ALL or name not in SAID_BY_OTHERS)]
 
 SHRUNK = ["model.context=32", "model.layers=4", "model.hidden=32", "model.heads=8", "model.key_value_heads=4", "model.mlp_hidden=96",
           "objective.block_size=[[0,32],[10,8]]", "data.tokenizer=bytes", "data.row_special=bos", "data.window=2",
@@ -241,10 +244,12 @@ def runs(recipe: Path, tiny_data: Path, filled_data: Path, tmp_path_factory: pyt
             size, model, parallel = LAYOUTS[name]
             if size == world_size:
                 plan.append((str(recipe), [f"run.dir={folder / slug(name)}", *COMMON, *models[model], *parallel]))
-        if world_size == 4:
+        if world_size == 4 and not CHOSEN:
             for name, overrides in RECIPES.items():
                 paths = [f"run.dir={folder / name}", f"data.path={tiny_data}"]
                 plan.append((str(ROOT / "recipes" / f"{name}.yaml"), [*paths, *SHRUNK, *overrides]))
+        if not plan:
+            continue
         file = folder / f"plan-{world_size}.json"
         file.write_text(json.dumps(plan))
         finished = run_ranks(world_size, ["tests/distributed/worker.py", str(file)], file.with_suffix(".log"), timeout=2400)
@@ -286,13 +291,14 @@ def test_layout_equals_one_process(runs: Path, name: str, record_property: Calla
     assert len(intervals[0]) == (2 if tuned else 0) * (2 if model == "mixture" else 1)
 
 
+@pytest.mark.skipif(CHOSEN is not None, reason="BD3_LAYOUTS names some layouts")
 def test_the_tuned_interval_moved(runs: Path) -> None:
     assert values(runs / "base", "tuner", "interval")[-1] != [1e-3, 1.0], "or the comparison of intervals says little"
     for model in ("base", "L'=16"):
         assert all(values(runs / slug(model), "tuner", "density")), "or that of densities does"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [] if CHOSEN else RECIPES)
 def test_recipe_of_a_cluster_trains_when_shrunk(runs: Path, name: str) -> None:
     losses = values(runs / name, "train", "loss")
     assert len(losses) == 20 and np.isfinite(losses).all()

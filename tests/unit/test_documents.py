@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
 BLOCK = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:python (?:-m bd3_scale|tools/)|torchrun [^`]* -m )[^`]*)`")
-OURS = re.compile(r"-m bd3_scale\.|tools/\w+\.py")
+INLINE = re.compile(r"`((?:bd3 |python (?:-m bd3_scale|tools/)|torchrun [^`]* -m )[^`]*)`")
+OURS = re.compile(r"^bd3 \w|-m bd3_scale\.|tools/\w+\.py")
 OTHERS_PARSE = ("bd3_scale.evaluation.harness",)
 """Commands of lm-evaluation-harness, which is not installed here."""
 
@@ -46,6 +46,8 @@ class Command:
             return None
         sizes = [words[words.index(name) + 1] if name in words else "1" for name in ("--nnodes", "--nproc-per-node")]
         ranks = int(sizes[0].split(":")[0]) * int(sizes[1])
+        if words[0] == "bd3":
+            words = [words[0], f"bd3_scale.{words[1]}", *words[2:]]
         place = next(place for place, word in enumerate(words) if word.startswith(("bd3_scale.", "tools/")))
         return cls(words[place].removeprefix("tools/").removesuffix(".py"), tuple(words[place + 1 :]), ranks)
 
@@ -81,7 +83,7 @@ def test_commands_are_taken(command: Command, tmp_path: Path, monkeypatch: pytes
     if module in OTHERS_PARSE:
         assert importlib.util.find_spec(module)
         return
-    main = importlib.import_module(f"{module}.__main__" if module == "bd3_scale.recipe" else module).main
+    main = importlib.import_module(f"{module}.__main__" if module in ("bd3_scale.recipe", "bd3_scale.convert") else module).main
     if not words or "--help" in words:
         return
     if module == "bd3_scale.recipe":
@@ -137,7 +139,8 @@ def test_the_commands_are_found() -> None:
     """Nothing that starts this package is passed over, in any way of writing it."""
     found = [item.values[0] for item in commands()]
     assert len(found) > 60 and {1, 2, 4, 64} <= {command.ranks for command in found}
-    assert {"bd3_scale.train", "bd3_scale.plan", "bd3_scale.launch", "prepare_data", "convert_checkpoint"} <= {one.module for one in found}
+    named = {"train", "plan", "launch", "prepare", "convert", "sample", "evaluate", "doctor", "inspect", "recipe"}
+    assert {f"bd3_scale.{verb}" for verb in named} | {"reproduce"} <= {command.module for command in found}
 
 
 def test_messages_of_the_page_are_those_of_the_code() -> None:
