@@ -1,4 +1,5 @@
-"""A hook of mkdocs: links that leave docs/ (`../benchmarks/x.md`, `../bd3_scale/x.py`) lead to copies inside of the site.
+"""A hook of mkdocs: links that leave docs/ (`../benchmarks/x.md`, `../bd3_scale/x.py`) lead to copies inside of the site, and lists
+that follow a paragraph at once are lists, as where the repository is read.
 
 The pages are read in the repository as well, where such links are relative paths. In the site Markdown files become pages, pictures stay,
 and everything else is a text file. Invariant: a link to a file that does not exist is a warning, which `--strict` makes an error.
@@ -16,6 +17,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "repository"
 OUTSIDE = re.compile(r"(?<=\]\()((?:\.\./)+)([^)#\s]+)")
+LIST = re.compile(r"^((?![-|\s]|\d+\. ).*\S)\n(?=(?:-|1\.) )", re.MULTILINE)
+"""A line of a paragraph, a list behind it: Python's Markdown wants an empty line between them."""
 SHOWN_AS_THEY_ARE = {".md", ".png"}
 
 
@@ -42,7 +45,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Lead the links of a page of docs/ into the copies."""
+    """Lead the links of a page of docs/ into the copies, and part lists from paragraphs."""
+    markdown = LIST.sub(r"\1\n\n", markdown)
     if page.file.src_uri.startswith(FOLDER):
         return markdown
     return OUTSIDE.sub(lambda match: _place(match[2]), markdown)
