@@ -386,6 +386,9 @@ def table(lines: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]
     return head + [f"| {' | '.join(cell(line.get(key)) for key in columns)} |" for line in lines]
 
 
+CHECK = ("expected", "holds", "measured")
+
+
 def markdown(report: dict[str, Any], picture: str) -> str:
     result, kept = report["result"], [check for check in report["checks"] if check["holds"]]
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
@@ -408,7 +411,7 @@ def markdown(report: dict[str, Any], picture: str) -> str:
         "",
         f"Expected, and seen ({len(kept)} of {len(report['checks'])} hold):",
         "",
-        *table([{**item, "holds": "yes" if item["holds"] else "no"} for item in report["checks"]], {k: k for k in report["checks"][0]}),
+        *table([{**item, "holds": "yes" if item["holds"] else "no"} for item in report["checks"]], {k: k for k in CHECK}),
     ]
     for size in sorted({clip["block_size"] for clip in result.get("clips", ())}):
         clips = sorted((clip for clip in result["clips"] if clip["block_size"] == size), key=lambda clip: clip["variance"])

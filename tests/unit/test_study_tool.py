@@ -112,7 +112,7 @@ def test_a_tiny_study_of_the_noise(study: Any, folder: Path, tmp_path: Path, wor
     report = json.loads(document.read_text())
     rows = report["result"]["rows"]
     lines = {line["training"]: line for line in rows if line["block_size"] == 4}
-    assert len(rows) == 2 * len(lines) == 2 * (len(arms) + 1) and len(report["checks"]) == 2
+    assert len(rows) == 2 * len(lines) == 2 * (len(arms) + 1) and len(report["checks"]) == 4
     numbers = ("flops", "block_variance", "loss_variance", "controlled_variance", "gradient_variance", "nelbo")
     assert all(finite(line[key]) and line[key] > 0 for line in lines.values() for key in numbers), lines
     assert all(lines["uniform"][key] == 1.0 for key in ("flops", "block_variance", "loss_variance", "gradient_variance"))
