@@ -89,10 +89,10 @@ def _named(url: str, folder: Path) -> tuple[str, bytes] | None:
     root = root.rstrip("/")
     if not filesystem.exists(f"{root}/{LATEST_NAME}"):
         return None
-    name = filesystem.cat_file(f"{root}/{LATEST_NAME}", 0, 1000).decode("ascii", "replace").strip()
+    name = filesystem.cat_file(f"{root}/{LATEST_NAME}", start=0, end=1000).decode("ascii", "replace").strip()
     if STEP_NAME.fullmatch(name) is None:
         raise CheckpointError(f"{url}/{LATEST_NAME} holds {name[:80]!r}, which is no checkpoint's name; write one into it")
-    text: bytes = filesystem.cat_file(f"{root}/{name}/{INDEX_NAME}", 0, LARGEST_INDEX)
+    text: bytes = filesystem.cat_file(f"{root}/{name}/{INDEX_NAME}", start=0, end=LARGEST_INDEX)
     parse(text)
     place = _place(folder, name, text)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _fetched(filesystem: Any, source: str, target: Path, record: FileRecord) -> 
         begun = file.tell()
         yield begun
         while begun < record.bytes:
-            block = filesystem.cat_file(source, begun, min(begun + BLOCK, record.bytes))
+            block = filesystem.cat_file(source, start=begun, end=min(begun + BLOCK, record.bytes))
             if not block:
                 raise CheckpointError(f"{target.name} has {begun} bytes there instead of {record.bytes}")
             file.write(block)

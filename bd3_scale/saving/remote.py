@@ -28,6 +28,8 @@ from bd3_scale.errors import CheckpointError, without_credentials
 ATTEMPTS = 4
 PAUSE = 5.0
 """Seconds before the second attempt, each further one waits twice as long; and between two looks for the files of other ranks."""
+OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "oci", "oss"))
+"""They have no folders to be made; asked for one, s3fs would make a *bucket* that is missing, of a name that was written wrong."""
 STALLED = 3600.0
 """Seconds without a new file after which those of other ranks are not waited for any more; a minute where another checkpoint waits."""
 
@@ -50,7 +52,8 @@ def put(folder: Path, url: str, names: Collection[str]) -> None:
     """Copy files of a checkpoint folder to `url`/NAME, and say of each what it is. Raises whatever the file system raises."""
     filesystem, root = fsspec.core.url_to_fs(url)
     target = f"{root.rstrip('/')}/{folder.name}"
-    filesystem.makedirs(target, exist_ok=True)
+    if OBJECT_STORES.isdisjoint([filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol):
+        filesystem.makedirs(target, exist_ok=True)
     files = parse(read_text(folder / INDEX_NAME, LARGEST_INDEX)).files
     for name in sorted(names):
         filesystem.put_file(str(folder / name), f"{target}/{name}")
@@ -92,7 +95,7 @@ def prune(url: str, keep: int, keep_every: int) -> None:
     filesystem, root = fsspec.core.url_to_fs(url)
     root = root.rstrip("/")
     filesystem.invalidate_cache()
-    latest = STEP_NAME.fullmatch(filesystem.cat_file(f"{root}/{LATEST_NAME}", 0, 1000).decode("ascii", "replace").strip())
+    latest = STEP_NAME.fullmatch(filesystem.cat_file(f"{root}/{LATEST_NAME}", start=0, end=1000).decode("ascii", "replace").strip())
     if latest is None:
         return  # as of a local folder: nothing is deleted beside a name that says nothing
     newest = int(latest[1])

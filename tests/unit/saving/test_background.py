@@ -233,9 +233,23 @@ def test_what_is_old_at_the_remote_folder_goes_by_number(tmp_path: Path) -> None
     assert left == {"step_99999999", "step_100000000", "step_100000001"}, "the last is of a run that was set back"
 
 
-def test_a_new_machine_continues_from_the_remote_folder(synthetic: Any, tmp_path: Path) -> None:
+class LikeS3(LocalFileSystem):
+    """Local files behind the signature that s3fs has for reading a part of one."""
+
+    protocol = "like-s3"
+
+    def cat_file(self, path: str, version_id: None = None, start: int | None = None, end: int | None = None) -> bytes:
+        assert version_id is None
+        return super().cat_file(path, start=start, end=end)
+
+
+fsspec.register_implementation("like-s3", LikeS3)
+
+
+@pytest.mark.parametrize("protocol", ["file", "like-s3"])
+def test_a_new_machine_continues_from_the_remote_folder(synthetic: Any, tmp_path: Path, protocol: str) -> None:
     bucket = tmp_path / "bucket"
-    url = f"file://{bucket}"
+    url = f"{protocol}://{bucket}"
     assert fetch.fetch_latest(url, tmp_path / "new") is None and not (tmp_path / "new").exists()
     saver = Saver(tmp_path / "run", CheckpointConfig(remote=url))
     begin(synthetic, saver, 100, synthetic.whole())
