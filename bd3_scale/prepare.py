@@ -28,6 +28,7 @@ from bd3_scale.data.counted import ids
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.manifest import FORMATS, MANIFEST, PACKINGS, SPLITS, Manifest
 from bd3_scale.data.preparation.documentation import documentation
+from bd3_scale.data.preparation.examples import RECORDS
 from bd3_scale.data.preparation.packing import HELD_OUT, ROW_SPECIAL
 from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
 from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
@@ -59,11 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--packing",
         choices=PACKINGS,
-        default="wrap",
-        help="one stream cut into rows, a document a row, or whole documents together in rows (default %(default)s)",
+        help="one stream cut into rows (default), a document a row (prompts: always), or whole documents together in rows",
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished preparation with other options")
+    parser.add_argument(
+        "--records",
+        choices=RECORDS,
+        default="text",
+        help="what a line of JSON is: a text, prompt and response, or messages of a conversation (default %(default)s)",
+    )
     parser.add_argument("--text-key", default="text", help="where a line of .jsonl has its text (default %(default)s)")
     parser.add_argument(
         "--ignore", nargs="+", default=[], metavar="PATTERN", help="names (or paths) in source folders that are no text of the corpus"
@@ -109,7 +115,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(folder: Path, options: argparse.Namespace) -> Manifest:
     tokenizer = load_tokenizer(options.tokenizer or DataConfig().tokenizer)
-    packing = Packing(tokenizer, options.context, options.row_special, options.format, options.shard_bytes, options.packing)
+    kind = options.packing or ("wrap" if options.records == "text" else "document")
+    packing = Packing(tokenizer, options.context, options.row_special, options.format, options.shard_bytes, kind, options.records)
     progress = not options.json
     if options.source == ["documentation"]:
         if options.validation is not None:

@@ -48,6 +48,8 @@ def _parser() -> _Parser:
     add("checkpoint", help="a checkpoint folder, or a run directory (its latest checkpoint)")
     add("--prompt", nargs="+", action="extend", metavar="TEXT", help="what the texts begin with; several give several texts")
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt a line (.jsonl: a string, or an object with prompt); needs --output")
+    add("--chat", nargs="+", action="extend", metavar="TEXT", help="instead: what a user says, given in the tokenizer's chat template")
+    add("--system", metavar="TEXT", help="with --chat: the system's message before it")
     add("--length", type=int, help="tokens per text, with its beginning and the prompt; default: the training context; may exceed it")
     add(
         "--batch-size",
@@ -114,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_file(options: argparse.Namespace) -> None:
-    if options.prompt is not None or options.json or options.output is None:
-        raise RecipeError("--prompts-file takes --output FILE.jsonl, and neither --prompt nor --json")
+    if options.prompt is not None or options.chat is not None or options.json or options.output is None:
+        raise RecipeError("--prompts-file takes --output FILE.jsonl, and neither --prompt, --chat nor --json")
     SamplingOptions(**chosen(options))
     prompts = read_prompts(options.prompts_file)
     with own_world():
@@ -142,6 +144,8 @@ def _run_file(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if (options.chat and options.prompt) or (options.system is not None and not options.chat):
+        raise RecipeError("--prompt goes with neither --chat nor --system, and --system only with --chat; leave one of them out")
     SamplingOptions(**chosen(options))  # what is wrong is known before a large network is loaded
     with own_world():
         from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
@@ -152,7 +156,7 @@ def _run(options: argparse.Namespace) -> None:
         with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
             result = generate_tokens(
                 loaded,
-                prompts=options.prompt,
+                prompts=_chats(loaded, options) if options.chat else options.prompt,
                 batch=options.batch_size,
                 length=options.length,
                 seed=options.seed,
@@ -165,6 +169,15 @@ def _run(options: argparse.Namespace) -> None:
         _report(loaded, options, result)
 
 
+def _chats(loaded: LoadedNetwork, options: argparse.Namespace) -> list[list[int]]:
+    """The prompts of the conversations that are asked for."""
+    from bd3_scale.data.chat import ChatTemplate
+
+    template = ChatTemplate(loaded.tokenizer)
+    before = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return loaded.tokenizer.encode_chat([template.prompt([*before, {"role": "user", "content": text}]) for text in options.chat])
+
+
 def _report(loaded: LoadedNetwork, options: argparse.Namespace, result: Result) -> None:
     """Write the file, print the document or the texts."""
     texts = _texts(loaded, result)
@@ -174,7 +187,7 @@ def _report(loaded: LoadedNetwork, options: argparse.Namespace, result: Result) 
         print(json.dumps(_document(loaded, options, result, texts), indent=1))
         return
     for place, text in enumerate(texts):
-        print(f"--- text {place + 1} of {len(texts)}\n{text['text']}")
+        print(f"--- text {place + 1} of {len(texts)}\n{text['answer'] if options.chat else text['text']}")
         print(
             f"[{len(text['tokens'])} tokens, {text['prompt_tokens']} given; stop: {text['stop']}; "
             f"NFE {result.nfe}, {_speed(result):.1f} tokens/s for all texts]"
@@ -182,11 +195,13 @@ def _report(loaded: LoadedNetwork, options: argparse.Namespace, result: Result) 
 
 
 def _texts(loaded: LoadedNetwork, result: Result) -> list[dict[str, Any]]:
-    """One entry per row. `text` leaves out the BOS; `tokens` and `prompt_tokens` have it."""
+    """One entry per row. `text` leaves out the BOS; `tokens` and `prompt_tokens` have it; `answer` is what is behind the prompt, without an
+    end of text."""
     return [
         {
             "row": row,
             "text": loaded.tokenizer.decode(tokens[1:].tolist()),
+            "answer": loaded.tokenizer.decode([token for token in tokens[prompt:].tolist() if token != loaded.tokenizer.end_of_text]),
             "stop": stop,
             "prompt_tokens": prompt,
             "tokens": tokens.tolist(),

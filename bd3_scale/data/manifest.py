@@ -85,6 +85,8 @@ class Manifest:
     validation: Split
     packing: str = "wrap"
     """wrap (a stream, cut into rows) | document (one in a row, cut or filled up) | best_fit (whole ones together in a row)."""
+    records: str = "text"
+    """What a record of the source was: text | prompts | messages (whose rows are a prompt and its answer each)."""
     held_out: str = ""
     """The rule by which documents went to validation, for people and for comparing; "" where the source has its own."""
     left_out: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         content = asdict(self)
-        for key, before in (("packing", "wrap"), ("held_out", ""), ("left_out", ()), ("options", {})):
+        for key, before in (("packing", "wrap"), ("records", "text"), ("held_out", ""), ("left_out", ()), ("options", {})):
             if content[key] == before:
                 del content[key]  # folders from before there was such a key stay what they were
         for split in (content[name] for name in SPLITS if content[name]["counts"] is None):

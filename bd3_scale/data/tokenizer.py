@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,15 @@ class Tokenizer(ABC):
     def token(self, number: int) -> str:
         """What an id is called in the tokenizer's own files."""
         return END_OF_TEXT if number == self.end_of_text else repr(number)
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """What is a token of its own to `encode_chat`."""
+        return ()
+
+    def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in which the names of special tokens are those tokens."""
+        return self.encode_batch(texts)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without special tokens."""
@@ -173,6 +183,7 @@ class JsonTokenizer(Tokenizer):
                 f"data.tokenizer={name}: none of its special tokens ({', '.join(sorted(special)) or 'it has none'}) is an end of text; "
                 f"add one of {', '.join(END_OF_TEXT_NAMES)} to the file, or a tokenizer_config.json beside it with its eos_token"
             )
+        self._special = tuple(special)
         self._words = np.array(sorted(set(vocabulary.values()) - set(special.values()) - {end_of_text}), np.int64)
         definition = json.dumps(json.loads(definition), sort_keys=True)
         if end_of_text != listed:
@@ -186,10 +197,28 @@ class JsonTokenizer(Tokenizer):
     def token(self, number: int) -> str:
         return str(self._tokenizer.id_to_token(number))
 
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        return self._special
+
+    @cached_property
+    def _of_chats(self) -> Any:
+        import tokenizers
+
+        made = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        made.encode_special_tokens = False
+        return made
+
+    def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode(self._of_chats, texts)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode(self._tokenizer, texts)
+
+    def _encode(self, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is U+FFFD, as tiktoken has it; `tokenizers` would raise.
         valid = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)]
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(valid, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

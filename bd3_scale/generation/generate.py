@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def generate_tokens(
     loaded: LoadedNetwork,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
     batch: int | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -42,6 +42,7 @@ def generate_tokens(
 ) -> Result:
     """Texts of a loaded network; see `SamplingOptions` for how tokens are chosen.
 
+    `prompts`: texts, or their ids (those of a conversation: `Tokenizer.encode_chat`).
     `length`: tokens per text, with the BOS and the prompt; default: the training context; longer ones slide over it (by half
     windows where a row is one block).
     `batch`: texts, default one per prompt; a multiple of the prompts gives each of them as many texts, side by side.
@@ -101,12 +102,13 @@ def alike(loaded: LoadedNetwork, content: bytes) -> bool:
     return len(set(loaded.peers.all_gather(hashlib.sha256(content).digest()))) == 1
 
 
-def _given(tokenizer: Tokenizer, prompts: list[str], batch: int | None, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _given(tokenizer: Tokenizer, prompts: list[str | Sequence[int]], batch: int | None, length: int) -> tuple[np.ndarray, np.ndarray]:
     """What is known before: tokens int64 [B, length] with the BOS and the prompts, and bool [B, length] where they are."""
     batch = len(prompts) if batch is None else batch
     if batch < 1 or batch % len(prompts):
         raise RecipeError(f"the batch size is {batch} but must be a multiple of the {len(prompts)} prompt(s); set {len(prompts)}")
-    each = [given_of(tokenizer, ids, place, length) for place, ids in enumerate(tokenizer.encode_batch(prompts))]
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    each = [given_of(tokenizer, given, place, length) for place, given in enumerate(ids)]
     tokens, known = (np.repeat(np.stack(part), batch // len(prompts), axis=0) for part in zip(*each, strict=True))
     return tokens, known
 

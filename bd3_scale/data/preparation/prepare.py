@@ -36,6 +36,8 @@ class Packing:
     shard_bytes: int = SHARD_BYTES
     kind: str = "wrap"
     """wrap | document | best_fit (prepare_corpus.py)."""
+    records: str = "text"
+    """What a record of the corpus is: text | prompts | messages (examples.py)."""
 
     @property
     def all_count(self) -> bool:

@@ -36,7 +36,8 @@ from bd3_scale.data.manifest import MANIFEST, PACKINGS, SPLITS, FileEntry, Manif
 from bd3_scale.data.preparation import tokenization
 from bd3_scale.data.preparation.corpus import corpus_files, require_once
 from bd3_scale.data.preparation.destination import claimed, publish
-from bd3_scale.data.preparation.packing import HELD_OUT, Packer
+from bd3_scale.data.preparation.examples import RECORDS, examples
+from bd3_scale.data.preparation.packing import HELD_OUT, Packer, held_out
 from bd3_scale.data.preparation.prepare import Packing, check_shard_bytes
 from bd3_scale.data.preparation.records import LONGEST, BadRecords, require_readable, texts
 from bd3_scale.data.preparation.shard_jobs import (
@@ -107,6 +108,11 @@ def prepare_corpus(
     check_shard_bytes(packing, packer.dtype)
     if packing.kind not in PACKINGS:
         raise RecipeError(f"packing is {packing.kind!r}; set {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}")
+    if packing.records not in RECORDS or (packing.records != "text" and packing.kind != "document"):
+        raise RecipeError(
+            f"records are {packing.records} (one of {', '.join(RECORDS)}) and packing is {packing.kind}, but a prompt with its answer has a row "
+            "of its own; set packing document"
+        )
     if workers < 1:
         raise RecipeError(f"workers is {workers}; take 1 or more processes")
     with claimed(folder) as scratch:
@@ -117,7 +123,11 @@ def prepare_corpus(
             manifest = Manifest.load(folder / MANIFEST)
             _require_same(folder, manifest, packing, corpus, options)
             return manifest
-        require_readable([*files, *held], corpus.text_key, corpus.skip_bad)
+        if packing.records == "text":
+            require_readable([*files, *held], corpus.text_key, corpus.skip_bad)
+        else:
+            for path in [*files, *held]:
+                next(examples([path], packing.records, tokenizer, BadRecords(corpus.skip_bad)), None)
         try:
             _resume_or_begin(scratch, _options(packing, corpus, [*files, *held]), restart)
             total = sum(path.stat().st_size for path in [*files, *held])
@@ -125,7 +135,7 @@ def prepare_corpus(
             bad = BadRecords(corpus.skip_bad)
             count, whole = tokenize(
                 scratch / "tokens",
-                _documents(corpus, files, held, bad, cut=packing.kind == "wrap" and tokenizer.cuts_between_words),
+                _documents(packing, corpus, files, held, bad),
                 tokenizer.name,
                 share=corpus.held_out,
                 workers=workers,
@@ -146,15 +156,23 @@ def prepare_corpus(
         return manifest
 
 
-def _documents(corpus: Corpus, files: list[Path], held: list[Path], bad: BadRecords, *, cut: bool) -> Iterator[Text]:
-    """The files that are held out as a whole, which no budget of tokens cuts, and after them the corpus. `cut`: long ones in parts."""
+def _documents(packing: Packing, corpus: Corpus, files: list[Path], held: list[Path], bad: BadRecords) -> Iterator[Text]:
+    """The files that are held out as a whole, which no budget of tokens cuts, and after them the corpus."""
     before = sum(path.stat().st_size for path in held)
     decided = False if held or corpus.held_out_last is not None else None
+    if packing.records != "text":
+        for paths, start, flag in ((held, 0, True), (files, before, decided)):
+            for one, place in examples(paths, packing.records, packing.tokenizer, bad, corpus.longest):
+                side = held_out(one.record, corpus.held_out) if flag is None else flag
+                chat = packing.records == "messages"
+                yield Text(one.answer, side, start + place, counted=paths is not held, prompt=one.prompt, chat=chat)
+        return
+    cut = packing.kind == "wrap" and packing.tokenizer.cuts_between_words  # long ones in parts
     found = chain(
         (Text(text, True, place, counted=False) for text, place in texts(held, corpus.text_key, bad=bad, longest=corpus.longest)),
         (Text(text, decided, before + place) for text, place in texts(files, corpus.text_key, bad=bad, longest=corpus.longest)),
     )
-    return (part for text in found for part in in_parts(text, corpus.held_out)) if cut else found
+    yield from (part for text in found for part in in_parts(text, corpus.held_out)) if cut else found
 
 
 def _asked(packing: Packing, corpus: Corpus, files: list[Path]) -> dict[str, Any]:
@@ -180,6 +198,7 @@ def _require_same(folder: Path, found: Manifest, packing: Packing, corpus: Corpu
         raise DataError(f"{folder}: was prepared when the filling of --packing {found.packing} still counted; give another --path")
     held: dict[str, Any] = {"source": found.source, "validation": found.held_out or corpus.held_out_rule, "packing": found.packing}
     asked: dict[str, Any] = {"source": corpus.name, "validation": corpus.held_out_rule, "packing": packing.kind}
+    held["records"], asked["records"] = found.records, packing.records
     held |= {"context": found.context, "format": found.format, "row_special": found.row_special, "tokens": found.source_tokens}
     asked |= {"context": packing.context, "format": packing.format, "row_special": packing.row_special, "tokens": corpus.tokens}
     if found.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -263,6 +282,7 @@ def _write(
         source=corpus.name,
         source_tokens=corpus.tokens,
         packing=packing.kind,
+        records=packing.records,
         held_out=corpus.held_out_rule,
         left_out=left_out,
         options=options,

@@ -117,21 +117,37 @@ def _decoded(line: bytes, number: int) -> str:
     return text
 
 
+def json_records(path: Path, bad: BadRecords, longest: int = LONGEST) -> Iterator[tuple[Any, int, int]]:
+    """(what a line of JSON says, None where it is no JSON; number of the line; bytes of the file read so far) of every line that is not
+    blank. Raises DataError."""
+    place = Place()
+    try:
+        for record, number in _json_lines(lines(content(path, place), path, longest), path, bad):
+            yield record, number, place.read
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); fix the file or leave it out") from None
+
+
 def _json_texts(found: Iterator[bytes], path: Path, key: str, bad: BadRecords) -> Iterator[str]:
+    for record, number in _json_lines(found, path, bad):
+        if isinstance(record, dict) and isinstance(record.get(key), str):
+            yield record[key]
+        else:
+            bad.add(path, f'line {number} is not an object with a string under "{key}" (--text-key names another)')
+
+
+def _json_lines(found: Iterator[bytes], path: Path, bad: BadRecords) -> Iterator[tuple[Any, int]]:
     for number, line in enumerate(found, 1):
         try:
-            text = _json_text(_decoded(line, number), number, key, path)
+            text = _decoded(line, number)
+            if text.strip():
+                yield _json(text, number, path), number
         except _Bad as error:
             bad.add(path, str(error))
-            continue
-        if text is not None:
-            yield text
 
 
-def _json_text(line: str, number: int, key: str, path: Path) -> str | None:
-    """None of a blank line."""
-    if not line.strip():
-        return None
+def _json(line: str, number: int, path: Path) -> Any:
+    """None of what is no JSON."""
     try:
         record = json.loads(line, object_pairs_hook=_once, parse_int=float)  # no number is read, however long it is
     except _Bad as error:
@@ -140,10 +156,7 @@ def _json_text(line: str, number: int, key: str, path: Path) -> str | None:
         record = None
     if number == 1 and line.startswith("["):
         raise DataError(f"{path}: is a JSON array; write an object a line (jq -c '.[]' FILE > FILE.jsonl)")
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise _Bad(f'line {number} is not an object with a string under "{key}" (--text-key names another)')
-    text: str = record[key]
-    return text
+    return record
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

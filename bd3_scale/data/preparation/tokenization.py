@@ -40,6 +40,10 @@ class Text:
     """Whether a budget of tokens counts it; not those of files that are held out."""
     last: bool = True
     """False: another part of the document follows."""
+    prompt: str | None = None
+    """What stands before it and does not count; None: it is no answer."""
+    chat: bool = False
+    """Whether special tokens written in prompt and text are those tokens, as a chat template writes them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Chunk:
     """The file of a chunk, opened."""
 
     tokens: np.ndarray
-    """Ids of all its documents, each with its end of text."""
+    """Ids of all its documents, each with its end of text, those of prompts as tokens that do not count (`counted`)."""
     ends: np.ndarray
     """int64 [documents]: where each ends in `tokens`, behind its end of text."""
     held_out: np.ndarray
@@ -150,7 +154,7 @@ def _chunks(corpus: Iterable[Text]) -> Iterator[list[Text]]:
     size = 0
     for text in corpus:
         chunk.append(text)
-        size += len(text.text) + 16
+        size += len(text.text) + len(text.prompt or "") + 16
         if size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -179,9 +183,13 @@ def make_chunk(job: ChunkJob) -> Made:
 def _write(path: Path, texts: list[Text], share: float) -> np.ndarray:
     """Where the documents of the new file end."""
     assert _tokenizer is not None
-    dtype = np.dtype(storage_dtype(_tokenizer.vocabulary_size))
-    encoded = _tokenizer.encode_batch([one.text for one in texts])
-    documents = [np.array([*ids, *[_tokenizer.end_of_text] * one.last], dtype) for one, ids in zip(texts, encoded, strict=True)]
+    dtype = np.dtype(storage_dtype(_tokenizer.vocabulary_size, all(one.prompt is None for one in texts)))
+    encode = _tokenizer.encode_chat if texts[0].chat else _tokenizer.encode_batch
+    encoded, prompts = encode([one.text for one in texts]), encode([one.prompt or "" for one in texts])
+    documents = [
+        np.array([*(~token for token in prompt), *ids, *[_tokenizer.end_of_text] * one.last], dtype)
+        for one, ids, prompt in zip(texts, encoded, prompts, strict=True)
+    ]
     ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
     flags = np.array([held_out(one.text, share) if one.held_out is None else one.held_out for one in texts], bool)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
