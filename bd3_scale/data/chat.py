@@ -4,7 +4,7 @@ A template is Jinja, as Hugging Face tokenizers have it: `chat_template.jinja`, 
 `tokenizer.json`. It runs in Jinja's sandbox, which reaches neither files nor attributes of Python. A tokenizer without one has `PLAIN`.
 
 Every answer of a conversation is an example of its own, whose prompt is all that comes before it: an answer never sees a later turn, in
-no kind of objective and whatever the block size. Invariants: prompt and answer together are the template's text up to the end of that answer,
+no kind of objective and whatever the block size. Invariants: prompt and answer are the template's text up to the end of that answer,
 without blanks and the end of text behind it (which packing puts there); sampling with the same messages has the same prompt.
 """
 
@@ -19,7 +19,10 @@ from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError, one_line
 from bd3_scale.files import expanded
 
-PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+PLAIN = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 """Of tokenizers without a template: a line for each message."""
 ASSISTANT = "assistant"
 Message = Mapping[str, str]

@@ -110,8 +110,8 @@ def prepare_corpus(
         raise RecipeError(f"packing is {packing.kind!r}; set {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}")
     if packing.records not in RECORDS or (packing.records != "text" and packing.kind != "document"):
         raise RecipeError(
-            f"records are {packing.records} (one of {', '.join(RECORDS)}) and packing is {packing.kind}, but a prompt with its answer has a row "
-            "of its own; set packing document"
+            f"records are {packing.records} (one of {', '.join(RECORDS)}) and packing is {packing.kind}, but a prompt with its answer has "
+            "a row of its own; set packing document"
         )
     if workers < 1:
         raise RecipeError(f"workers is {workers}; take 1 or more processes")
