@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_scale.data import tokenizer as ours
+from bd3_scale.data.chat import ChatTemplate
 from bd3_scale.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError
 from bd3_scale.files import expanded
@@ -41,13 +42,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(tokenizer.mask_id): _added(mask), str(tokenizer.end_of_text): _added(end_of_text)},
     }
+    if (chat := ChatTemplate(tokenizer)).source is not None:
+        config = {**chat.names, **config, "chat_template": chat.source}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
-def keep_end_of_text(tokenizer: Tokenizer, folder: Path) -> None:
-    """What `load_tokenizer` of a copy in `folder` needs to find the same end of text, where it is told beside the file."""
-    if load_tokenizer(str(folder / "tokenizer.json")).fingerprint != tokenizer.fingerprint:
-        config = {"eos_token": tokenizer.token(tokenizer.end_of_text)}
+def keep_what_is_told(tokenizer: Tokenizer, folder: Path) -> None:
+    """What a copy in `folder` needs beside it to have the same end of text and the same chat template."""
+    chat = ChatTemplate(tokenizer)
+    config = {} if chat.source is None else {**chat.names, "chat_template": chat.source}
+    if config or load_tokenizer(str(folder / "tokenizer.json")).fingerprint != tokenizer.fingerprint:
+        config["eos_token"] = tokenizer.token(tokenizer.end_of_text)
         (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n", "utf-8")
 
 

@@ -21,7 +21,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
 from bd3_scale.convert.key_map import KeyMap, LazyFragment, Sizes, makers
 from bd3_scale.convert.source import Source
-from bd3_scale.convert.tokenizer_files import keep_end_of_text
+from bd3_scale.convert.tokenizer_files import keep_what_is_told
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
@@ -84,7 +84,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     try:
         if recipe.data.tokenizer != tokenizer:
             shutil.copyfile(expanded(tokenizer), recipe.data.tokenizer)
-            keep_end_of_text(text, out)
+            keep_what_is_told(text, out)
         checkpoint = store.save(out / "checkpoints", 0, fragments, samples_consumed=0, run=run, recipe=written)
         (out / "recipe.yaml").write_text(written, "utf-8")
     except BaseException:

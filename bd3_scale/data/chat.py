@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, NoReturn
 
 from bd3_scale.data.tokenizer import Tokenizer
@@ -30,7 +29,10 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """The template of `tokenizer`. Raises DataError where the files beside it cannot be read, or are no template."""
+    """The template of `tokenizer`. Raises DataError where the files beside it cannot be read, or are no template.
+
+    `source`: its Jinja, None where the tokenizer has none; `names`: of special tokens, as the template may use them.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         import jinja2
@@ -40,9 +42,9 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
-        source, self._names = self._beside
+        self.source, self.names = self._beside()
         try:
-            self._template = environment.from_string(PLAIN if source is None else source)
+            self._template = environment.from_string(PLAIN if self.source is None else self.source)
         except jinja2.TemplateError as error:
             raise DataError(f"{tokenizer.name}: its chat template cannot be read ({one_line(error, 200)}); mend or remove it") from None
 
@@ -70,12 +72,11 @@ class ChatTemplate:
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=[dict(one) for one in messages], add_generation_prompt=add_generation_prompt, **self._names
+                messages=[dict(one) for one in messages], add_generation_prompt=add_generation_prompt, **self.names
             )
         except Exception as error:  # a template is a program: it may fail in any way
             raise DataError(f"does not suit the chat template ({one_line(error, 200)})") from None
 
-    @cached_property
     def _beside(self) -> tuple[str | None, dict[str, str]]:
         """The template that lies beside the tokenizer, and what it may call special tokens."""
         names = {"bos_token": self._end, "eos_token": self._end}

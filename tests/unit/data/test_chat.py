@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bd3_scale.convert.tokenizer_files import keep_what_is_told, write_tokenizer
 from bd3_scale.data.chat import ChatTemplate
 from bd3_scale.data.counted import ids
 from bd3_scale.data.formats.row_reader import ShardReader
@@ -102,6 +105,21 @@ def test_conversations_become_the_ids_that_sampling_gives(tmp_path: Path) -> Non
     end = tokenizer.end_of_text
     assert rows[0, : len(prompt) + 3].tolist() == [end, *(~token for token in prompt), *tokenizer.encode("b"), end]
     assert (ids(rows[0]) == end).sum() > 2 and tokenizer.encode("<|im_end|>") != [end], "as a text it is only letters"
+
+
+def test_the_template_goes_with_the_tokenizer(tmp_path: Path) -> None:
+    """Into the folder of an imported run, and of an export."""
+    tokenizer = chatty(tmp_path / "own", "{{ bos_token }}" + CHATML)
+    config = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": {"content": "<|im_start|>"}}))
+    for folder, keep in ((tmp_path / "run", keep_what_is_told), (tmp_path / "out", partial(write_tokenizer, context=8))):
+        folder.mkdir()
+        shutil.copyfile(tokenizer.name, folder / "tokenizer.json")
+        keep(tokenizer, folder)
+        copy = load_tokenizer(str(folder / "tokenizer.json"))
+        asked = ChatTemplate(copy).prompt(TURNS[:2]), ChatTemplate(tokenizer).prompt(TURNS[:2])
+        assert copy.fingerprint == tokenizer.fingerprint and (folder.name == "out" or asked[0] == asked[1])
+        assert ChatTemplate(copy).source == ChatTemplate(tokenizer).source
 
 
 def test_bad_records_are_named_or_left_out(tmp_path: Path) -> None:
