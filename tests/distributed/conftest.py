@@ -33,7 +33,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def filled_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder with an answer in each row of 32 bytes, whose prompt and filling do not count."""
+    """A prepared folder with a text in each row of 32 bytes, of which the rest does not count."""
     return prepare_filled(tmp_path_factory.mktemp("data") / "filled", 32)
 
 

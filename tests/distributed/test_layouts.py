@@ -51,7 +51,7 @@ MODELS = {
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "mixture": ["objective.block_size={4: 0.5, 32: 0.5}", *TUNED],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
-    # A prompt, an answer, filling: how many tokens count is another number in every row, and in every replica's share
+    # A document in each row: how many tokens count is another number in every row, and in every replica's share
     "filled": ["objective.block_size=4", "data.path=FILLED", *TUNED],
     "ar, filled": ["objective.kind=ar", "objective.block_size=null", "data.path=FILLED"],
     "mdlm, filled": ["objective.kind=mdlm", "objective.block_size=null", "data.path=FILLED", *TUNED],
