@@ -86,7 +86,7 @@ def train(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | None = 
     from bd3_scale.reporting.summary import sample_text
 
     checkpoint, stopped = _optimize(recipe, layout, monitor)
-    if stopped or not recipe.tracking.sample_tokens or layout.data_rank > 0 or layout.pipeline_rank > 0:
+    if stopped or not recipe.tracking.sample_tokens or layout.state_rank > 0 or layout.pipeline_rank > 0:
         return
     gc.collect()  # the state of the training goes before the network comes once more
     text = sample_text(checkpoint, layout.device.type, recipe.tracking.sample_tokens, recipe.run.seed)

@@ -11,6 +11,7 @@ heads on this rank; m: MLP units on this rank). Kept by one layer:
 | their outputs, which the linears take (adaLN: before and after the modulation) | 2 w r h (4 w r h) |
 | attention, tiled | w (3 n q + n k + v), and the log-sum-exp; FlexAttention: one n q less |
 | v, which is kept with the fused key/value output that it is a view of | 2 w n k, w n k where rows are put in order |
+| under context parallelism instead k and v of all rows that are asked for, put in order | 2 w (n + L b (C - 1) / C) k |
 | MLP: GELU, SwiGLU | 2 w n m, 4 w n m |
 | dropout masks, bool; adaLN: what the gates multiply | 2 r h; 2 w r h |
 
@@ -40,7 +41,7 @@ from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one tensor rank."""
+    """One micro-batch on one tensor rank; under context parallelism the share of one rank, which `pattern` is."""
 
     config: ModelConfig
     pattern: AttentionPattern
@@ -63,7 +64,8 @@ class Batch:
     @property
     def kernel(self) -> str:
         """tiled | flex | dense | sdpa (patterns of one half)."""
-        if self.pattern.kind != "block_diffusion" and self.config.attention != "dense":
+        masked = self.pattern.kind == "block_diffusion" or (self.pattern.kind == "causal" and self.pattern.context_ranks > 1)
+        if not masked and self.config.attention != "dense":
             return "sdpa"
         chosen = resolve_attention(self.config.attention, self.device)
         return "flex" if chosen.startswith("flex") else chosen  # its backends keep the same
@@ -175,7 +177,7 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     heads, key_heads = config.heads // batch.tensor, max(1, config.kv_heads // batch.tensor)
     everything = pattern.rows * batch.rows
     # Tiles are whole, whatever the clean half is short of.
-    whole = (pattern.draws + 1) * pattern.length * batch.rows if batch.kernel == "tiled" and pattern.clean_rows else everything
+    whole = pattern.streams * pattern.length * batch.rows if batch.kernel == "tiled" and pattern.clean_rows else everything
     queries = pattern.scored_rows * batch.rows if last else whole
     selected = batch.selected if last and batch.sparse else 0
     query, key = queries * heads * config.head_size, everything * key_heads * config.head_size
@@ -184,13 +186,16 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     normed = config.query_key_norm
     keys_and_values = (2 * key if normed or not reordered else 0) + (key if reordered else 0)  # v; with k as the linear gives it
     keys_and_values += key if rotated or reordered or normed else 0  # k
+    if pattern.context_ranks > 1:
+        asked = pattern.key_rows * batch.rows * key_heads * config.head_size
+        keys_and_values = 2 * asked + (2 * key if normed else 0)
     # q; the output; for the tiles, and by flash attention, in an order of their own, so that the rows are copied once more.
     # Of those that are selected, what they are copied to is gathered.
     copied = batch.kernel == "tiled" or (batch.kernel == "sdpa" and batch.device == "cuda")
     outputs = selected * heads * config.head_size if selected else (query if copied else 0)
     total = w * (2 * query + outputs + keys_and_values) + 4 * queries * heads
     if batch.kernel == "dense":
-        total += w * (pattern.scored_rows if last else pattern.rows) * pattern.rows  # the mask, in numbers
+        total += w * (pattern.scored_rows if last else pattern.rows) * pattern.key_rows  # the mask, in numbers
     if normed:
         total += rms_bytes(batch, (selected or queries) * heads, config.head_size) + rms_bytes(
             batch, everything * key_heads, config.head_size

@@ -27,12 +27,13 @@ Tensor, per micro-batch, X = w x rows x hidden (in the last layer of the scored 
 sums its output in the forward (embedding, attention output, MLP down), a column-parallel one its input's gradient in the backward
 (query, key/value, MLP up). Under sequence parallelism each such sum is a reduce-scatter of X and has a gather of X as its other pass;
 column-parallel linears gather their input once more for the gradient of the weight; and the rows that the last layer computes are
-divided anew by such a sum. The head sums the gradient of the selected
-positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold
-whole but know in part are summed
-for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its part of a layer again, up to
-the last tensor that is needed. Expected embeddings (ssdlm) sum one number of each noisy position. Pipeline: hidden states forwards,
-their gradients backwards; conditions and tied embeddings are summed once (FSDP's as shards).
+divided anew by such a sum. Context, per micro-batch and layer: what travels of keys and values of all context ranks (of block diffusion
+the clean half, b L rows of the rank's kv heads) is gathered in the forward, and once more where the attention is recomputed, and its
+gradient is reduce-scattered. The data-parallel ranks above are then those of data and context together. The head sums the gradient of the
+selected positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold whole
+but know in part are summed for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its
+part of a layer again, up to the last tensor that is needed. Expected embeddings (ssdlm) sum one number of each noisy position. Pipeline:
+hidden states forwards, their gradients backwards; conditions and tied embeddings are summed once (FSDP's as shards).
 
 Left out are numbers of a few bytes (norms, losses, the tuner's choice) and what only checkpoints and validations move.
 Invariant: a test counts the collectives of the real engines, call by call, and finds exactly these bytes.
@@ -59,8 +60,8 @@ class Transfer:
     """All calls of one collective in one group in a step."""
 
     group: str
-    """data (those that share a copy) | copies | tensor | pipeline | embedding (the first and the last stage) | matrices (those of a
-    stage that together hold its hidden matrices once)."""
+    """data (those that share a copy) | copies | tensor | context | pipeline | embedding (the first and the last stage) | matrices (those of
+    a stage that together hold its hidden matrices once)."""
     operation: str
     """all_reduce | all_gather | reduce_scatter | all_to_all | send."""
     ranks: int
@@ -84,11 +85,12 @@ def step_traffic(
     micro_batches: int,
     pipeline_rank: int,
 ) -> list[Transfer]:
-    """Of a rank that holds `stages` (one per virtual stage); `data`: data-parallel ranks. Groups of one rank move nothing."""
+    """Of a rank that holds `stages` (one per virtual stage); `data`: replicas. Groups of one rank move nothing."""
     model, multiple = batch.config, VOCABULARY_MULTIPLE[batch.device]
     chunks = [units_of(model, vocabulary, layers, parallel.tensor, multiple) for layers in stages]
     fsdp, simplex = parallel.resolved_engine == "fsdp", batch.kind.on_simplex
-    sharers = (parallel.shard or data) if fsdp else 1
+    states, copy = data * parallel.context, (parallel.shard or data) * parallel.context
+    sharers = copy if fsdp else 1
     """Among whom what is summed at the end of a step has been divided."""
     found: Counter[tuple[str, str]] = Counter()
     if fsdp:
@@ -104,9 +106,11 @@ def step_traffic(
         _add(found, "tensor", {operation: micro_batches * number for operation, number in one.items()})
         if simplex and layers.start == 0:  # the mass of each rank's words
             _add(found, "tensor", {"all_reduce": micro_batches * 4 * batch.pattern.scored_rows * batch.rows})
+        brought = context_bytes(batch, layers, training.recompute)
+        _add(found, "context", {operation: micro_batches * number for operation, number in brought.items()})
         times, width = (micro_batches, batch.weight) if parallel.resolved_engine == "deepspeed" else (1, 4)
         _add(found, "tensor", {"all_reduce": times * width * shard(partial_shapes(batch, layers), sharers)})
-    zero_ranks = (sharers if fsdp else data) if parallel.zero else 1
+    zero_ranks = (sharers if fsdp else states) if parallel.zero else 1
     if training.states.whole_matrices:
         _add(found, "matrices", {"all_to_all": exchanged_bytes(model, parallel, stages, vocabulary, zero_ranks, batch.weight)})
     if parallel.pipeline > 1:
@@ -114,8 +118,8 @@ def step_traffic(
         if model.tied_head and pipeline_rank in (0, parallel.pipeline - 1):
             share = padded_vocabulary(vocabulary, parallel.tensor, multiple) // parallel.tensor
             _add(found, "embedding", {"all_reduce": 4 * shard([(share, model.hidden)], sharers)})
-    ranks = {"data": sharers if fsdp else data, "copies": data // sharers if fsdp else 1, "tensor": parallel.tensor}
-    ranks |= {"pipeline": parallel.pipeline, "embedding": 2, "matrices": parallel.tensor * zero_ranks}
+    ranks = {"data": sharers if fsdp else states, "copies": states // sharers if fsdp else 1, "tensor": parallel.tensor}
+    ranks |= {"context": parallel.context, "pipeline": parallel.pipeline, "embedding": 2, "matrices": parallel.tensor * zero_ranks}
     return [Transfer(group, operation, ranks[group], number) for (group, operation), number in found.items() if number and ranks[group] > 1]
 
 
@@ -202,6 +206,15 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
         return {"all_reduce": sums + head}
     condition = w * config.conditioning_size * conditions_of(batch) if config.conditioning == "adaln" else 0
     return {"reduce_scatter": sums, "all_gather": gathers, "all_reduce": head + condition}
+
+
+def context_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
+    """Payload over the context ranks of one forward and backward of a chunk."""
+    config, pattern = batch.config, batch.pattern
+    key_heads = max(1, config.kv_heads // batch.tensor)
+    rows = (pattern.key_rows - pattern.own_keys) * batch.rows
+    payload = len(layers) * batch.weight * rows * key_heads * 2 * config.head_size
+    return {"all_gather": (2 if recompute in ("attention", "layer") else 1) * payload, "reduce_scatter": payload}
 
 
 def partial_shapes(batch: Batch, layers: range) -> list[Shape]:

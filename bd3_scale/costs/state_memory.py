@@ -61,11 +61,12 @@ def state_bytes(
     device: str,
     bf16: bool,
 ) -> StateBytes:
-    """Of a rank that holds `stages` (one per virtual stage), among `data` data-parallel ranks; `device`: cpu | cuda."""
+    """Of a rank that holds `stages` (one per virtual stage), among `data` ranks of data and context; `device`: cpu | cuda."""
     chunks = [units_of(model, vocabulary, layers, parallel.tensor, VOCABULARY_MULTIPLE[device]) for layers in stages]
     sizes = [size for chunk in chunks for size in chunk.sizes]
     if parallel.resolved_engine == "fsdp":
-        return _sharded_bytes(training, parallel, chunks, parallel.shard or data, 2 if bf16 else 4)
+        copy = parallel.shard * parallel.context if parallel.shard else data
+        return _sharded_bytes(training, parallel, chunks, copy, 2 if bf16 else 4)
     n, weight, zero, ema = sum(sizes), (2 if bf16 else 4), parallel.zero, 4 * bool(training.ema)
     hidden = sum(elements(chunk.hidden) for chunk in chunks)
     shared = 1 if zero == 0 else data

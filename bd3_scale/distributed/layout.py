@@ -45,6 +45,9 @@ class Layout:
     data: int
     """Data-parallel replicas."""
     data_rank: int
+    context: int = 1
+    """Ranks over which the rows of a replica are divided by positions."""
+    context_rank: int = 0
     local_rank: int = 0
     """Among the ranks of this host."""
     world: str = ""
@@ -72,9 +75,25 @@ class Layout:
             dist.barrier()
 
     @property
-    def reports_for_replica(self) -> bool:
-        """Whether this rank has its replica's answers: the first tensor rank of the last stage."""
+    def states(self) -> int:
+        """Ranks over which gradients are summed, and over which ZeRO divides: those of all replicas at one place in theirs, whatever
+        their positions."""
+        return self.data * self.context
+
+    @property
+    def state_rank(self) -> int:
+        """Among them."""
+        return self.data_rank * self.context + self.context_rank
+
+    @property
+    def scores(self) -> bool:
+        """Whether this rank has answers that no other has: the first tensor rank of the last stage."""
         return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reports_for_replica(self) -> bool:
+        """Whether this rank speaks for its replica: of those that score, the first."""
+        return self.scores and self.context_rank == 0
 
     @property
     def replicas_of_this_host(self) -> range:
@@ -84,10 +103,16 @@ class Layout:
         return range(first, last + 1) if first_stage == last_stage else range(self.data)
 
     def sum_of_replicas(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over the replicas, on every rank, of what the ranks that speak hold."""
+        """Sum over the replicas, on every rank, of what the ranks that score hold."""
         if self.world_size > 1:
-            value = value if self.reports_for_replica else torch.zeros_like(value)
+            value = value if self.scores else torch.zeros_like(value)
             dist.all_reduce(value)
+        return value
+
+    def sum_of_context(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that divide the rows of this one, on each of them; in place."""
+        if self.context > 1:
+            dist.all_reduce(value, group=parallel_state.get_context_parallel_group())
         return value
 
 
@@ -159,6 +184,8 @@ def current(config: ParallelConfig, device: torch.device) -> Layout:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        context=config.context,
+        context_rank=parallel_state.get_context_parallel_rank(),
         local_rank=launched().local_rank,
     )
 

@@ -44,7 +44,7 @@ def build_engine(recipe: Recipe, layout: Layout, vocabulary: int, mask_id: int) 
     if parallel.resolved_engine == "fsdp":
         from bd3_scale.engines.fsdp_engine import FsdpEngine
 
-        shard, looked_up = parallel.shard or layout.data, not recipe.objective.traits.on_simplex
+        shard, looked_up = (parallel.shard or layout.data) * layout.context, not recipe.objective.traits.on_simplex
         engine = FsdpEngine(chunks, layout, settings, zero=parallel.zero, shard=shard, bf16=bf16, looked_up=looked_up)
     elif parallel.resolved_engine == "megatron":
         from bd3_scale.engines.megatron_engine import MegatronEngine

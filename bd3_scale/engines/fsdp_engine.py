@@ -39,7 +39,7 @@ class FsdpEngine(ScheduledEngine):
     """This rank's chunks of the network (one, or one per virtual stage), made on the meta device, with room for their shards; call
     `initialise` next. Make it last: tensor parallelism, recomputation and compile come before.
 
-    `shard`: data-parallel ranks that share one copy. `looked_up`: tokens are looked up in the embedding and nothing else, so that
+    `shard`: ranks (of `Layout.states`) that share one copy. `looked_up`: tokens are looked up in the embedding and nothing else, so that
     its backward needs no weight (False for ssdlm, which multiplies with it).
     """
 
@@ -94,7 +94,7 @@ class FsdpEngine(ScheduledEngine):
 
     @property
     def copy_of(self) -> Any:
-        return (*super().copy_of, self.layout.data_rank % self.shard) if self.shard < self.layout.data else None
+        return (*super().copy_of, self.layout.state_rank % self.shard) if self.shard < self.layout.states else None
 
     def finish_reduction(self) -> None:
         """Nothing to do: torch's own end of the last backward has the device wait for the reductions."""
@@ -133,7 +133,7 @@ class FsdpEngine(ScheduledEngine):
 
     @property
     def replicas(self) -> tuple[int, int]:
-        return self.layout.data_rank // self.shard, self.layout.data // self.shard
+        return self.layout.state_rank // self.shard, self.layout.states // self.shard
 
     def publish(self) -> None:
         """Let go of gathered weights: the next forward gathers what the masters then are."""
@@ -176,7 +176,7 @@ class FsdpEngine(ScheduledEngine):
         return [*units, root]
 
     def _find_slices(self) -> Iterator[MasterSlice]:
-        rank = self.layout.data_rank % self.shard
+        rank = self.layout.state_rank % self.shard
         for index, (name, outline, master) in enumerate(self._held):
             rows = -(-outline.shape[0] // self.shard)
             start = rank * rows * (outline.numel() // outline.shape[0])
@@ -185,8 +185,8 @@ class FsdpEngine(ScheduledEngine):
 
 def data_mesh(layout: Layout, shard: int) -> DeviceMesh:
     """The data-parallel ranks as torch wants them; with fewer sharers than those, copies x sharers."""
-    group, kind = parallel_state.get_data_parallel_group(), layout.device.type
-    if shard == layout.data:
+    group, kind = parallel_state.get_data_parallel_group(with_context_parallel=True), layout.device.type
+    if shard == layout.states:
         return DeviceMesh.from_group(group, kind)
     sharers = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)
     copies = parallel_state.get_inter_distributed_optimizer_instance_group()

@@ -45,10 +45,10 @@ class MegatronEngine(ScheduledEngine):
         self.config = self.schedule_config(layout, self.dtype)
         buffers = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=layout.data > 1,
+            overlap_grad_reduce=layout.states > 1,
             overlap_param_gather=zero == 1,
             use_distributed_optimizer=zero == 1,
-            bucket_size=bucket_elements(sum(p.numel() for chunk in chunks for p in chunk.parameters()), layout.data),
+            bucket_size=bucket_elements(sum(p.numel() for chunk in chunks for p in chunk.parameters()), layout.states),
         )
         self.chunks: list[Any] = [
             DistributedDataParallel(self.config, buffers, Stage(chunk, self.config), disable_bucketing=index > 0)
@@ -72,7 +72,7 @@ class MegatronEngine(ScheduledEngine):
             chunk.zero_grad_buffer()
 
     def finish_reduction(self) -> None:
-        if self.layout.data > 1:
+        if self.layout.states > 1:
             for chunk in self.chunks:
                 chunk.finish_grad_sync()
 
@@ -98,7 +98,7 @@ class MegatronEngine(ScheduledEngine):
 
     @property
     def replicas(self) -> tuple[int, int]:
-        return (self.layout.data_rank, self.layout.data) if self.zero == 0 else (0, 1)
+        return (self.layout.state_rank, self.layout.states) if self.zero == 0 else (0, 1)
 
     def settle(self) -> None:
         if self.gathers is not None:
@@ -115,7 +115,7 @@ class MegatronEngine(ScheduledEngine):
             return
         if self.dtype != torch.float32:
             self.distributed._copy_main_params_to_model_params()
-        if self.layout.data > 1:
+        if self.layout.states > 1:
             assert self.gathers is not None
             self.gathers.start()
 

@@ -120,7 +120,7 @@ class ScheduledEngine(Engine):
             data_iterator=iterators if self.interleaved else iterators[0],
             model=self.chunks if self.interleaved else self.chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].pattern.rows,
+            seq_length=micro_batches[0].pattern.rows * self.layout.context,  # of all context ranks, as megatron-core has it
             micro_batch_size=len(micro_batches[0].tokens),
             forward_only=forward_only,
             collect_non_loss_data=forward_only,

@@ -42,8 +42,17 @@ class MegatronGroups:
     def get_model_parallel_group(self) -> Any:
         return parallel_state.get_tensor_model_parallel_group()
 
+    def get_data_parallel_group(self) -> Any:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group())
+        return torch.distributed.get_process_group_ranks(self.get_data_parallel_group())
 
 
 class ZeroEngine(Engine):
@@ -77,7 +86,7 @@ class ZeroEngine(Engine):
         for inputs in micro_batches:
             weighted, _ = self.engine(inputs.to(self.layout.device, non_blocking=True))
             # DeepSpeed averages over the data-parallel ranks: undo it, the sum is already divided by all tokens.
-            loss = weighted * (self.layout.data / tokens)
+            loss = weighted * (self.layout.states / tokens)
             last = inputs is micro_batches[-1]
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(loss, scale_wrt_gas=False)
@@ -116,7 +125,7 @@ class ZeroEngine(Engine):
 
     @property
     def replicas(self) -> tuple[int, int]:
-        return (self.layout.data_rank, self.layout.data) if self.zero == 0 else (0, 1)
+        return (self.layout.state_rank, self.layout.states) if self.zero == 0 else (0, 1)
 
     @property
     def copy_of(self) -> Any:
@@ -154,7 +163,7 @@ class ZeroEngine(Engine):
                 yield from master_slices(name, parameter, self.layout, 0, parameter.numel(), index, 0)
             elif self.zero == 3:
                 group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-                start = size * parallel_state.get_data_parallel_rank()
+                start = size * self.layout.state_rank
                 stop = min(start + size, parameter.ds_numel)  # the last rank's share is padded
                 if start < stop:
                     yield from master_slices(name, _with_shape(parameter), self.layout, start, stop, group, offset)
@@ -247,7 +256,7 @@ def divide(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, mpu: A
                 self._convert_to_deepspeed_param(parameter)
                 parameter.partition()  # type: ignore[attr-defined]
 
-    Divided(module, data_parallel_group=parallel_state.get_data_parallel_group(), dtype=dtype, config_dict_or_path=config, mpu=mpu)
+    Divided(module, data_parallel_group=mpu.get_data_parallel_group(), dtype=dtype, config_dict_or_path=config, mpu=mpu)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bd3_scale.model.attention_kernels import attend
+from bd3_scale.model.context_keys import all_keys
 from bd3_scale.model.layers import HeadNorm, TensorParallelFactory
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.recipe.schema import ModelConfig
@@ -80,7 +81,8 @@ class Attention(nn.Module):
         rotary, stream = shared.rotary if self.rotated else None, shared.stream
         q, k, v = self.project(asking, x)
         q, k, v = stream.gather_halves(q) if selected is None else selected.spread(q), stream.gather_halves(k), stream.gather_halves(v)
-        out = attend(rotate(q, rotary), rotate(k, rotary), v, stream.pattern, shared.kernel, shared.segments, mask).flatten(2)
+        k, v = all_keys(rotate(k, rotary), v, stream.pattern)
+        out = attend(rotate(q, rotary), k, v, stream.pattern, shared.kernel, shared.segments, mask).flatten(2)
         return self.output(stream.split_halves(out) if selected is None else selected.collect(out))
 
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

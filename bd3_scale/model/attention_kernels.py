@@ -1,15 +1,17 @@
 """Attention kernels under an `AttentionPattern`: tiled (CPU and anywhere), FlexAttention (CUDA), dense (reference).
 
-All take q [query_rows, batch, heads, d] and k, v [rows, batch, kv_heads, d], sequence first, with
+All take q [query_rows, batch, heads, d] and k, v [pattern.key_rows, batch, kv_heads, d], sequence first, with
 heads = groups x kv_heads (head h reads kv head h // groups; K and V are never repeated), and return
 [query_rows, batch, heads, d]. `query_rows` is all rows, or the scored half alone (the last layer needs no more).
-`segments` int [batch, rows], where given, keeps rows of different segments apart on top of the pattern (see `mask`).
+`segments` int [batch, key_rows], where given, keeps rows of different segments apart on top of the pattern (see `mask`).
+Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `attention_mask`).
 
 The tiled form rests on one observation: cut the L positions into tiles of T. Among the 2T rows of one tile the mask is
 the block-diffusion mask of a sequence of length T (small, the same for all tiles); every *earlier* tile is seen whole
 by both halves, and only its clean half (with k draws: (k + 1) T rows of k + 1 streams). So attention = one masked call over
 all tiles at once + one unmasked call per tile, merged by their log-sum-exp. No K or V is copied for the long part and nothing of
-size L^2 exists. Segments become masks of
+size L^2 exists. The tiles of a share are those of its positions; what is earlier than a tile is then a longer part of the clean keys.
+A causal share is a clean half alone. Segments become masks of
 these calls, made where they are needed (forward and backward) and nowhere else.
 """
 
@@ -60,20 +62,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, 
     """Reference: one call with the dense boolean mask; O(rows^2) memory and four times the work that is needed."""
     mask = _dense_mask(pattern, q.device)[: q.shape[0]]
     if segments is not None:
-        mask = mask & _same(segments[:, : q.shape[0]], segments)
+        mask = mask & _same(_of_queries(segments, pattern, q.shape[0]), segments)
     return _sdpa(q, k, v, mask)
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor | None = None) -> Tensor:
     """Exact attention that computes only the visible quarter; see the module's docstring."""
-    if pattern.kind != "block_diffusion":
+    if pattern.kind == "full" or (pattern.kind == "causal" and pattern.context_ranks == 1):
         if segments is None:
             return _one_stream(q, k, v, pattern)
         # By query tiles, so that the masks are of L * tile, not L^2.
         starts = range(0, q.shape[0], CPU_TILE)
         return torch.cat([_causal_tile(q, k, v, pattern, segments, start, min(start + CPU_TILE, q.shape[0])) for start in starts])
     # The rows of a tile are one masked problem: the more streams there are, the shorter it is.
-    return _TiledAttention.apply(q, k, v, pattern, tile_length(pattern, 2 * CPU_TILE // (pattern.draws + 1)), segments)
+    return _TiledAttention.apply(q, k, v, pattern, tile_length(pattern, 2 * CPU_TILE // pattern.streams), segments)
 
 
 def flex_attention(
@@ -89,7 +91,7 @@ def flex_attention(
 
     `backend`: torch's `BACKEND` kernel option; without one torch chooses. Raises RecipeError where none could be taken: on CPU.
     """
-    if pattern.kind != "block_diffusion" and segments is None:
+    if _needs_no_mask(pattern, segments):
         return _one_stream(q, k, v, pattern)
     run = _flex(q.is_cuda, backend)
     mask = _block_mask(pattern, q.shape[0], q.device, segments) if block_mask is None else block_mask
@@ -100,13 +102,18 @@ def flex_attention(
 
 def block_mask_of(kernel: str, pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
     """The `BlockMask` that `attend` needs where `kernel` is FlexAttention's; None where it needs none."""
-    if resolve_attention(kernel, device.type) not in BACKENDS or (pattern.kind != "block_diffusion" and segments is None):
+    if resolve_attention(kernel, device.type) not in BACKENDS or _needs_no_mask(pattern, segments):
         return None
     return _block_mask(pattern, query_rows, device, segments)
 
 
 def _block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
     return block_mask(pattern, query_rows, device) if segments is None else document_block_mask(pattern, query_rows, segments)
+
+
+def _needs_no_mask(pattern: AttentionPattern, segments: Tensor | None) -> bool:
+    """Whether every row sees all of its stream, or all before it."""
+    return segments is None and (pattern.kind == "full" or (pattern.kind == "causal" and pattern.context_ranks == 1))
 
 
 BACKENDS = {"flex": None, "flex_triton": "TRITON", "flex_flash": "FLASH"}
@@ -135,6 +142,13 @@ def _one_stream(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> T
 def _same(query_segments: Tensor, key_segments: Tensor) -> Tensor:
     """bool [batch, 1, queries, keys] of int [batch, queries] and [batch, keys]."""
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+
+
+def _of_queries(segments: Tensor, pattern: AttentionPattern, query_rows: int) -> Tensor:
+    """Those of the first rows, [batch, query_rows], of those of all keys, [batch, key_rows]."""
+    if pattern.context_ranks == 1:
+        return segments[:, :query_rows]
+    return segments[:, pattern.keys_of_rows(torch.arange(query_rows, device=segments.device))]
 
 
 def _causal_tile(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor, start: int, stop: int) -> Tensor:
@@ -177,22 +191,20 @@ def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device)
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(own, query, key)
 
-    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.rows))
+    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.key_rows))
 
 
 def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Tensor) -> Any:
-    """The `BlockMask` of a pattern and the segments of each sample, int [batch, rows], without waiting for the device.
+    """The `BlockMask` of a pattern and the segments of each sample, int [batch, key_rows], without waiting for the device.
 
     A tile of pairs is visited where the ranges of its segments meet, and needs no mask where both are one and the same segment.
     """
     tile, batch = 128, len(segments)
     partly, wholly = _tile_tables(pattern, query_rows, tile, segments.device)
-    short = -segments.shape[1] % tile
-    tiles = torch.nn.functional.pad(segments.float()[:, None], (0, short), mode="replicate")[:, 0].unflatten(1, (-1, tile))
-    low, high = tiles.amin(-1), tiles.amax(-1)
-    count = len(partly)
-    meets = (low[:, :count, None] <= high[:, None]) & (low[:, None] <= high[:, :count, None])
-    one = (low == high)[:, :count, None] & (low == high)[:, None] & (low[:, :count, None] == low[:, None])
+    asking = _of_queries(segments, pattern, query_rows)
+    (q_low, q_high), (low, high) = _ranges(asking, tile), _ranges(segments, tile)
+    meets = (q_low[:, :, None] <= high[:, None]) & (low[:, None] <= q_high[:, :, None])
+    one = (q_low == q_high)[:, :, None] & (low == high)[:, None] & (q_low[:, :, None] == low[:, None])
     part = (partly & meets) | (wholly & meets & ~one)
     tables = {"kv": part, "full_kv": wholly & one}
     tensors: dict[str, Any] = {}
@@ -201,10 +213,17 @@ def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Te
         tensors[f"{name}_indices"] = (~table).to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)[:, None]
 
     def mask_mod(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(pattern, query, key) & (segments[sample, query] == segments[sample, key])
+        return visible(pattern, query, key) & (asking[sample, query] == segments[sample, key])
 
     assert tensors["kv_indices"].shape[0] == batch
-    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.rows))
+    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.key_rows))
+
+
+def _ranges(segments: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest segment of every tile of rows: [batch, tiles] of [batch, rows]."""
+    short = -segments.shape[1] % tile
+    tiles = F.pad(segments.float()[:, None], (0, short), mode="replicate")[:, 0].unflatten(1, (-1, tile))
+    return tiles.amin(-1), tiles.amax(-1)
 
 
 @lru_cache(maxsize=32)
@@ -264,12 +283,19 @@ class _Tiles:
         self.batch, self.kv_heads, self.head_size = k.shape[1:]
         self.groups = q.shape[2] // self.kv_heads
         self.query_rows = q.shape[0]
-        self.streams = pattern.draws + 1
+        self.streams = pattern.streams
         self.asking = -(-q.shape[0] // pattern.length)
+        self.own: Tensor | None = None
+        """Where the keys of the rows that a share holds lie among all that it asks for; None: they are all."""
+        if pattern.context_ranks > 1:
+            self.own = pattern.keys_of_rows(torch.arange(pattern.rows, device=q.device))
         if segments is not None:
-            self.segments = _filled(segments.t(), self.streams * pattern.length).t()
+            held = segments if self.own is None else segments[:, self.own]
+            self.segments = _filled(held.t(), self.streams * pattern.length).t()
+            self.clean_segments = segments[:, pattern.own_keys :]
         self.tiles = pattern.length // tile
-        self.apart = tile == pattern.block_size and pattern.clean_half == "block_causal"
+        self.starts = [start for piece in pattern.pieces for start in piece[::tile]]
+        self.apart = pattern.kind == "block_diffusion" and tile == pattern.block_size and pattern.clean_half == "block_causal"
         self.dtype = q.dtype
         # Compiled code knows no cache, and warns of it.
         make = _additive_tile_mask.__wrapped__ if torch.compiler.is_compiling() else _additive_tile_mask
@@ -295,7 +321,7 @@ class _Tiles:
             return None
         tiled = self.segments.unflatten(1, (self.streams, self.tiles, self.tile))[:, :, j]
         queries = tiled[:, part] if self.apart else tiled[:, : self.asking].flatten(1)
-        return self._additive(queries, self.segments[:, self.pattern.scored_rows :][:, :seen])
+        return self._additive(queries, self.clean_segments[:, :seen])
 
     def _additive(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """0 where segments are equal, HIDDEN elsewhere; None where they all are and one may look."""
@@ -320,29 +346,30 @@ class _Tiles:
         return x.reshape(self.asking * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)[: self.query_rows]
 
     def keys(self, k: Tensor) -> Tensor:
-        k = _filled(k, self.streams * self.pattern.length)
+        k = _filled(k if self.own is None else k[self.own], self.streams * self.pattern.length)
         x = k.reshape(self.streams, self.tiles, self.tile, self.batch, self.kv_heads, self.head_size)
         if self.apart:
             return x[: self.asking].permute(3, 1, 0, 4, 2, 5)
         return x.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)[:, :, None]
 
     def rows_of_keys(self, x: Tensor) -> Tensor:
-        """Inverse of `keys`: back to [rows, batch, kv_heads, d]; the clean half is 0 where `keys` left it out."""
+        """Inverse of `keys`: back to fp32 [key_rows, batch, kv_heads, d]; what `keys` left out is 0."""
         if self.apart:
             x = x.permute(2, 1, 4, 0, 3, 5)
             x = x if self.asking == self.streams else torch.cat([x, torch.zeros_like(x[:1])])
         else:
             x = x[:, :, 0].unflatten(3, (self.streams, self.tile)).permute(3, 1, 4, 0, 2, 5)
-        return x.reshape(self.streams * self.pattern.length, self.batch, self.kv_heads, self.head_size)[: self.pattern.rows]
+        x = x.reshape(self.streams * self.pattern.length, self.batch, self.kv_heads, self.head_size)[: self.pattern.rows].float()
+        return x if self.own is None else x.new_zeros(self.pattern.key_rows, *x.shape[1:]).index_copy_(0, self.own, x)
 
     def clean(self, k: Tensor) -> Tensor:
-        """View [batch, kv_heads, L, d] of the clean half."""
-        return k[self.pattern.scored_rows :].permute(1, 2, 0, 3)
+        """View [batch, kv_heads, L, d] of the clean half, which later tiles see."""
+        return k[self.pattern.own_keys :].permute(1, 2, 0, 3)
 
     def earlier(self) -> list[tuple[int, int, int]]:
         """(tile, part, number of earlier clean positions) for all tiles that have earlier ones."""
         parts = self.asking if self.apart else 1
-        return [(j, part, j * self.tile) for j in range(1, self.tiles) for part in range(parts)]
+        return [(j, part, start) for j, start in enumerate(self.starts) if start for part in range(parts)]
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -376,8 +403,8 @@ class _TiledAttention(torch.autograd.Function):
         grad_queries, grad_keys, grad_values = _attend_backward(near, tiles.near_mask())
         grad_queries = grad_queries.reshape(queries.shape)
         # In fp32: a clean row adds up what comes back from every later tile.
-        grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape)).float()
-        grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape)).float()
+        grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape))
+        grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape))
         clean_k, clean_v, clean_grad_k, clean_grad_v = (tiles.clean(t) for t in (k, v, grad_k, grad_v))
         for j, part, seen in tiles.earlier():
             row = [t[:, j, part] for t in (grad, queries, out, lse)]

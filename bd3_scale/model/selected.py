@@ -36,7 +36,7 @@ class SelectedRows:
     samples: Tensor
     """int64 [n / ranks]: the sample of each that this rank holds once they are taken."""
     row_ids: Tensor
-    """int64 [n / ranks]: its row in that sample."""
+    """int64 [n / ranks]: its row in that sample's undivided stream."""
 
     @staticmethod
     def of(selected: Tensor, stream: Stream, batch: int) -> SelectedRows:
@@ -47,7 +47,8 @@ class SelectedRows:
         samples, rows = selected // length, selected % length
         part = len(selected) // stream.ranks
         mine = slice(stream.rank * part, (stream.rank + 1) * part)
-        places, samples, rows = (of_any_size(each, 0) for each in (rows * batch + samples, samples[mine], rows[mine]))
+        row_ids = stream.pattern.undivided_rows(rows[mine])
+        places, samples, rows = (of_any_size(each, 0) for each in (rows * batch + samples, samples[mine], row_ids))
         return SelectedRows(stream, batch, places, samples, rows)
 
     def take(self, x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class ForwardContext:
     scored_mask: Any = None
     """That of the last layer, where only scored rows ask."""
     segments: Tensor | None = None
-    """int32 [batch, all rows], where documents of a row are kept apart."""
+    """int32 [batch, rows whose keys are asked for], where documents of a row are kept apart."""
 
     def handed_on(self, last: bool) -> Rows:
         return self.scored if last else self.every
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         every = Rows(stream.rows, groups)
         scored = self._scored(every, stream, inputs)
         shared = ForwardContext(rotary, stream, each, every, scored, self.kernel, *self._masks(inputs), inputs.segments)
-        words = self._dropout_words(inputs, rows, scored.selected)
+        words = self._dropout_words(inputs, pattern.undivided_rows(rows), scored.selected)
         for (block, is_last), word in zip(self._layers(), words, strict=True):
             x = block(x, shared, is_last, word)
         if not self.last:
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
         return every, block_mask_of(self.kernel, pattern, pattern.scored_rows, device, inputs.segments) if self.last else None
 
     def _dropout_words(self, inputs: NetworkInputs, rows: Tensor, selected: SelectedRows | None) -> list[DropoutWords | None]:
-        """Of every layer; `rows` are those that this rank holds, of which the last layer may have `selected` some."""
+        """Of every layer; `rows`: which of the undivided stream this rank holds; the last layer may have `selected` some."""
         if not self.training or self.config.dropout == 0.0:
             return [None] * len(self.layers)
         channels = dropout_channels(self.config.hidden, rows.device)

@@ -17,6 +17,10 @@ Documents that share a row can be kept apart (`AttentionPattern.document_end`): 
 visible only where the segments, too, are equal. Two things follow from the block-wise factorisation: a noisy block belongs to the
 document that goes on at its beginning, because where in it a document ends is what it has to predict (a finer mask would give the answer
 away); its clean twin is known, and exact. The token that ends a document begins the next one, as BOS begins a row.
+
+A row may be divided over C context ranks by positions: 2C pieces of neighbours, of which rank r has the r-th and, to be as busy as
+the others, the r-th from the end (one piece each where there are no more blocks, or no half of a share). A rank holds all streams of its
+positions, asks with them, and asks for the keys of its own noisy rows and of every clean one: nothing noisy ever leaves its rank.
 """
 
 from __future__ import annotations
@@ -47,11 +51,28 @@ class AttentionPattern:
     """Whether the clean half has its last block, which no scored row sees."""
     draws: int = 1
     """k, noisy streams of L rows each; 1 for `causal`."""
+    context_ranks: int = 1
+    """C; above 1 this is the share of `context_rank`, whose `length` is a C-th of the undivided row's and whose clean half is whole."""
+    context_rank: int = 0
 
     @property
     def rows(self) -> int:
-        """Rows of the network's input per sample."""
+        """Rows of the network's input per sample: those that ask."""
         return self.scored_rows + self.clean_rows
+
+    @property
+    def key_rows(self) -> int:
+        """Rows whose keys they ask for: of a share its own noisy ones, then all clean ones; where there are none, all."""
+        return self.own_keys + self.context_ranks * (self.rows - self.own_keys)
+
+    @property
+    def own_keys(self) -> int:
+        """Rows whose keys no other rank asks for; they come first."""
+        return self.scored_rows if self.kind == "block_diffusion" else 0
+
+    @property
+    def streams(self) -> int:
+        return self.draws + (self.kind == "block_diffusion")
 
     @property
     def clean_rows(self) -> int:
@@ -65,21 +86,74 @@ class AttentionPattern:
         """Rows that can have a loss: the noisy streams, or everything. They come first, draw after draw."""
         return self.draws * self.length
 
+    def share(self, rank: int, ranks: int) -> AttentionPattern:
+        """That of context rank `rank` among `ranks`; itself where there is one. The recipe's rules say what must divide what."""
+        if ranks == 1:
+            return self
+        length = self.length // ranks
+        block_size = self.block_size if self.kind == "block_diffusion" else min(self.block_size, length)
+        return replace(self, length=length, block_size=block_size, last_clean=True, context_ranks=ranks, context_rank=rank)
+
+    @property
+    def undivided(self) -> AttentionPattern:
+        """That of which this is a share."""
+        return replace(self, length=self.context_ranks * self.length, context_ranks=1, context_rank=0)
+
+    @property
+    def pieces(self) -> list[range]:
+        """The positions of the undivided row that this rank holds, in its order: one run of neighbours, or two of the same length."""
+        ranks, rank = self.context_ranks, self.context_rank
+        if ranks == 1 or self.length % (2 * (self.block_size if self.kind == "block_diffusion" else 1)):
+            return [range(rank * self.length, (rank + 1) * self.length)]
+        size = self.length // 2
+        return [range(piece * size, (piece + 1) * size) for piece in (rank, 2 * ranks - 1 - rank)]
+
+    def undivided_rows(self, rows: Tensor) -> Tensor:
+        """Rows that this rank holds, int64 of any shape -> which rows of the undivided stream they are."""
+        if self.context_ranks == 1:
+            return rows
+        stream, here = rows // self.length, rows % self.length
+        first, *second = self.pieces
+        place = here + first.start
+        if second:
+            place = torch.where(here < len(first), place, here + (second[0].start - len(first)))
+        return stream * (self.context_ranks * self.length) + place
+
+    def undivided_keys(self, keys: Tensor) -> Tensor:
+        """Places among the keys that this rank asks for -> which rows of the undivided stream they are."""
+        if self.own_keys == 0 or self.context_ranks == 1:
+            return keys
+        return torch.where(keys < self.own_keys, self.undivided_rows(keys), keys + (self.context_ranks - 1) * self.own_keys)
+
+    def keys_of_rows(self, rows: Tensor) -> Tensor:
+        """Rows that this rank holds -> where their own keys lie among those that it asks for."""
+        if self.context_ranks == 1:
+            return rows
+        return torch.where(rows < self.own_keys, rows, self.undivided_rows(rows) - (self.context_ranks - 1) * self.own_keys)
+
     @property
     def visible_pairs(self) -> int:
         """Number of (query, key) pairs that may attend."""
-        n, block = self.length, self.block_size
+        if self.context_ranks > 1:
+            return sum(self.undivided.pairs_before(piece.stop) - self.undivided.pairs_before(piece.start) for piece in self.pieces)
+        return self.pairs_before(self.length)
+
+    def pairs_before(self, position: int) -> int:
+        """Those of the queries at the positions before this one, a multiple of the block size, in all streams."""
+        n, block = position, self.block_size
         if self.kind == "full":
-            return self.draws * n * n
+            return self.draws * n * self.length
         if self.kind == "causal":
             return n * (n + 1) // 2
-        rows = self.clean_rows
+        rows = min(n, self.clean_rows)
         clean = rows * (rows + block) // 2 if self.clean_half == "block_causal" else rows * (rows + 1) // 2
         return self.draws * (n * (n + block) // 2) + clean
 
 
 def visible(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
-    """The definition. `query`, `key`: integer row indices of any broadcastable shapes; returns bool of their joint shape."""
+    """The definition. `query`: integer rows, `key`: places among the keys, of broadcastable shapes; returns bool of their joint shape."""
+    if pattern.context_ranks > 1:
+        return visible(pattern.undivided, pattern.undivided_rows(query), pattern.undivided_keys(key))
     n, block, scored = pattern.length, pattern.block_size, pattern.scored_rows
     if pattern.kind == "full":
         return query // n == key // n
@@ -94,9 +168,9 @@ def visible(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
 
 
 def dense(pattern: AttentionPattern, device: torch.device | str = "cpu") -> Tensor:
-    """bool [rows, rows], True where the query row may see the key row. For tests and the naive form: O(L^2) memory."""
-    rows = torch.arange(pattern.rows, device=device)
-    return visible(pattern, rows[:, None], rows[None, :])
+    """bool [rows, key_rows], True where the query row may see the key row. For tests and the naive form: O(L^2) memory."""
+    rows, keys = (torch.arange(count, device=device) for count in (pattern.rows, pattern.key_rows))
+    return visible(pattern, rows[:, None], keys[None, :])
 
 
 def document_segments(tokens: np.ndarray, pattern: AttentionPattern) -> np.ndarray:
@@ -114,15 +188,15 @@ def document_segments(tokens: np.ndarray, pattern: AttentionPattern) -> np.ndarr
 
 
 def tile_length(pattern: AttentionPattern, target: int) -> int:
-    """The tile nearest to `target` positions that is a multiple of L' and divides L."""
-    blocks = pattern.length // pattern.block_size
+    """The tile nearest to `target` positions that is a multiple of L' and divides L (of a share, its pieces)."""
+    blocks = len(pattern.pieces[0]) // pattern.block_size
     sizes = [pattern.block_size * k for k in range(1, blocks + 1) if blocks % k == 0]
     return min(sizes, key=lambda size: (abs(size - target), size))
 
 
 def tile_mask(pattern: AttentionPattern, tile: int, device: torch.device | str = "cpu") -> Tensor:
-    """bool [(draws + 1) * tile] twice: the mask among the rows of one tile, noisy streams before clean; the same for every tile."""
-    return dense(replace(pattern, length=tile, last_clean=True), device)
+    """bool [streams * tile] twice: the mask among the rows of one tile, noisy streams before clean; the same for every tile."""
+    return dense(replace(pattern.undivided, length=tile, last_clean=True), device)
 
 
 def decoding_mask(query_positions: Tensor, key_positions: Tensor, block_size: int, context: int) -> Tensor:
@@ -141,17 +215,20 @@ def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int =
     Returns int32 arrays for `BlockMask.from_kv_blocks`: `kv_num_blocks` [q] and `kv_indices` [q, k] of partly visible
     tiles, `full_kv_num_blocks` and `full_kv_indices` of wholly visible ones, for the first `query_rows` rows.
     """
-    query_tiles, key_tiles = -(-query_rows // tile), -(-pattern.rows // tile)
+    query_tiles, key_tiles = -(-query_rows // tile), -(-pattern.key_rows // tile)
     some = np.zeros((query_tiles, key_tiles), bool)
     every = np.ones((query_tiles, key_tiles), bool)
-    # A tile may straddle streams: judge it by segments that lie in one stream each.
-    query_segments, key_segments = _segments(pattern, query_rows, tile), _segments(pattern, pattern.rows, tile)
+    # A tile may straddle streams: judge it by segments of neighbouring positions that lie in one stream each.
+    own, row = pattern.own_keys // pattern.length, range(pattern.context_ranks * pattern.length)
+    runs = [(stream, piece) for stream in range(pattern.streams) for piece in pattern.pieces]
+    asked = [(stream, piece) for stream, piece in runs if stream < own] + [(stream, row) for stream in range(own, pattern.streams)]
+    query_segments, key_segments = _segments(runs, query_rows, tile), _segments(asked, pattern.key_rows, tile)
     any_visible, all_visible = _segment_visibility(pattern, query_segments, key_segments)
     where = np.ix_(query_segments["tile"], key_segments["tile"])
     np.logical_or.at(some, where, any_visible)
     np.logical_and.at(every, where, all_visible)
     # Rows beyond the end do not exist; a tile that reaches over the end cannot be taken as full.
-    if pattern.rows % tile:
+    if pattern.key_rows % tile:
         every[:, -1] = False
     if query_rows % tile:
         every[-1, :] = False
@@ -164,11 +241,14 @@ def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int =
     }
 
 
-def _segments(pattern: AttentionPattern, rows: int, tile: int) -> dict[str, np.ndarray]:
-    length = pattern.length
-    edge = np.array(sorted({*range(0, rows, tile), *range(0, rows, length), rows}))
+def _segments(runs: list[tuple[int, range]], rows: int, tile: int) -> dict[str, np.ndarray]:
+    """The first `rows` rows, cut where a tile or a run ends; `runs`: (stream, positions) of neighbours, one behind the other."""
+    starts = np.cumsum([0, *(len(positions) for _, positions in runs)])[:-1]
+    edge = np.array(sorted({*range(0, rows, tile), *(int(start) for start in starts if start < rows), rows}))
     first, last = edge[:-1], edge[1:] - 1
-    return {"tile": first // tile, "stream": first // length, "first": first % length, "last": last % length}
+    run = np.searchsorted(starts, first, side="right") - 1
+    place = np.array([positions.start for _, positions in runs])[run] - starts[run]
+    return {"tile": first // tile, "stream": np.array([stream for stream, _ in runs])[run], "first": first + place, "last": last + place}
 
 
 def _segment_visibility(pattern: AttentionPattern, query: dict[str, Any], key: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

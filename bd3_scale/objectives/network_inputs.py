@@ -52,7 +52,7 @@ class NetworkInputs:
     counted: np.ndarray
     """int64 [m]: tokens of each row that count; stays on the host."""
     segments: Tensor | None = None
-    """int32 [m, pattern.rows]: which document of its row each row of the network is in; None where rows are one text."""
+    """int32 [m, pattern.key_rows]: which document of its row each row of the network is in; None where rows are one text."""
     noise_levels: Tensor | None = None
     """float32: how noisy the input is, for networks conditioned on it; None: for the others. [m]: each row (sedd's sigma). [m, draws B]:
     each noisy block of [x_t ; x_0], whose clean half is then at 0 (ssdlm's time)."""

@@ -111,12 +111,15 @@ class ObjectiveSchedule:
     @classmethod
     def of(cls, recipe: Recipe, mask_id: int, document_end: int | None = None, device: str = "cpu") -> ObjectiveSchedule:
         """That of a recipe, in shapes for `device`; rows end documents with `document_end`, which only data.document_mask heeds."""
-        ranks = recipe.parallel.tensor if recipe.parallel.sequence else 1
+        parallel = recipe.parallel
+        ranks = parallel.tensor if parallel.sequence else 1
+        if parallel.context > 1:  # which hold equal parts of the clean half: it is never cut
+            ranks = math.lcm(ranks, recipe.model.context)
         return cls(
             recipe.objective,
             recipe.model.context,
             mask_id,
-            selected_multiple(recipe.parallel, device),
+            selected_multiple(parallel, device),
             document_end if recipe.data.document_mask else None,
             math.lcm(ROW_MULTIPLE[device], ranks),
             recipe.run.seed,

@@ -49,12 +49,17 @@ class ClusterPlan:
 
     @property
     def replicas(self) -> int:
-        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
+        return self.world_size // (self.parallel.tensor * self.parallel.context * self.parallel.pipeline)
+
+    @property
+    def states(self) -> int:
+        """Ranks over which gradients are summed: those of data and context together."""
+        return self.replicas * self.parallel.context
 
     @property
     def sharers(self) -> int:
-        """Data-parallel ranks that share one copy of what ZeRO divides."""
-        return self.parallel.shard or self.replicas
+        """Those of them that share one copy of what ZeRO divides."""
+        return (self.parallel.shard or self.replicas) * self.parallel.context
 
     def shares(self, phase: Phase | None = None) -> Shares:
         """Of the replicas in a global batch of a phase (None: the longest); filler is computed, and takes its time."""
@@ -87,18 +92,18 @@ class ClusterPlan:
         return [units_of(model, self.vocabulary, layers, tensor, multiple) for layers in self.stages_of(pipeline_rank)]
 
     def batch(self, phase: Phase | None = None) -> Batch:
-        """The expected micro-batch on one tensor rank in a phase of the run (None: the longest)."""
+        """The expected micro-batch on one tensor rank, its share on one context rank, in a phase of the run (None: the longest)."""
         parallel, model = self.parallel, self.model
         phase = phase or self.longest
         pattern, rows = phase.pattern, self.shares(phase).micro_batch
         share = pipeline_stages.selected_share(self.objective, pattern)
-        selected = max(1, round(rows * pattern.draws * (model.context - 1) * share))
+        selected = max(1, round(rows * pattern.draws * (model.context - 1) * share / parallel.context))
         multiple = selected_multiple(parallel, self.device.type)
         padded = -(-selected // multiple) * multiple
         weight = 2 if self.precision == "bf16" else 4
         return Batch(
             model,
-            pattern,
+            pattern.share(0, parallel.context),
             rows,
             padded,
             parallel.tensor,

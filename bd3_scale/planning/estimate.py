@@ -73,6 +73,8 @@ class StepTime:
     data: float
     """What of the data-parallel communication is not hidden, and what an optimizer gathers of matrices."""
     pipeline: float
+    context: float = 0.0
+    """In which keys and values are gathered, and their gradients scattered back."""
 
     @property
     def total(self) -> float:
@@ -89,7 +91,7 @@ def _phase_memory(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> Ran
     training, parallel, batch = cluster.training, cluster.parallel, cluster.batch(phase)
     held = cluster.stages_of(pipeline_rank)
     bf16 = cluster.precision == "bf16"
-    state = state_bytes(cluster.model, training, parallel, held, cluster.vocabulary, cluster.replicas, cluster.device.type, bf16)
+    state = state_bytes(cluster.model, training, parallel, held, cluster.vocabulary, cluster.states, cluster.device.type, bf16)
     recompute, pipelined, interleaved = training.recompute, parallel.pipeline > 1, parallel.virtual_stages > 1
     kept = [
         kept_bytes(batch, layers, cluster.vocabulary, recompute=recompute, pipeline=pipelined, interleaved=interleaved) for layers in held
@@ -112,7 +114,7 @@ def _reduction_bytes(cluster: ClusterPlan, pipeline_rank: int) -> int:
     parallel, batch = cluster.parallel, cluster.batch()
     if parallel.resolved_engine == "fsdp":
         return _gathered_bytes(cluster, pipeline_rank)
-    if cluster.replicas == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
+    if cluster.states == 1 or parallel.resolved_engine != "deepspeed":  # megatron-core reduces in its gradient buffers
         return 0
     n = _elements(cluster, pipeline_rank)
     if parallel.zero == 3:
@@ -162,7 +164,7 @@ def layer_passes(cluster: ClusterPlan, phase: Phase) -> float:
 
 
 def stage_flops(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> float:
-    """FLOPs that one tensor rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
+    """FLOPs that one tensor and context rank of a stage computes for one micro-batch, forward and backward, with recomputation."""
     parallel = cluster.parallel
     share = pipeline_stages.selected_share(cluster.objective, phase.pattern)
     simplex = cluster.objective.traits.on_simplex
@@ -173,7 +175,7 @@ def stage_flops(cluster: ClusterPlan, phase: Phase, pipeline_rank: int) -> float
     own = passes * sum(layers[index] for chunk in held for index in chunk)
     own += 3 * head if held[-1].stop == cluster.model.layers else 0
     own += 2 * row_flops(cluster, phase).embedding * rows if held[0].start == 0 else 0
-    return own / parallel.tensor
+    return own / (parallel.tensor * parallel.context)
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,8 @@ def bandwidth(cluster: ClusterPlan, group: str) -> float:
         "tensor": parallel.tensor,
         "data": parallel.tensor * cluster.sharers,
         "matrices": parallel.tensor * (cluster.sharers if parallel.zero else 1),
-        "copies": parallel.tensor * cluster.replicas,
+        "copies": parallel.tensor * cluster.states,
+        "context": parallel.tensor * parallel.context,
     }.get(group, cluster.world_size)
     return EFFICIENCY * (device.inside if span <= device.per_node else device.outside)
 
@@ -273,6 +276,7 @@ def step_at(cluster: ClusterPlan, phase: Phase, slowest: Pace) -> StepTime:
         tensor=seconds("tensor") - micro_batches * hidden_exchange(cluster, phase, rank, slowest.product),
         data=waited + seconds("embedding") + seconds("matrices"),
         pipeline=exchanged,
+        context=seconds("context"),
     )
 
 
@@ -312,7 +316,7 @@ def _waited_for(cluster: ClusterPlan, count: int, rank: int, gradients: float, w
     if parallel.resolved_engine == "megatron":
         # The last bucket of gradients is there when the backward ends, and the first of weights is needed when a forward begins.
         n = _elements(cluster, rank)
-        one_bucket = min(1.0, bucket_elements(n, cluster.replicas) / n)
+        one_bucket = min(1.0, bucket_elements(n, cluster.states) / n)
         return max(gradients - backward, one_bucket * gradients) + max(weights - (once - backward), one_bucket * weights)
     hidden = 0.0
     if parallel.pipeline == 1 and parallel.zero >= 2 and cluster.device.type == "cuda":

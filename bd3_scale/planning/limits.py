@@ -176,7 +176,7 @@ def attention_flops(batch: Batch, last: bool) -> float:
     """Of a forward on one tensor rank: q k^T and the sum over v of every tile that is visited."""
     pattern, config = batch.pattern, batch.config
     queries = pattern.scored_rows if last else pattern.rows
-    pairs = queries * pattern.rows if batch.kernel == "dense" else TILE**2 * visited_tiles(pattern, queries)
+    pairs = queries * pattern.key_rows if batch.kernel == "dense" else TILE**2 * visited_tiles(pattern, queries)
     return 4.0 * batch.rows * pairs * config.heads * config.head_size / batch.tensor
 
 

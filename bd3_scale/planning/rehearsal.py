@@ -39,8 +39,9 @@ from bd3_scale.model import attention_kernels
 from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs
-from bd3_scale.objectives.table import Objective, ObjectiveSchedule
+from bd3_scale.objectives.table import Objective, ObjectiveSchedule, selected_multiple
 from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.recipe import Recipe
@@ -79,7 +80,7 @@ def rehearse(cluster: ClusterPlan) -> list[str]:
 
 
 def ranks_of_interest(cluster: ClusterPlan) -> dict[int, str]:
-    """{rank: what it stands for}. Ranks are numbered with the tensor rank fastest, then data, then pipeline (`layout.ORDER`)."""
+    """{rank: what it stands for}. Ranks are numbered with the tensor rank fastest, then context, data, pipeline (`layout.ORDER`)."""
     parallel = cluster.parallel
     stage = cluster.world_size // parallel.pipeline
     found = {0: "first"}
@@ -124,12 +125,12 @@ def _check_layout(cluster: ClusterPlan, layout: Layout) -> None:
     """The numbers of the layout are those that its order of ranks has."""
     parallel = cluster.parallel
     rest, tensor_rank = divmod(layout.rank, parallel.tensor)
+    rest, context_rank = divmod(rest, parallel.context)
     pipeline_rank, data_rank = divmod(rest, cluster.replicas)
-    found = layout.tensor_rank, layout.data_rank, layout.pipeline_rank, layout.data
-    if found != (tensor_rank, data_rank, pipeline_rank, cluster.replicas):
-        raise ValueError(
-            f"tensor, data, pipeline rank and replicas are {found}, expected {(tensor_rank, data_rank, pipeline_rank, cluster.replicas)}"
-        )
+    found = layout.tensor_rank, layout.context_rank, layout.data_rank, layout.pipeline_rank, layout.data
+    expected = tensor_rank, context_rank, data_rank, pipeline_rank, cluster.replicas
+    if found != expected:
+        raise ValueError(f"tensor, context, data, pipeline rank and replicas are {found}, expected {expected}")
 
 
 # -- Stages at their real size -----------------------------------------------------------------------------------------
@@ -178,7 +179,8 @@ def run_stages(cluster: ClusterPlan, layout: Layout, built: list[Transformer]) -
             continue
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             rows = cluster.shares(phase).micro_batch
-            inputs = _inputs(objective, rows, cluster.vocabulary, recipe.run.seed)
+            share = _share(cluster, layout, cluster.device.type)
+            inputs = share.of(_inputs(objective, rows, cluster.vocabulary, recipe.run.seed))
             tensors: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
             fake = replace(inputs, **tensors)
             # As megatron-core's schedules have it: rows of the stream on this rank, micro-batch, hidden.
@@ -219,6 +221,10 @@ def _objective(cluster: ClusterPlan, step: int, device: str = "cpu", block_size:
     return schedule.at(step) if block_size is None or len(schedule.shares) == 1 else schedule.of_size(block_size)
 
 
+def _share(cluster: ClusterPlan, layout: Layout, device: str = "cpu") -> ContextShare:
+    return ContextShare(layout.context_rank, layout.context, selected_multiple(cluster.parallel, device))
+
+
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:
     tokens = np.random.default_rng(seed + first).integers(0, vocabulary - 1, (rows, objective.context))
     return objective.training_inputs(tokens, np.arange(first, first + rows), 0, seed, batch or rows)
@@ -230,9 +236,14 @@ def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 
 def narrow(cluster: ClusterPlan) -> ClusterPlan:
     """The situation with the same layers, heads, stages and ranks, and as little of everything else as the rules allow."""
     recipe = cluster.recipe
-    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
+    tensor, context, pipeline = recipe.parallel.tensor, recipe.parallel.context, recipe.parallel.pipeline
     model = replace(
-        recipe.model, context=8 * tensor, hidden=2 * recipe.model.heads, head_width=2, mlp_hidden=2 * tensor, conditioning_size=4
+        recipe.model,
+        context=8 * tensor * (2 * context if context > 1 else 1),
+        hidden=2 * recipe.model.heads,
+        head_width=2,
+        mlp_hidden=2 * tensor,
+        conditioning_size=4,
     )
     shares = cluster.shares()
     draws = recipe.objective.draws
@@ -264,7 +275,8 @@ def run_engine(cluster: ClusterPlan, rank: int) -> str:
         first = layout.data_rank * share
         for step in range(2):
             inputs = [
-                _inputs(objective, rows, small.vocabulary, recipe.run.seed, start, batch) for start in range(first, first + share, rows)
+                _share(small, layout).of(_inputs(objective, rows, small.vocabulary, recipe.run.seed, start, batch))
+                for start in range(first, first + share, rows)
             ]
             engine.forward_backward(inputs, batch * objective.scored_tokens_per_row)
             engine.step(recipe.training.learning_rate)

@@ -153,6 +153,7 @@ def make_plan(cluster: ClusterPlan, mfu: float | None = None, rate: float | None
             "sequence": parallel.sequence,
             "pipeline": parallel.pipeline,
             "virtual_stages": parallel.virtual_stages,
+            "context": parallel.context,
             "data": cluster.replicas,
             "zero": parallel.zero,
             "engine": parallel.resolved_engine,
@@ -221,6 +222,8 @@ def as_text(plan: Plan) -> str:
     """Some twenty lines."""
     layout = plan.layout
     parts = [f"{name} {layout[name]}" for name in ("tensor", "pipeline", "data")]
+    if layout["context"] > 1:
+        parts.insert(2, f"context {layout['context']}")
     parts[0] += " (sequence)" if layout["sequence"] else ""
     parts[1] += f" x {layout['virtual_stages']} virtual" if layout["virtual_stages"] > 1 else ""
     draws = "" if plan.draws == 1 else f" of {plan.draws} draws"
@@ -253,6 +256,7 @@ def as_text(plan: Plan) -> str:
                 ("bubble", step.bubble),
                 ("tensor", step.tensor),
                 ("data", step.data),
+                ("context", step.context),
                 ("pipeline", step.pipeline),
             )
             if value

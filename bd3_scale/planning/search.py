@@ -1,8 +1,9 @@
 """The best layouts of a recipe on so many devices: all that fit, least expected time first.
 
-Tried are tensor and pipeline sizes, interleaving, ZeRO stages (also by FSDP, and with a copy on each node), micro-batches and
-recomputation; model, batch and budget stay as they are. Tensor parallelism stays on a node. Invariants: nothing is listed that
-`rules.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by memory.
+Tried are tensor, context (of long rows) and pipeline sizes, interleaving, ZeRO stages (also by FSDP, and with a copy on each node),
+micro-batches and recomputation; model, batch and budget stay as they are. Tensor parallelism stays on a node. Invariants: nothing is
+listed that `rules.validate` would refuse; the order is by the time model of `estimate.py` (bubble, communication, computing), equals by
+memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from bd3_scale.recipe.schema import ParallelConfig
 from bd3_scale.recipe.text import as_yaml
 from bd3_scale.rules.across_keys import works
 from bd3_scale.rules.suggestions import Case, divisors
+
+SHORTEST_SHARE = 4096
+"""Positions."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +69,33 @@ def _recipes(cluster: ClusterPlan) -> Iterator[Recipe]:
         for pipeline in divisors(world // tensor):
             if pipeline > recipe.model.layers:
                 continue
-            for layout in _layouts(cluster, tensor, pipeline):
-                for recompute in ("none", "mlp", "attention", "layer"):
-                    tried = replace(recipe, parallel=layout, training=replace(recipe.training, recompute=recompute))
-                    if works(Case(tried, world, cluster.device.type, cluster.precision)):
-                        yield tried
+            for context in _contexts(cluster, world // (tensor * pipeline)):
+                for layout in _layouts(cluster, tensor, context, pipeline):
+                    for recompute in ("none", "mlp", "attention", "layer"):
+                        tried = replace(recipe, parallel=layout, training=replace(recipe.training, recompute=recompute))
+                        if works(Case(tried, world, cluster.device.type, cluster.precision)):
+                            yield tried
 
 
-def _layouts(cluster: ClusterPlan, tensor: int, pipeline: int) -> Iterator[ParallelConfig]:
-    whole = Shares(cluster.recipe.batches.largest, cluster.world_size // (tensor * pipeline))
+def _contexts(cluster: ClusterPlan, ranks: int) -> list[int]:
+    """Doubling, as long as a rank still has positions enough to be worth a part of a row; and what the recipe asks for."""
+    asked = cluster.parallel.context
+    worth = [size for size in (2**power for power in range(1, 10)) if cluster.model.context // size >= SHORTEST_SHARE]
+    return [size for size in sorted({1, asked, *worth}) if ranks % size == 0]
+
+
+def _layouts(cluster: ClusterPlan, tensor: int, context: int, pipeline: int) -> Iterator[ParallelConfig]:
+    replicas = cluster.world_size // (tensor * context * pipeline)
+    whole = Shares(cluster.recipe.batches.largest, replicas)
     # Doubling: half the forwards each time, with the rows that they then have, which may be fewer.
     largest = [2**power for power in range(whole.share.bit_length())]
     micro_batches = sorted({replace(whole, largest=rows).micro_batch for rows in largest})
-    base = replace(cluster.parallel, tensor=tensor, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
-    sequence = tensor > 1 and cluster.model.context % tensor == 0
+    base = replace(cluster.parallel, tensor=tensor, context=context, pipeline=pipeline, stage_layers=None, engine="auto", shard=None)
+    sequence = tensor > 1 and cluster.model.context % (tensor * context) == 0
     virtual_stages = [v for v in (1, 2, 4, 8) if v == 1 or v * pipeline <= cluster.model.layers] if pipeline > 1 else [1]
-    replicas = cluster.world_size // (tensor * pipeline)
-    on_node = cluster.device.per_node // tensor  # data-parallel ranks, as these are neighbours
+    on_node = cluster.device.per_node // (tensor * context)  # data-parallel ranks, as these are neighbours
     ways: list[tuple[int, str, int | None]] = [(0, "auto", None), (1, "auto", None)]
-    for zero in (2, 3) if replicas > 1 else ():
+    for zero in (2, 3) if replicas * context > 1 else ():
         ways += [(zero, "auto", None)] + ([(zero, "fsdp", None)] if pipeline == 1 else [])
         ways += [(zero, "fsdp", on_node)] if 1 < on_node < replicas else []
     for virtual in virtual_stages:
@@ -104,6 +116,7 @@ def _overrides(parallel: ParallelConfig, recompute: str, asked: ParallelConfig) 
         "parallel.micro_batch": parallel.micro_batch,
         "training.recompute": recompute,
     }
+    values |= {"parallel.context": parallel.context} if parallel.context > 1 or asked.context > 1 else {}
     values |= {"parallel.stage_layers": None} if asked.stage_layers else {}
     values |= {f"parallel.{key}": getattr(parallel, key) for key in ("engine", "shard") if getattr(parallel, key) != getattr(asked, key)}
     return [f"{key}={as_yaml(value)}" for key, value in values.items()]

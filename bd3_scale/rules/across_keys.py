@@ -215,27 +215,45 @@ def tensor_divides_mlp(case: Case) -> Problem | None:
 
 
 def sequence_divides_rows(case: Case) -> Problem | None:
-    tensor, context = case.parallel.tensor, case.recipe.model.context
-    if not case.parallel.sequence or (tensor > 1 and context % tensor == 0):
+    tensor, context, ranks = case.parallel.tensor, case.recipe.model.context, case.parallel.context
+    if not case.parallel.sequence or (tensor > 1 and context % (tensor * ranks) == 0):
         return None
     if tensor == 1:
         text = "parallel.sequence divides rows over tensor ranks, but parallel.tensor is 1"
     else:
         text = (
-            f"parallel.sequence needs model.context = {context} to be a multiple of parallel.tensor = {tensor} because every tensor rank "
+            f"parallel.sequence needs model.context = {context} to be a multiple of parallel.tensor{' x parallel.context' * (ranks > 1)} = "
+            f"{tensor * ranks} because every tensor rank "
         )
         text += "takes as many rows"
     return Problem(text, lambda: [nearest_layout(case, works)])
 
 
-def rows_are_not_divided(case: Case) -> Problem | None:
-    if case.parallel.context == 1:
+def context_divides_rows(case: Case) -> Problem | None:
+    """Every context rank takes two pieces of a row, an early one and a late one, so that all see as much; or one block each."""
+    ranks, length, objective = case.parallel.context, case.recipe.model.context, case.recipe.objective
+    if ranks == 1:
         return None
-    text = (
-        f"parallel.context = {case.parallel.context} would divide a row's attention over ranks, which this version does not do; for long "
-    )
-    text += "rows there are parallel.sequence and training.recompute"
-    return Problem(text, lambda: [nearest_layout(case, works)])
+
+    def divides(size: int) -> bool:
+        if size == length:  # one block, of which every row sees all
+            return length % ranks == 0
+        return length % (2 * ranks * size) == 0 or length == ranks * size
+
+    wrong = [size for size in sorted(objective.sizes(length)) if not divides(size)]
+    if not wrong:
+        return None
+    size = wrong[0]
+    if size == length:
+        text = f"parallel.context = {ranks} must divide model.context = {length} because every context rank takes as many positions"
+    else:
+        what = f"{length // size} blocks of objective.block_size = {size}" if objective.traits.in_blocks else f"{length} positions"
+        text = (
+            f"parallel.context = {ranks} divides a row of {what} in {2 * ranks} equal pieces, an early and a late one for each context "
+            f"rank so that all see as much, or in {ranks} pieces of a block: it must have a multiple of {2 * ranks} of them, or {ranks}"
+        )
+    fewer = nearest(range(1, ranks), ranks)
+    return Problem(text, lambda: [_first(case, context_divides_rows, "parallel.context", fewer), nearest_layout(case, works)])
 
 
 def virtual_stages_have_stages(case: Case) -> Problem | None:
@@ -315,6 +333,7 @@ def world_is_whole_replicas(case: Case) -> Problem | None:
     ranks, world_size = case.model_ranks, case.world_size
     if world_size % ranks == 0:
         return None
+    factors = f"parallel.tensor x {'parallel.context x ' * (case.parallel.context > 1)}parallel.pipeline"
 
     def other_worlds() -> str | None:
         fitting = world_size // ranks
@@ -323,8 +342,7 @@ def world_is_whole_replicas(case: Case) -> Problem | None:
         return next((f"start {world} ranks" for world in found), None)
 
     return Problem(
-        f"the world of {world_size} ranks must be a multiple of parallel.tensor x parallel.pipeline = {ranks} because every replica of "
-        "the model takes that many",
+        f"the world of {world_size} ranks must be a multiple of {factors} = {ranks} because every replica of the model takes that many",
         lambda: [other_worlds(), nearest_layout(case, works)],
     )
 
@@ -339,7 +357,9 @@ def every_replica_has_a_row(case: Case) -> Problem | None:
 
     def fewer_replicas() -> str | None:
         """The same rows: more ranks for each replica."""
-        return nearest_layout(case, works, accepted=lambda found: case.world_size // (found.tensor * found.pipeline) <= batch)
+        return nearest_layout(
+            case, works, accepted=lambda found: case.world_size // (found.tensor * found.context * found.pipeline) <= batch
+        )
 
     def cures() -> list[str | None]:
         found = [_first(case, every_replica_has_a_row, "training.global_batch", rows), fewer_replicas()]
@@ -387,7 +407,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     tensor_suits_key_value_heads,
     tensor_divides_mlp,
     sequence_divides_rows,
-    rows_are_not_divided,
+    context_divides_rows,
     virtual_stages_have_stages,
     every_stage_has_a_layer,
     given_layers_sum_up,

@@ -39,7 +39,7 @@ class Case:
 
     @property
     def model_ranks(self) -> int:
-        return self.parallel.tensor * self.parallel.pipeline
+        return self.parallel.tensor * self.parallel.context * self.parallel.pipeline
 
     @property
     def replicas(self) -> int:
@@ -102,8 +102,9 @@ def _layouts(case: Case) -> Iterator[Changes]:
     sizes = divisors(case.world_size)
     engines, shards = _either(asked.engine, "auto"), _either(asked.shard, None)
     switches = product(_either(asked.sequence, False), _either(asked.zero, 1), _either(asked.stage_layers, None), engines, shards)
-    for (sequence, zero, stage_layers, engine, shard), tensor, pipeline in product(switches, sizes, sizes):
-        if case.world_size % (tensor * pipeline) or model.heads % tensor or pipeline > model.layers:
+    contexts = _either(asked.context, 1)
+    for (sequence, zero, stage_layers, engine, shard), context, tensor, pipeline in product(switches, contexts, sizes, sizes):
+        if case.world_size % (tensor * context * pipeline) or model.heads % tensor or pipeline > model.layers:
             continue
         for virtual in range(1, min(asked.virtual_stages, model.layers // pipeline) + 1) if pipeline > 1 else (1,):
             layout = {
@@ -111,7 +112,7 @@ def _layouts(case: Case) -> Iterator[Changes]:
                 "parallel.pipeline": pipeline,
                 "parallel.virtual_stages": virtual,
                 "parallel.stage_layers": stage_layers,
-                "parallel.context": 1,
+                "parallel.context": context,
                 "parallel.sequence": sequence,
                 "parallel.zero": zero,
                 "parallel.engine": engine,

@@ -22,6 +22,7 @@ from bd3_scale.fault_tolerance.heartbeat_file import HeartbeatFile
 from bd3_scale.fault_tolerance.pace import Pace
 from bd3_scale.fault_tolerance.run_owner import Owner, own
 from bd3_scale.fault_tolerance.stop_request import StopRequest, seconds_left
+from bd3_scale.objectives.table import selected_multiple
 from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.recipe import Recipe
 from bd3_scale.reporting.reporter import Reporter
@@ -68,7 +69,12 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
     """Of a new run, or of one that is continued; collective. Raises UserError of many kinds where the run may not or cannot start."""
     folder = Path(recipe.run.dir)
     owner = own(folder, layout)
-    validation: dict[str, Any] = {"rows": recipe.validation.rows, "micro_batch": recipe.micro_batch(layout.data), "seed": recipe.run.seed}
+    validation: dict[str, Any] = {
+        "rows": recipe.validation.rows,
+        "micro_batch": recipe.micro_batch(layout.data),
+        "seed": recipe.run.seed,
+        "pad_to": selected_multiple(recipe.parallel, layout.device.type),
+    }
     validator = Validator(data.validation, layout, **validation)
     set_validators = {}
     for name, path in recipe.validation.sets.items():

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from bd3_scale.data.loader import MicroBatch
+from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs, scored_rows
-from bd3_scale.objectives.table import Objective
+from bd3_scale.objectives.table import Objective, selected_multiple
 
 if TYPE_CHECKING:
     from bd3_scale.data.open import Data
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one replica computes in one step, one entry for each forward."""
+    """What this rank computes in one step, one entry for each forward: a replica's rows, or its share of them."""
 
     objective: Objective
     micro_batches: list[MicroBatch]
@@ -34,7 +35,7 @@ class StepInputs:
     rows_tokens: int
     """Tokens that count in the rows of the whole global batch."""
     control: float
-    """Of the sum of this replica's losses (see `objectives.control_variate`); 0 where there is none."""
+    """Of the sum of this replica's losses (see `objectives.control_variate`), on the first of its context ranks; 0 where there is none."""
 
     @property
     def tokens(self) -> int:
@@ -51,6 +52,7 @@ class Feed:
         """`objective_at`: the objective of a step as far as is known now; also called by the thread. `step` and `samples`: where the run
         is, so many updates and rows."""
         self._seed, self._batches, self._objective_at, self._device = recipe.run.seed, recipe.batches, objective_at, layout.device
+        self._share = ContextShare(layout.context_rank, layout.context, selected_multiple(recipe.parallel, layout.device.type))
         self._loader = data.loader(
             self._seed,
             global_batch=recipe.training.global_batch,
@@ -82,8 +84,9 @@ class Feed:
         made, control = [], 0.0
         for batch in micro_batches:
             inputs = objective.training_inputs(batch.rows, batch.slots, step, self._seed, self._batches.rows_at(step))
-            made.append(scored_rows(inputs, batch.real))
-            control += objective.control(made[-1], batch.real)
+            inputs = scored_rows(inputs, batch.real)
+            made.append(self._share.of(inputs))
+            control += objective.control(inputs, batch.real) if self._share.rank == 0 else 0.0
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):  # a thread begins on the first device, whose ranks are others
                 made = [inputs.pinned() for inputs in made]

@@ -178,7 +178,7 @@ class Trainer:
         """Begin a checkpoint of this step; every rank writes its share, in the background (see `Saver`)."""
         self.heartbeat.beat(self.step, "save")
         state = replace(self.state, tuner=self.tuning, step_rule=self.engine.adam.rule.state())
-        copy_of = self.engine.copy_of if self.recipe.checkpoint.compare_replicas and self.layout.data > 1 else None
+        copy_of = self.engine.copy_of if self.recipe.checkpoint.compare_replicas and self.layout.states > 1 else None
         seconds = self.saver.save(
             self.step,
             self.engine.owned_fragments(self._averages),

@@ -18,6 +18,7 @@ from torch import Tensor
 from bd3_scale.data.loader import Rows, validation_rows
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
+from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_losses
 from bd3_scale.objectives.table import Objective
 from bd3_scale.rules.objective import interval_candidates
@@ -33,8 +34,11 @@ EVALUATED_TOGETHER = 32
 class Validator:
     """Holds this replica's share of the held-out rows. Every replica makes the same number of forwards, as ZeRO-3 needs."""
 
-    def __init__(self, reader: Rows, layout: Layout, *, rows: int, micro_batch: int, seed: int, name: str = "data") -> None:
-        """`name`: of the set, for errors."""
+    def __init__(
+        self, reader: Rows, layout: Layout, *, rows: int, micro_batch: int, seed: int, name: str = "data", pad_to: int = 1
+    ) -> None:
+        """`name`: of the set, for errors. `pad_to`: as in `ContextShare`."""
+        self.share = ContextShare(layout.context_rank, layout.context, pad_to)
         self.layout, self.micro_batch, self.seed = layout, micro_batch, seed
         self.total = min(rows, len(reader))
         if self.total < layout.data:
@@ -83,11 +87,13 @@ class Validator:
             # A share that is one row short joins the last forward with a row that is not counted.
             given = [part if len(part[0]) else (self.indices[:1], self.rows[:1]) for part in parts]
             inputs = [objective.validation_inputs(rows, indices, self.seed) for indices, rows in given]
-            for (indices, _), one, nll in zip(parts, inputs, evaluate(inputs), strict=True):
+            answers = evaluate([self.share.of(one) for one in inputs])
+            for (indices, _), one, nll in zip(parts, inputs, answers, strict=True):
                 if nll is not None and len(indices):
+                    nll = self.layout.sum_of_context(self.share.joined(one, nll))
                     mine.append(np.stack([row_losses(one, nll), one.counted]))
                     collect(one, nll, indices)
-        # Tensor peers score the same rows: one of them speaks for the replica.
+        # Tensor and context peers have the answers for the same rows: one of them speaks for the replica.
         shares = self.layout.all_gather(np.concatenate(mine, 1) if self.layout.reports_for_replica else mine[0])
         mean, error = per_token(*np.concatenate(shares, 1))
         if not objective.traits.has_likelihood_bound:

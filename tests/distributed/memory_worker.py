@@ -24,6 +24,7 @@ from bd3_scale.distributed import layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.engine import Engine
 from bd3_scale.launcher import launched
+from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.optimizers.ema import ExponentialAverage
@@ -66,7 +67,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     world_size = launched().world_size
     validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
-    before = storages()
+    before, context = storages(), ContextShare(here.context_rank, here.context)
     objective = ObjectiveSchedule.of(recipe, VOCABULARY - 1).at(0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)
@@ -87,7 +88,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     def run() -> None:
         parts = [slice(at, at + recipe.parallel.micro_batch) for at in range(0, share, recipe.parallel.micro_batch)]
         slots = np.arange(share) + here.data_rank * share
-        inputs = [objective.training_inputs(rows[part], slots[part], step, 0, batch) for part in parts]
+        inputs = [context.of(objective.training_inputs(rows[part], slots[part], step, 0, batch)) for part in parts]
         held.clear()
         engine.forward_backward(inputs, batch * (recipe.model.context - 1))
 
@@ -104,7 +105,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     planned = rank_memory(cluster, here.pipeline_rank)
     stages = cluster.stages_of(here.pipeline_rank)
     buckets = state_bytes(
-        recipe.model, recipe.training, recipe.parallel, stages, VOCABULARY, here.data, "cpu", cluster.precision == "bf16"
+        recipe.model, recipe.training, recipe.parallel, stages, VOCABULARY, here.states, "cpu", cluster.precision == "bf16"
     ).buckets
     expected = planned.activations + exchange_bytes(cluster.batch(), recipe.parallel, here.pipeline_rank)
     if fsdp:  # the weights that are still gathered where a forward ends

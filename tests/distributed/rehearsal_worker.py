@@ -85,12 +85,13 @@ def _group(ranks: list[int]) -> str:
     groups = {
         "data": parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
         "copies": parallel_state.get_inter_distributed_optimizer_instance_group(check_initialized=False),
+        "context": parallel_state.get_context_parallel_group(),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
     }
     if groups["copies"] is None:  # one copy, and maybe another order of the same ranks
-        groups["data"] = parallel_state.get_data_parallel_group()
+        groups["data"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items() if isinstance(group, dist.ProcessGroup)}
     return next((name for name, own in members.items() if own == ranks), str(ranks))
 
@@ -104,7 +105,8 @@ def traffic(path: str, world_size: int, overrides: list[str], rank: int) -> dict
         engine = build_engine(recipe, layout, VOCABULARY, VOCABULARY - 1)
         batch, rows = recipe.training.global_batch, cluster.shares().micro_batch
         share = batch // layout.data
-        inputs = [rehearsal._inputs(objective, rows, VOCABULARY, 0, start, batch) for start in range(0, share, rows)]
+        part = rehearsal._share(cluster, layout)
+        inputs = [part.of(rehearsal._inputs(objective, rows, VOCABULARY, 0, start, batch)) for start in range(0, share, rows)]
         for _ in range(2):  # in the first, ZeRO 3 only learns what is needed when
             with Count() as count:
                 engine.forward_backward(inputs, batch * objective.scored_tokens_per_row)

@@ -18,7 +18,7 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
 FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
-MUON = "training.optimizer=muon"
+MUON, CONTEXT = "training.optimizer=muon", "parallel.context=2"
 ADALN = ["model.conditioning=adaln", "model.conditioning_size=32"]
 
 
@@ -74,6 +74,12 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     ),
     "pipeline 2 x 2, data 4, shard 2, tied, adaln, zero 2": (
         8, 0, layout(1, 2, 2, "parallel.virtual_stages=2", "parallel.shard=2", "model.tied_head=true", *ADALN)
+    ),
+    "context 2, data 2": (4, 1, layout(1, 1, 1, CONTEXT)),
+    "context 2, data 2, zero 3, bf16": (4, 3, layout(1, 1, 3, CONTEXT, BF16)),
+    "tensor 2, context 2, data 2, sequence, fsdp, recomputed, zero 3": (8, 2, layout(2, 1, 3, CONTEXT, SEQUENCE, FSDP, RECOMPUTE)),
+    "pipeline 2, context 2, data 4, ar, shard 2, zero 2": (
+        16, 9, layout(1, 2, 2, CONTEXT, "parallel.shard=2", "objective.kind=ar", "objective.block_size=null")
     ),
     # Owners of matrices are spread evenly here: a rank sends what the formula says of the mean
     "tensor 2, muon": (2, 0, layout(2, 1, 1, MUON)),

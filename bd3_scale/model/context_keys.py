@@ -1,0 +1,35 @@
+"""Context parallelism inside of a layer: the keys and values that a rank asks for, brought from the ranks of its row.
+
+Everything else of a layer is row by row and needs no other rank. Of block diffusion the clean half alone travels, of the key/value heads
+that the tensor rank has; noisy rows see noisy ones of their own block only, which is not cut (see `objectives.attention_mask`). In the
+backward the gradients of what was gathered are summed on the rank that it came from.
+
+Invariant: rank r's rows lie in its pieces' order, those of all ranks in the order of their positions, which is what kernels expect.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from bd3_scale.objectives.attention_mask import AttentionPattern
+
+
+def all_keys(k: Tensor, v: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+    """k, v [pattern.rows, batch, kv_heads, d], as this rank holds them -> [pattern.key_rows, ...], as `pattern`'s rows ask for them."""
+    if pattern.context_ranks == 1:
+        return k, v
+    own, (own_k, own_v) = pattern.own_keys, (t[: pattern.own_keys] for t in (k, v))
+    travelling = torch.cat([k[own:], v[own:]], -1)
+    gathered = gather_from_sequence_parallel_region(travelling, group=parallel_state.get_context_parallel_group())
+    all_k, all_v = in_order(gathered, pattern).chunk(2, -1)
+    return torch.cat([own_k, all_k]), torch.cat([own_v, all_v])
+
+
+def in_order(gathered: Tensor, pattern: AttentionPattern) -> Tensor:
+    """What travelled, rank by rank, [C * (pattern.rows - pattern.own_keys), ...] -> stream by stream in the order of positions."""
+    pieces = gathered.unflatten(0, (pattern.context_ranks, -1, len(pattern.pieces), len(pattern.pieces[0])))
+    early, late = pieces[:, :, 0], pieces[:, :, 1:].transpose(1, 2).flip(0).flatten(0, 1)
+    return torch.cat([early, late]).transpose(0, 1).flatten(0, 2)

@@ -1,0 +1,88 @@
+"""The shares of all context ranks together are the attention of the undivided row: outputs and gradients, on every kernel.
+
+The ranks are played one after the other; that they exchange what they ask for is what the table of layouts shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bd3_scale.model import attention_kernels
+from bd3_scale.model.attention_kernels import attend, block_mask, document_block_mask
+from bd3_scale.model.context_keys import in_order
+from bd3_scale.objectives.attention_mask import AttentionPattern, dense
+from tests.unit.model.test_attention_kernels import TOLERANCE, documents, reference, tensors
+
+PATTERNS = [
+    AttentionPattern("block_diffusion", 32, 1),
+    AttentionPattern("block_diffusion", 96, 4, draws=2),
+    AttentionPattern("block_diffusion", 48, 6, "causal"),
+    AttentionPattern("causal", 48, 1),
+    AttentionPattern("full", 24, 24, draws=2),
+    AttentionPattern("full", 20, 20),
+]
+KERNELS = ("tiled", "dense", "flex")
+
+
+def everywhere(pattern: AttentionPattern) -> list[tuple[AttentionPattern, int]]:
+    """(pattern, context ranks): where each rank has an early and a late piece, and where it has one block."""
+    found = [(pattern, 2), (pattern, 4)]
+    if pattern.kind == "block_diffusion":
+        found.append((AttentionPattern("block_diffusion", 4 * pattern.block_size, pattern.block_size, pattern.clean_half), 4))
+    return found
+
+
+@pytest.mark.parametrize("target", [4, 16, 128])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: f"{pattern.kind}-{pattern.length}-{pattern.block_size}")
+def test_shares_are_the_undivided_attention(pattern: AttentionPattern, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    for (whole, ranks), of_documents, scored in itertools.product(everywhere(pattern), (False, True), (False, True)):
+        if of_documents and whole.kind == "full":
+            continue
+        segments = documents(whole, 3) if of_documents else None
+        q, k, v, gradient = tensors(whole, 4, 2, 3, whole.scored_rows if scored else whole.rows, torch.float32)
+        expected = reference(q, k, v, gradient, whole, segments)
+        for name in KERNELS if target == 128 else ("tiled",):
+            found = [torch.zeros_like(each) for each in (q, q, k, v)]
+            for rank in range(ranks):
+                share = whole.share(rank, ranks)
+                rows = share.undivided_rows(torch.arange(share.scored_rows if scored else share.rows))
+                keys = share.undivided_keys(torch.arange(share.key_rows))
+                seen = None if segments is None else segments[:, keys]
+                given = [t[index].requires_grad_(name != "flex") for t, index in ((q, rows), (k, keys), (v, keys))]
+                out = attend(*given, share, name, seen)
+                found[0][rows] = out.detach()
+                if name != "flex":
+                    of_q, *of_keys = torch.autograd.grad(out, given, gradient[rows])
+                    found[1][rows] = of_q
+                    for total, part in zip(found[2:], of_keys, strict=True):
+                        total.index_add_(0, keys, part)
+            for made, right, what in zip(found, expected, ("output", "q", "k", "v"), strict=True):
+                if what == "output" or name != "flex":
+                    message = f"{what} of {name}, {whole}, {ranks} ranks"
+                    assert (made - right).abs().max() < TOLERANCE * max(1.0, float(right.abs().max())), message
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: f"{pattern.kind}-{pattern.length}-{pattern.block_size}")
+def test_what_travels_is_put_in_the_order_of_positions(pattern: AttentionPattern) -> None:
+    for whole, ranks in everywhere(pattern):
+        shares = [whole.share(rank, ranks) for rank in range(ranks)]
+        travelling = [share.undivided_rows(torch.arange(share.own_keys, share.rows)) for share in shares]
+        for share in shares:
+            wanted = share.undivided_keys(torch.arange(share.own_keys, share.key_rows))
+            assert torch.equal(in_order(torch.cat(travelling), share), wanted)
+            own = share.keys_of_rows(torch.arange(share.rows))
+            assert torch.equal(share.undivided_keys(own), share.undivided_rows(torch.arange(share.rows)))
+
+
+@pytest.mark.parametrize("pattern", [AttentionPattern("block_diffusion", 1024, 16), AttentionPattern("causal", 1024, 1)])
+def test_flex_mask_of_a_share_covers_what_is_visible_and_no_more_tiles(pattern: AttentionPattern) -> None:
+    share = pattern.share(1, 2)
+    for query_rows in (share.rows, share.scored_rows):
+        needed = dense(share)[:query_rows].unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(3).any(1)
+        assert torch.equal(block_mask(share, query_rows, torch.device("cpu")).to_dense()[0, 0].bool(), needed)
+        one_text = torch.zeros(1, share.key_rows, dtype=torch.int32)
+        assert torch.equal(document_block_mask(share, query_rows, one_text).to_dense()[0, 0].bool(), needed)
