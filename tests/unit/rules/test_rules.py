@@ -81,8 +81,14 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         # Rows over ranks.
         ("parallel.sequence=true", 1, "cpu", "set parallel.sequence=false"),
         ("parallel.sequence=true parallel.tensor=4 model.context=66 objective.block_size=2", 4, "cpu", "set parallel.sequence=false"),
-        ("parallel.context=2", 2, "cpu", "set parallel.context=1"),
+        ("parallel.context=2 objective.block_size=[[0,96],[5,32]] model.context=96", 2, "cpu", "set parallel.context=1"),
+        ("parallel.context=4 objective.block_size=32", 4, "cpu", "set parallel.context=2"),
+        ("parallel.context=8 objective.block_size=16", 8, "cpu", "set parallel.context=4"),
+        ("parallel.context=3 objective.block_size=64", 3, "cpu", "set parallel.context=1"),
+        ("parallel.context=3 objective.kind=ar objective.block_size=null", 3, "cpu", "set parallel.context=1"),
         ("parallel.context=2 parallel.tensor=8", 8, "cpu", "set parallel.tensor=4"),
+        ("parallel.context=2 parallel.tensor=2", 2, "cpu", "start 4 ranks, or set parallel.context=1"),
+        ("parallel.context=4 parallel.tensor=4 parallel.sequence=true model.context=8", 16, "cpu", "set parallel.context=1"),
         # Pipelines.
         ("parallel.virtual_stages=2", 1, "cpu", "set parallel.virtual_stages=1"),
         ("parallel.pipeline=4", 4, "cpu", "set parallel.pipeline=2"),
@@ -153,12 +159,16 @@ def test_the_cure_cures(base: Path, overrides: str, world_size: int, device: str
 def layout_works(recipe: recipes.Recipe, world_size: int) -> bool:
     """What the layout needs, written down a second time."""
     model, asked, batch = recipe.model, recipe.parallel, recipe.training.global_batch
-    tensor, stages = asked.tensor, asked.pipeline
-    replicas, rest = divmod(world_size, tensor * stages)
+    tensor, stages, context = asked.tensor, asked.pipeline, asked.context
+    replicas, rest = divmod(world_size, tensor * stages * context)
     chunks = stages * asked.virtual_stages
-    if rest or model.heads % tensor or model.mlp_size % tensor or asked.context > 1 or chunks > model.layers:
+    if rest or model.heads % tensor or model.mlp_size % tensor or chunks > model.layers:
         return False
-    if (model.kv_heads % tensor and tensor % model.kv_heads) or (asked.sequence and (tensor == 1 or model.context % tensor)):
+    for size in recipe.objective.sizes(model.context) if context > 1 else ():
+        blocks, left = divmod(model.context, context * size)
+        if left or (blocks > 1 and blocks % 2):
+            return False
+    if (model.kv_heads % tensor and tensor % model.kv_heads) or (asked.sequence and (tensor == 1 or model.context % (tensor * context))):
         return False
     if (stages == 1 and asked.virtual_stages > 1) or batch < replicas:
         return False
@@ -181,7 +191,7 @@ LAYOUTS = st.builds(
     pipeline=SIZES,
     virtual_stages=st.sampled_from([1, 2, 3]),
     stage_layers=st.sampled_from([None, None, None, [6], [2, 4], [1, 2, 3], [1, 1, 2, 2]]),
-    context=st.sampled_from([1, 1, 1, 2]),
+    context=st.sampled_from([1, 1, 2, 3]),
     zero=st.sampled_from([0, 1, 1, 2, 3]),
     engine=st.sampled_from(["auto", "auto", "auto", "deepspeed", "megatron", "fsdp"]),
     shard=st.sampled_from([None, None, None, 1, 2, 3]),
