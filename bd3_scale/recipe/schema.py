@@ -379,8 +379,8 @@ class ParallelConfig:
     stage_layers: list[int] | None = None
     """Layers of each of the pipeline x virtual_stages slices, in order; null: by cost (first embeds, last has the head)."""
     context: int = key(1, above=0)
-    """Ranks that share a row, for long ones: each has an early and a late piece of its positions, and gathers a layer's clean keys and values.
-    The blocks of a row must be a multiple of twice as many (or as many); ZeRO divides over these ranks, too."""
+    """Ranks that share a row, for long ones: each has an early and a late piece of its positions, and gathers the clean keys and values of
+    a layer. The blocks of a row must be a multiple of twice as many (or as many); ZeRO divides over these ranks, too."""
     zero: int = key(1, choices=(0, 1, 2, 3))
     """ZeRO stage: what is divided over the data-parallel ranks. 0: nothing; 1: the optimizer; 2: gradients, too; 3: weights, too."""
     engine: str = key("auto", choices=("auto", "deepspeed", "megatron", "fsdp"))
@@ -388,7 +388,8 @@ class ParallelConfig:
     3; auto: megatron for ZeRO 0 and 1, for 2 and 3 deepspeed at one stage and fsdp at several, or where layers are compiled under ZeRO 3.
     Changes no result."""
     shard: int | None = key(None, above=0)
-    """Data-parallel ranks that (with their context ranks) share one copy of what ZeRO divides; the others replicate it (HSDP). null: all of them."""
+    """Data-parallel ranks that, with their context ranks, share one copy of what ZeRO divides; the others replicate it (HSDP). null: all
+    of them."""
     sequence: bool = False
     """Sequence parallelism (needs tensor > 1): norms, dropout and residuals divided over the tensor ranks along the rows."""
     micro_batch: int | None = key(1, above=0)
