@@ -26,7 +26,7 @@ from bd3_scale.engines.engine import Engine
 from bd3_scale.launcher import launched
 from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs
-from bd3_scale.objectives.table import ObjectiveSchedule
+from bd3_scale.objectives.table import ObjectiveSchedule, selected_multiple
 from bd3_scale.optimizers.ema import ExponentialAverage
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import device_named
@@ -67,7 +67,8 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     world_size = launched().world_size
     validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
-    before, context = storages(), ContextShare(here.context_rank, here.context)
+    multiple, before = selected_multiple(recipe.parallel, "cpu"), storages()
+    context = ContextShare(here.context_rank, here.context, multiple)
     objective = ObjectiveSchedule.of(recipe, VOCABULARY - 1).at(0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)

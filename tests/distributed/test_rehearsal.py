@@ -76,7 +76,7 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
         8, 0, layout(1, 2, 2, "parallel.virtual_stages=2", "parallel.shard=2", "model.tied_head=true", *ADALN)
     ),
     "context 2, data 2": (4, 1, layout(1, 1, 1, CONTEXT)),
-    "context 2, data 2, zero 3, bf16": (4, 3, layout(1, 1, 3, CONTEXT, BF16)),
+    "context 2, data 2, zero 3, bf16": (4, 0, layout(1, 1, 3, CONTEXT, BF16)),
     "tensor 2, context 2, data 2, sequence, fsdp, recomputed, zero 3": (8, 2, layout(2, 1, 3, CONTEXT, SEQUENCE, FSDP, RECOMPUTE)),
     "pipeline 2, context 2, data 4, ar, shard 2, zero 2": (
         16, 9, layout(1, 2, 2, CONTEXT, "parallel.shard=2", "objective.kind=ar", "objective.block_size=null")
