@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_every_rank_sees_as_much(kind: str, ranks: int) -> None:
             assert pairs[0] == int(dense(shares[0]).sum())
     alone = AttentionPattern("block_diffusion", 16 * ranks, 16)
     found = [alone.share(rank, ranks).visible_pairs for rank in range(ranks)]
-    assert [b - a for a, b in zip(found, found[1:], strict=False)] == [2 * 16 * 16] * (ranks - 1)
+    assert [b - a for a, b in pairwise(found)] == [2 * 16 * 16] * (ranks - 1)
 
 
 def test_what_travels_is_the_clean_half_alone() -> None:
@@ -84,10 +85,10 @@ def test_what_travels_is_the_clean_half_alone() -> None:
 def test_padding_of_a_share_adds_nothing(exact: bool) -> None:
     """Also where every row of a share is scored, and there is no other to repeat."""
     interval = (1.0, 1.0) if exact else (0.3, 0.9)
-    objective = BlockDiffusion(WORDS, LENGTH, 1, interval, row_multiple=LENGTH)
+    objective = BlockDiffusion(WORDS, LENGTH, 3, interval, row_multiple=LENGTH)
     rows = np.random.default_rng(0).integers(0, WORDS, (ROWS, LENGTH))
     whole = objective.training_inputs(rows, np.arange(ROWS), 4, 7, ROWS)
-    config = ModelConfig(context=LENGTH, layers=1, hidden=32, heads=4, dropout=0.2)
+    config = ModelConfig(context=LENGTH, layers=2, hidden=32, heads=4, dropout=0.2)
     model = Transformer(config, WORDS + 1, WORDS).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_padding_of_a_share_adds_nothing(exact: bool) -> None:
     found = []
     for pad_to in (1, 50):
         # As an undivided row: what others would send is no matter here.
-        inputs = replace(ContextShare(1, 4, pad_to).of(whole), pattern=AttentionPattern("block_diffusion", LENGTH // 4, 1))
+        inputs = replace(ContextShare(1, 4, pad_to).of(whole), pattern=AttentionPattern("block_diffusion", LENGTH // 4, 3))
         model.zero_grad()
         loss = model(inputs)[0]
         loss.backward()
