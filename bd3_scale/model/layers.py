@@ -115,7 +115,8 @@ class SharedKeyValue(nn.Module):
         self.mine = slice(head * 2 * head_size, (head + 1) * 2 * head_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_from_sequence_parallel_region(x) if self.sequence else copy_to_tensor_model_parallel_region(x)
+        group = parallel_state.get_tensor_model_parallel_group()  # by name, as in `selected`
+        x = gather_from_sequence_parallel_region(x, group=group) if self.sequence else copy_to_tensor_model_parallel_region(x, group=group)
         return F.linear(x, self.weight[self.mine], None if self.bias is None else self.bias[self.mine])
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
 from torch import Tensor
 
@@ -59,7 +60,9 @@ class SelectedRows:
         place = self.places - self.stream.rank * len(held)
         here = (place >= 0) & (place < len(held))
         # The remainder is some row of this rank's for those of others: spread out, as their zero gradients all meet in it.
-        return reduce_scatter_to_sequence_parallel_region(torch.where(here[:, None], held.index_select(0, place % len(held)), 0.0))
+        rows = torch.where(here[:, None], held.index_select(0, place % len(held)), 0.0)
+        # By name: compiled code cannot trace the warning that megatron-core gives where it looks the group up.
+        return reduce_scatter_to_sequence_parallel_region(rows, group=parallel_state.get_tensor_model_parallel_group())
 
     def spread(self, q: Tensor) -> Tensor:
         """Queries of all n rows, [n, heads, d] -> [L, batch, heads, d], zeros for all others."""

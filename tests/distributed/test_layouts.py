@@ -68,6 +68,7 @@ MODELS = {
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
 VIRTUAL, ZERO, WHOLE = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.micro_batch=null"
+CONTEXT = "parallel.context={}"
 FSDP, DEEPSPEED, COMPILED = "parallel.engine=fsdp", "parallel.engine=deepspeed", "training.compile=blocks"
 
 
@@ -181,6 +182,26 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "tied: pipeline 2, data 2": (4, "tied", layout(1, 2)),
     "tied: pipeline 2, data 2, zero 3": (4, "tied", layout(1, 2, 3)),
     "tied: tensor 2, sequence, zero 2": (4, "tied", layout(2, 1, 2, SEQUENCE)),
+    # A row divided over ranks by positions
+    "tensor 2, context 2, sequence": (4, "base", layout(2, 1, 1, SEQUENCE, CONTEXT.format(2))),
+    "context 2, zero 0": (2, "base", layout(1, 1, 0, CONTEXT.format(2))),
+    "context 2, fsdp, zero 3": (2, "base", layout(1, 1, 3, CONTEXT.format(2), FSDP)),
+    "compiled: tensor 2, context 2, sequence": (4, "base", layout(2, 1, 1, SEQUENCE, CONTEXT.format(2), COMPILED)),
+    "L'=1: pipeline 2, context 2": (4, "L'=1", layout(1, 2, 1, CONTEXT.format(2))),
+    "L'=16: context 2": (2, "L'=16", layout(1, 1, 1, CONTEXT.format(2))),
+    "L'=L: context 2, data 2, zero 2": (4, "L'=L", layout(1, 1, 2, CONTEXT.format(2))),
+    "draws: context 4, zero 3": (4, "draws", layout(1, 1, 3, CONTEXT.format(4))),
+    "documents: pipeline 2 x 2 interleaved, context 2, zero 3": (4, "documents", layout(1, 2, 3, VIRTUAL, CONTEXT.format(2))),
+    "mixture: context 2, zero 0": (2, "mixture", layout(1, 1, 0, CONTEXT.format(2))),
+    "ar: context 4": (4, "ar", layout(1, 1, 1, CONTEXT.format(4))),
+    "mdlm: context 4": (4, "mdlm", layout(1, 1, 1, CONTEXT.format(4))),
+    "sedd: context 2, data 2": (4, "sedd", layout(1, 1, 1, CONTEXT.format(2))),
+    "ssdlm: tensor 2, context 2, sequence, zero 3": (4, "ssdlm", layout(2, 1, 3, SEQUENCE, CONTEXT.format(2))),
+    "gpt2: pipeline 2, context 2": (4, "gpt2", layout(1, 2, 1, CONTEXT.format(2))),
+    "qwen3: tensor 2, context 2, fsdp, zero 3": (4, "qwen3", layout(2, 1, 3, CONTEXT.format(2), FSDP)),
+    "7 rows: context 2, data 2, fsdp, zero 3": (4, "7 rows", layout(1, 1, 3, CONTEXT.format(2), FSDP)),
+    "bf16: context 4": (4, "bf16", layout(1, 1, 1, CONTEXT.format(4))),
+    "muon: context 2, data 2": (4, "muon", layout(1, 1, 1, CONTEXT.format(2))),
     # Its matrices, cut by rows, by columns and flat, have one owner each; keys and values, gates and values are packed
     "muon: data 3": (3, "muon", layout()),
     "muon: data 3, zero 3": (3, "muon", layout(1, 1, 3)),
@@ -197,6 +218,9 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
 }  # fmt: skip
 
 SAID_BY_OTHERS = {
+    "tensor 2, context 2, sequence", "context 2, zero 0", "context 2, fsdp, zero 3", "L'=16: context 2", "L'=L: context 2, data 2, zero 2",
+    "mixture: context 2, zero 0", "mdlm: context 4", "sedd: context 2, data 2", "qwen3: tensor 2, context 2, fsdp, zero 3",
+    "7 rows: context 2, data 2, fsdp, zero 3", "bf16: context 4", "muon: context 2, data 2", "gpt2: pipeline 2, context 2",
     "pipeline 2", "pipeline 2, zero 3", "tensor 2, sequence", "pipeline 4", "tensor 2, pipeline 2, sequence", "ssdlm, L'=L: pipeline 2",
     "adaln: tensor 2, pipeline 2, sequence, zero 0", "gpt2: tensor 2, pipeline 2, sequence", "tensor 4, shared key heads",
     "ramp: data 2, zero 2",

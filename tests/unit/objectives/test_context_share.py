@@ -103,4 +103,4 @@ def test_padding_of_a_share_adds_nothing(exact: bool) -> None:
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for left, right in zip(*found, strict=True):
-        assert torch.allclose(left, right, rtol=1e-5, atol=1e-6)
+        assert (left - right).abs().max() <= 1e-5 * right.abs().max()

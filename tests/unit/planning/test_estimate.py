@@ -190,7 +190,7 @@ def test_a_copy_on_each_node_gathers_inside_of_it() -> None:
     assert {(one.group, one.ranks) for one in traffic_of(copies, copies.longest, 0)} == {("data", 8), ("copies", 8)}
     assert rank_memory(copies, 0).optimizer == pytest.approx(8 * rank_memory(over_all, 0).optimizer, rel=1e-2)
     assert step_time(copies, copies.phases[0], 0.4).data <= step_time(over_all, over_all.phases[0], 0.4).data
-    tried = [(one.zero, one.resolved_engine, one.shard) for one in _layouts(large("owt_1b"), 1, 2)]
+    tried = [(one.zero, one.resolved_engine, one.shard) for one in _layouts(large("owt_1b"), 1, 1, 2)]
     assert {(2, "fsdp", None), (3, "fsdp", None), (3, "fsdp", 8)} <= set(tried)
 
 

@@ -60,7 +60,8 @@ def _feed(
 ) -> Feed:
     recipe = Recipe(model=ModelConfig(context=LENGTH), training=TrainingConfig(global_batch=batch))
     recipe = replace(recipe, run=replace(recipe.run, seed=SEED), parallel=replace(recipe.parallel, micro_batch=2))
-    layout = SimpleNamespace(data_rank=replica, data=replicas, device=torch.device(device), replicas_of_this_host=range(replicas))
+    here = {"data_rank": replica, "data": replicas, "context_rank": 0, "context": 1, "replicas_of_this_host": range(replicas)}
+    layout = SimpleNamespace(device=torch.device(device), **here)
     return Feed(recipe, layout, data, objective_at, step=step, samples=batch_schedule(batch).samples_before(step))  # type: ignore[arg-type]
 
 
