@@ -10,6 +10,7 @@
     python tools/benchmark.py sampling runs/quickstart
     python tools/benchmark.py tuner runs/quickstart
     python tools/benchmark.py world --ranks 64 256 1024 4096
+    python tools/benchmark.py context --context 16384 --ranks 1 4
 
 `step`: the training step of block diffusion against (a) its naive form (dense 2L x 2L mask, every layer on both halves,
 logits for all 2L positions) and (b) an autoregressive step of the same network (causal, L tokens): time, the peak of
@@ -20,6 +21,7 @@ GPU, with each backend of FlexAttention and each way to compile. `limits`: what 
 planning/devices.py). `sampling`: decoding with the cache against without, same seed,
 same tokens. `tuner`: a validation that tunes against one that does not; the one-pass variances against a direct pass per interval.
 `world`: start-up, memory, descriptors and the index of a checkpoint of one rank of a large world, simulated (benchmark_world.py).
+`context`: the peak of memory of a step on one long row, by one rank and by several that divide it (benchmark_context.py).
 Each writes benchmarks/DATE-NAME.{json,md} with commit, machine, command and numbers.
 """
 
@@ -33,6 +35,7 @@ import sys
 from pathlib import Path
 
 import torch
+from benchmark_context import benchmark_context
 from benchmark_limits import benchmark_limits
 from benchmark_measure import machine, write_report
 from benchmark_network import (
@@ -59,6 +62,7 @@ COMMANDS = {
     "sampling": benchmark_sampling,
     "tuner": benchmark_tuner,
     "world": benchmark_world,
+    "context": benchmark_context,
 }
 
 
@@ -103,6 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     world.add_argument("--recipe", type=Path, default=Path("recipes/owt_1b.yaml"))
     world.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 4096], help="(default %(default)s)")
     world.add_argument("--shards", type=int, default=20000, help="of the data set (default %(default)s)")
+    context = commands.add_parser("context", help="a step on one long row, by one rank and by several that divide it")
+    for key, value in {"context": 16384, "block-size": 16, "layers": 2, "hidden": 64, "heads": 4}.items():
+        context.add_argument(f"--{key}", type=int, default=value, help="(default %(default)s)")
+    context.add_argument("--recompute", default="none", choices=KEYS["training.recompute"].choices, help="activation checkpointing")
+    context.add_argument("--ranks", type=int, nargs="+", default=[1, 4], help="(default %(default)s)")
     options = parser.parse_args(arguments)
     result = COMMANDS[options.name](options)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

@@ -1,7 +1,7 @@
 """Any layout to any other: 10 steps in one, saved, 10 more in another, are the 20 steps of one process, in the middle of a ramp.
 
-Fourteen layouts on up to four processes, of a model with everything that stages and tensor ranks share (tied embeddings, the
-noise condition, key heads), and two with Muon. Eight of them write a checkpoint, and the one after each in the list continues that
+Eighteen layouts on up to four processes, of a model with everything that stages and tensor ranks share (tied embeddings, the
+noise condition, key heads), and two with Muon. Ten of them write a checkpoint, and the one after each in the list continues that
 (`BD3_ALL_PAIRS=1`: all write, and each continues each of its optimizer, a quarter of an hour). tests/unit/checkpoint/test_layouts.py
 holds all pairs to the bit, without training.
 """
@@ -42,6 +42,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "pipeline 2, data 2, zero 3": (4, {"pipeline": 2, "zero": 3}),
     "data 4, fsdp, shard 2, zero 3": (4, {"engine": "fsdp", "shard": 2, "zero": 3}),
     "pipeline 2, data 2": (4, {"pipeline": 2}),
+    "context 2, zero 3": (2, {"context": 2, "zero": 3}),
+    "1, zero 0": (1, {"zero": 0}),
+    "1, zero 2": (1, {"zero": 2}),
+    "context 4": (4, {"context": 4}),
     "muon: data 4, zero 3": (4, {"zero": 3}),
     "muon: tensor 2, sequence": (2, {"tensor": 2, "sequence": "true", "micro_batch": "null"}),
 }

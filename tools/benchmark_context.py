@@ -1,0 +1,87 @@
+"""One training step on long rows, by one rank and by several that divide them (`parallel.context`): memory at its peak, visible pairs.
+
+Each world is one of processes of its own on gloo, with one thread each. Peaks are what the kernel has of a rank's resident memory
+(VmHWM, reset before the step), above what it was before; the loss of the step says that they computed the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+def benchmark_context(options: argparse.Namespace) -> dict[str, Any]:
+    """A world for each number of ranks, one after the other."""
+    found: dict[str, Any] = {}
+    for ranks in options.ranks:
+        with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+            shape = [str(value) for value in (options.context, options.block_size, options.layers, options.hidden, options.heads)]
+            command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+            subprocess.run([*command, __file__, file.name, options.recompute, *shape], env=environment, check=True)
+            found[f"{ranks} ranks"] = json.load(file)
+    return found
+
+
+def measure(context: int, block_size: int, layers: int, hidden: int, heads: int, recompute: str) -> dict[str, Any]:
+    """On this rank."""
+    import numpy as np
+
+    from bd3_scale.distributed import layout
+    from bd3_scale.engines.build import build_engine
+    from bd3_scale.launcher import launched
+    from bd3_scale.objectives.context_share import ContextShare
+    from bd3_scale.objectives.table import ObjectiveSchedule
+    from bd3_scale.recipe import Recipe
+
+    default, vocabulary = Recipe(), 259
+    recipe = replace(
+        default,
+        model=replace(default.model, context=context, layers=layers, hidden=hidden, heads=heads, key_value_heads=max(1, heads // 2)),
+        objective=replace(default.objective, block_size=block_size),
+        training=replace(default.training, steps=1, global_batch=1, recompute=recompute),
+        parallel=replace(default.parallel, context=launched().world_size, zero=1),
+    )
+    here = layout.start(recipe.parallel, "cpu")
+    engine = build_engine(recipe, here, vocabulary, vocabulary - 1)
+    objective = ObjectiveSchedule.of(recipe, vocabulary - 1).at(0)
+    share = ContextShare(here.context_rank, here.context)
+
+    def inputs(length: int) -> Any:
+        rows = np.random.default_rng(0).integers(0, vocabulary - 1, (1, length))
+        return objective.training_inputs(rows, np.zeros(1, np.int64), 0, 0, 1)
+
+    given = share.of(inputs(context))
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = _status("VmRSS")
+    loss = engine.forward_backward([given], objective.scored_tokens_per_row)
+    peak = _status("VmHWM") - before
+    total = float(here.sum_of_replicas(loss))
+    ranks = here.all_gather((peak, given.pattern.visible_pairs))
+    engine.close()
+    layout.stop()
+    return {
+        "peak bytes above the start, by rank": [one[0] for one in ranks],
+        "visible pairs, by rank": [one[1] for one in ranks],
+        "loss": total,
+        "leader": here.is_main_rank,
+    }
+
+
+def _status(name: str) -> int:
+    """Bytes, of what the kernel has of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    measured = measure(*map(int, sys.argv[3:]), sys.argv[2])
+    if measured.pop("leader"):
+        Path(sys.argv[1]).write_text(json.dumps(measured))
