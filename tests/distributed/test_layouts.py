@@ -200,7 +200,6 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "gpt2: pipeline 2, context 2": (4, "gpt2", layout(1, 2, 1, CONTEXT.format(2))),
     "qwen3: tensor 2, context 2, fsdp, zero 3": (4, "qwen3", layout(2, 1, 3, CONTEXT.format(2), FSDP)),
     "7 rows: context 2, data 2, fsdp, zero 3": (4, "7 rows", layout(1, 1, 3, CONTEXT.format(2), FSDP)),
-    "bf16: context 4": (4, "bf16", layout(1, 1, 1, CONTEXT.format(4))),
     "muon: context 2, data 2": (4, "muon", layout(1, 1, 1, CONTEXT.format(2))),
     # Its matrices, cut by rows, by columns and flat, have one owner each; keys and values, gates and values are packed
     "muon: data 3": (3, "muon", layout()),
@@ -220,7 +219,7 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
 SAID_BY_OTHERS = {
     "tensor 2, context 2, sequence", "context 2, zero 0", "context 2, fsdp, zero 3", "L'=16: context 2", "L'=L: context 2, data 2, zero 2",
     "mixture: context 2, zero 0", "mdlm: context 4", "sedd: context 2, data 2", "qwen3: tensor 2, context 2, fsdp, zero 3",
-    "7 rows: context 2, data 2, fsdp, zero 3", "bf16: context 4", "muon: context 2, data 2", "gpt2: pipeline 2, context 2",
+    "7 rows: context 2, data 2, fsdp, zero 3", "muon: context 2, data 2", "gpt2: pipeline 2, context 2",
     "pipeline 2", "pipeline 2, zero 3", "tensor 2, sequence", "pipeline 4", "tensor 2, pipeline 2, sequence", "ssdlm, L'=L: pipeline 2",
     "adaln: tensor 2, pipeline 2, sequence, zero 0", "gpt2: tensor 2, pipeline 2, sequence", "tensor 4, shared key heads",
     "ramp: data 2, zero 2",

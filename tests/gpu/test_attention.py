@@ -1,7 +1,7 @@
 """FlexAttention as it is compiled for the GPU against a softmax in float64 over the dense mask: outputs and gradients.
 
-Thirteen cases cover every value of head size, length (one no multiple of the tile of 128), block size, grouped queries, documents, scored
-half alone and precision; each is a kernel of its own to compile, forwards and backwards, which is what the time goes to.
+Some cases cover every value of head size, length (one no multiple of the tile of 128), block size, grouped queries, documents, scored
+half alone, context ranks and precision; each is a kernel of its own to compile, forwards and backwards, which is what the time goes to.
 """
 
 from __future__ import annotations
@@ -44,15 +44,22 @@ class Case:
     last_clean: bool = True
     kind: str = "block_diffusion"
     draws: int = 1
+    rank: int | None = None
+    """Which of four context ranks; None: there is one."""
 
     def __str__(self) -> str:
         words = [f"d{self.head_size}", f"L{self.length}", f"block{self.block_size}", f"heads{self.heads[0]}over{self.heads[1]}"]
         words += [name for name in ("documents", "scored") if getattr(self, name)]
         words += ["fp32"] * (self.dtype == FP32) + ["cut"] * (not self.last_clean) + [self.kind] * (self.kind != "block_diffusion")
+        words += [] if self.rank is None else [f"rank{self.rank}of4"]
         return "-".join(words + [f"{self.draws}draws"] * (self.draws > 1))
 
     @property
     def pattern(self) -> AttentionPattern:
+        return self.undivided if self.rank is None else self.undivided.share(self.rank, 4)
+
+    @property
+    def undivided(self) -> AttentionPattern:
         end = END if self.documents else None
         return AttentionPattern(self.kind, self.length, self.block_size, document_end=end, last_clean=self.last_clean, draws=self.draws)  # type: ignore[arg-type]
 
@@ -73,6 +80,9 @@ CASES = [
     Case(128, 1024, 4, documents=True, scored=True, dtype=FP32),
     Case(64, 1024, 16, draws=2),
     Case(128, 1040, 4, heads=(4, 2), documents=True, last_clean=False, draws=4),
+    Case(64, 2048, 16, rank=1),
+    Case(128, 2080, 4, heads=(4, 2), documents=True, scored=True, rank=2),
+    Case(64, 2048, 1, heads=(4, 2), kind="causal", rank=3),
 ]
 
 
@@ -84,7 +94,8 @@ def test_flex_is_dense_attention(case: Case, record_property: Callable[[str, obj
     if case.documents:
         generator = torch.Generator().manual_seed(5)
         tokens = torch.randint(0, 300, (BATCH, case.length), generator=generator)  # a document ends after 300 tokens
-        segments = torch.from_numpy(document_segments(tokens.numpy(), pattern)).to(DEVICE)
+        asked = pattern.undivided_keys(torch.arange(pattern.key_rows))
+        segments = torch.from_numpy(document_segments(tokens.numpy(), case.undivided))[:, asked].to(DEVICE)
         assert segments.max() > 0
     expected = reference(*inputs, pattern, segments)
     flex = by(KERNEL, inputs, pattern, segments)
@@ -105,7 +116,7 @@ def test_flex_is_dense_attention(case: Case, record_property: Callable[[str, obj
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         by(KERNEL, inputs, pattern, segments)
-        grown, scores = torch.cuda.max_memory_allocated() - before, BATCH * case.heads[0] * inputs[0].shape[0] * pattern.rows * 4
+        grown, scores = torch.cuda.max_memory_allocated() - before, BATCH * case.heads[0] * inputs[0].shape[0] * pattern.key_rows * 4
         assert grown < scores, f"{grown / 2**20:.0f} MiB; scores would be {scores / 2**20:.0f}"
     else:
         with torch.no_grad():  # Flex as it is, not compiled: what its masks say
@@ -118,7 +129,7 @@ def tensors(case: Case) -> list[Tensor]:
     pattern, generator = case.pattern, torch.Generator().manual_seed(case.length + case.block_size)
     query_rows = pattern.scored_rows if case.scored else pattern.rows
     q, gradient = (torch.randn(query_rows, BATCH, case.heads[0], case.head_size, generator=generator) for _ in range(2))
-    k, v = torch.randn(pattern.rows, BATCH, case.heads[1], 2, case.head_size, generator=generator).to(DEVICE, case.dtype).unbind(-2)
+    k, v = torch.randn(pattern.key_rows, BATCH, case.heads[1], 2, case.head_size, generator=generator).to(DEVICE, case.dtype).unbind(-2)
     return [q.to(DEVICE, case.dtype), k, v, gradient.to(DEVICE, case.dtype)]
 
 
@@ -129,7 +140,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, pattern: Attent
     scores = torch.einsum("qbhd,kbhd->bhqk", q, k.repeat_interleave(groups, 2)) / q.shape[-1] ** 0.5
     mask = dense(pattern, DEVICE)[: q.shape[0]]
     if segments is not None:
-        mask = (mask & (segments[:, : q.shape[0], None] == segments[:, None]))[:, None]
+        own = pattern.keys_of_rows(torch.arange(q.shape[0], device=DEVICE))
+        mask = (mask & (segments[:, own, None] == segments[:, None]))[:, None]
     out = torch.einsum("bhqk,kbhd->qbhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(groups, 2))
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), gradient.double())]
 
