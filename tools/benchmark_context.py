@@ -82,6 +82,7 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    measured = measure(*map(int, sys.argv[3:]), sys.argv[2])
+    context, block_size, layers, hidden, heads = map(int, sys.argv[3:])
+    measured = measure(context, block_size, layers, hidden, heads, sys.argv[2])
     if measured.pop("leader"):
         Path(sys.argv[1]).write_text(json.dumps(measured))
