@@ -1,7 +1,7 @@
 """One training step on long rows, by one rank and by several that divide them (`parallel.context`): memory at its peak, visible pairs.
 
-Each world is one of processes of its own on gloo, with one thread each. Peaks are what the kernel has of a rank's resident memory
-(VmHWM, reset before the step), above what it was before; the loss of the step says that they computed the same.
+Each world is one of processes of its own on gloo, with one thread each. Peaks are counted at the allocator, above what was there before
+the step (weights, gradients, optimizer); the loss of the step says that they computed the same.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def benchmark_context(options: argparse.Namespace) -> dict[str, Any]:
 def measure(context: int, block_size: int, layers: int, hidden: int, heads: int, recompute: str) -> dict[str, Any]:
     """On this rank."""
     import numpy as np
+    from benchmark_measure import peak_bytes
 
     from bd3_scale.distributed import layout
     from bd3_scale.engines.build import build_engine
@@ -54,16 +55,11 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
     objective = ObjectiveSchedule.of(recipe, vocabulary - 1).at(0)
     share = ContextShare(here.context_rank, here.context)
 
-    def inputs(length: int) -> Any:
-        rows = np.random.default_rng(0).integers(0, vocabulary - 1, (1, length))
-        return objective.training_inputs(rows, np.zeros(1, np.int64), 0, 0, 1)
-
-    given = share.of(inputs(context))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = _status("VmRSS")
-    loss = engine.forward_backward([given], objective.scored_tokens_per_row)
-    peak = _status("VmHWM") - before
-    total = float(here.sum_of_replicas(loss))
+    rows = np.random.default_rng(0).integers(0, vocabulary - 1, (1, context))
+    given = share.of(objective.training_inputs(rows, np.zeros(1, np.int64), 0, 0, 1))
+    losses: list[Any] = []
+    peak = peak_bytes(lambda: losses.append(engine.forward_backward([given], objective.scored_tokens_per_row)), here.device)
+    total = float(here.sum_of_replicas(losses[0]))
     ranks = here.all_gather((peak, given.pattern.visible_pairs))
     engine.close()
     layout.stop()
@@ -73,12 +69,6 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
         "loss": total,
         "leader": here.is_main_rank,
     }
-
-
-def _status(name: str) -> int:
-    """Bytes, of what the kernel has of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
