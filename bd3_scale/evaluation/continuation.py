@@ -10,8 +10,8 @@ their difference has less variance than each; a text's number does not depend on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,15 @@ from bd3_scale.evaluation.likelihood import require_likelihood
 from bd3_scale.generation.load_model import LoadedNetwork
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Row:
+    """A continuation in a row of the network: tokens [start, stop) of `tokens` int64 [L]."""
+
+    tokens: np.ndarray
+    start: int
+    stop: int
+
+
 def continuation_log_likelihood(
     loaded: LoadedNetwork, context: Sequence[int], continuation: Sequence[int], *, draws: int, seed: int = 0, micro_batch: int = 8
 ) -> float:
@@ -31,40 +39,61 @@ def continuation_log_likelihood(
     Raises RecipeError for a continuation that does not fit into the model's context, and for an objective without
     likelihood.
     """
+    return next(continuation_log_likelihoods(loaded, [(context, continuation)], draws=draws, seed=seed, micro_batch=micro_batch))
+
+
+def continuation_log_likelihoods(
+    loaded: LoadedNetwork, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, draws: int, seed: int = 0, micro_batch: int = 8
+) -> Iterator[float]:
+    """The same of each (context, continuation), in their order, each as soon as it is known: `micro_batch` rows in a forward, whichever
+    continuations and draws they are of."""
     require_likelihood(loaded)
-    length, objective = loaded.recipe.model.context, loaded.objective
-    if draws < 1:
-        raise RecipeError(f"draws is {draws} but must be at least 1")
+    if draws < 1 or micro_batch < 1:
+        raise RecipeError(f"draws is {draws} and the batch size {micro_batch}, but both must be at least 1")
+    draws = 1 if loaded.objective.block_size == 1 else draws
+    rows = [_row(loaded, context, continuation) for context, continuation in pairs]
+    wanted = [(place, draw) for place, row in enumerate(rows) if row.stop > row.start for draw in range(draws)]
+    sums = [0.0] * len(rows)
+    told = 0
+    for first in range(0, len(wanted), micro_batch):
+        batch = wanted[first : first + micro_batch]
+        found = _sums(loaded, [rows[place] for place, _ in batch], np.array([draw for _, draw in batch]), seed)
+        for (place, _), value in zip(batch, found, strict=True):
+            sums[place] += float(value)
+        place, draw = batch[-1]
+        known = place + (draw == draws - 1)
+        yield from (-value / draws for value in sums[told:known])
+        told = known
+    yield from (-value / draws for value in sums[told:])
+
+
+def _row(loaded: LoadedNetwork, context: Sequence[int], continuation: Sequence[int]) -> _Row:
+    length = loaded.recipe.model.context
     if len(continuation) >= length:
         raise RecipeError(f"a continuation has {len(continuation)} tokens, but the model's context of {length} holds {length - 1} of them")
-    if not continuation:
-        return 0.0
-    draws = 1 if objective.block_size == 1 else draws
     known = list(context)[max(0, len(context) + len(continuation) + 1 - length) :]
     start, stop = 1 + len(known), 1 + len(known) + len(continuation)
-    row = np.full(length, loaded.tokenizer.end_of_text, np.int64)
-    row[1:stop] = [*known, *continuation]
-    sums = [
-        value
-        for first in range(0, draws, micro_batch)
-        for value in _sums(loaded, row, start, stop, np.arange(first, min(first + micro_batch, draws)), seed)
-    ]
-    return -float(np.mean(sums))
+    tokens = np.full(length, loaded.tokenizer.end_of_text, np.int64)
+    tokens[1:stop] = [*known, *continuation]
+    return _Row(tokens, start, stop)
 
 
-def _sums(loaded: LoadedNetwork, row: np.ndarray, start: int, stop: int, draws: np.ndarray, seed: int) -> np.ndarray:
-    """Weighted loss of tokens [start, stop) of `row` under each draw of noise, float64 [draws], nats."""
-    objective, length = loaded.objective, len(row)
-    inputs = objective.validation_inputs(np.tile(row, (len(draws), 1)), draws, seed)
+@torch.no_grad()
+def _sums(loaded: LoadedNetwork, rows: Sequence[_Row], draws: np.ndarray, seed: int) -> np.ndarray:
+    """Weighted loss of the continuation of each row under its draw of noise, float64 [rows], nats."""
+    objective, clean = loaded.objective, np.stack([row.tokens for row in rows])
+    length = clean.shape[1]
+    start, stop = (torch.tensor([getattr(row, name) for row in rows])[:, None] for name in ("start", "stop"))
+    inputs = objective.validation_inputs(clean, draws, seed)
     if not objective.traits.predicts_next_token:
-        tokens = inputs.tokens.clone()  # the first L columns are the noisy ones
-        tokens[:, :start] = torch.from_numpy(row[:start])
-        tokens[:, stop:length] = loaded.tokenizer.mask_id
+        tokens, place = inputs.tokens.clone(), torch.arange(length)  # the first L columns are the noisy ones
+        noisy = torch.where(place < start, torch.from_numpy(clean), tokens[:, :length])
+        tokens[:, :length] = noisy.masked_fill(place >= stop, loaded.tokenizer.mask_id)
         inputs = replace(inputs, tokens=tokens)
     predicted = inputs.selected + int(objective.traits.predicts_next_token)
-    position = predicted % length
-    inside = (position >= start) & (position < stop)
+    row, position = predicted // length, predicted % length
+    inside = (position >= start[row, 0]) & (position < stop[row, 0])
     inputs = replace(inputs, weights=torch.where(inside, inputs.weights, 0.0))
     nll = loaded.network(inputs.to(loaded.device))[1].cpu().double()
     weighted = torch.where(inputs.weights > 0, nll * inputs.weights.double(), 0.0)
-    return np.bincount((predicted // length).numpy(), weighted.numpy(), minlength=len(draws))[: len(draws)]
+    return np.bincount(row.numpy(), weighted.numpy(), minlength=len(rows))[: len(rows)]
