@@ -1,4 +1,4 @@
-"""Weights from elsewhere into a checkpoint, and a checkpoint into what others read; tensor by tensor.
+"""Weights from elsewhere into a checkpoint, a checkpoint into what others read, several into one; tensor by tensor.
 
     # GPT-2, Llama, Mistral, Qwen2, Qwen3, SmolLM3 (a Hugging Face directory) as the start of block diffusion on your data; LLaDA and
     # Dream go on as masked diffusion, or with --objective bd3
@@ -11,6 +11,8 @@
     bd3 convert export runs/quickstart my-model.safetensors --weights weight
     # for SGLang and LMDeploy, a network in the shape of Qwen3 with its tokenizer
     bd3 convert export runs/from-qwen3 my-served --format sdar
+    # the mean of the last five checkpoints of a run, to sample, evaluate or export
+    bd3 convert average runs/quickstart runs/averaged --last 5
     # a run that goes on in a program of one's own under DeepSpeed
     bd3 convert export runs/quickstart my-universal --deepspeed
 
@@ -51,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("sdar",), help="sdar: a directory that SGLang and LMDeploy serve, a network in the shape of Qwen3"
     )
     give.add_argument("--weights", default="auto", help="auto | ema | weight; auto takes the averaged weights where there are any")
+    mean = commands.add_parser("average", help="make one checkpoint of the last ones of a run")
+    mean.add_argument("run", type=Path, help="a run directory, or the newest checkpoint that counts")
+    mean.add_argument("out", type=Path, help="new run directory")
+    mean.add_argument("--last", type=int, default=5, metavar="K", help="how many, up to the latest; default 5")
+    mean.add_argument("--by", default="uniform", help="uniform | step: a checkpoint counts as its step")
+    mean.add_argument("--weights", default="weight", help="weight | ema: the trained weights, or their averages, again averaged")
     return parser
 
 
@@ -98,12 +106,23 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{written.kind} of {written.checkpoint} -> {options.out} ({written.parameters:,} parameters)")
 
 
+def _average(options: argparse.Namespace) -> None:
+    from bd3_scale.convert.average import average
+
+    made = average(options.run, options.out, last=options.last, by=options.by, weights=options.weights)
+    print(f"the mean of steps {', '.join(map(str, made.steps))} -> {made.checkpoint}")
+    print(f"sample from it: bd3 sample {options.out}")
+
+
+COMMANDS = {"import": _import, "export": _export, "average": _average}
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # megatron-core says at import that it does without packages that only training on CUDA could use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     try:
-        (_import if options.command == "import" else _export)(options)
+        COMMANDS[options.command](options)
     except UserError as error:
         return error.say("bd3 convert")
     return 0

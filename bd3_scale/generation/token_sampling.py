@@ -28,6 +28,7 @@ STEPPED = ("ancestral", *SCORE_SAMPLERS, SIMPLEX)
 """Those that take T steps."""
 DEFAULT_THRESHOLD = 0.9
 """Of the confidence sampler."""
+NO_NUMBERS = "the network's logits are not finite, so its weights are of no use; take an earlier checkpoint"
 DRAWN_ELEMENTS = 1 << 22
 """Probabilities (float64) alive at a time while tokens are drawn."""
 
@@ -119,9 +120,7 @@ def token_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
     values = logits.double()
     highest = values.amax(-1, keepdim=True)
     if not bool(highest.isfinite().all()):
-        raise CheckpointError("the network's logits are not finite, so its weights are of no use; take an earlier checkpoint")
-    if options.temperature == 0:
-        return torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)
+        raise CheckpointError(NO_NUMBERS)
     probabilities = ((values - highest) / options.temperature).softmax(-1)
     if options.top_p < 1:
         probabilities = nucleus(probabilities, options.top_p, options.nucleus == "strict")
@@ -130,6 +129,10 @@ def token_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """One token per row: logits [n, V], uniforms float64 [n] in [0, 1) -> int64 [n]. Raises CheckpointError as above."""
+    if options.temperature == 0:
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise CheckpointError(NO_NUMBERS)
+        return logits.argmax(-1)
     rows = max(1, DRAWN_ELEMENTS // logits.shape[-1])
     parts = zip(logits.split(rows), uniforms.split(rows), strict=True)
     return torch.cat([_gumbel_argmax(token_probabilities(part, options), numbers) for part, numbers in parts])
