@@ -187,5 +187,5 @@ def test_bad_keys_and_places_are_refused(transformers: Any, tmp_path: Path, caps
     assert convert("import", tmp_path / "hf", tmp_path / "run", "--tokenizer", "gpt2") == 1, "of another model"
     assert convert("import", tmp_path / "hf", tmp_path / "hf", "--tokenizer", "bytes") == 1, "not empty"
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 6 and all(line.startswith("convert_checkpoint: error: ") for line in said)
+    assert len(said) == 6 and all(line.startswith("bd3 convert: error: ") for line in said)
     assert not list(tmp_path.glob("run/*"))

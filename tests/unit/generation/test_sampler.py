@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.sampler import generate
 from bd3_scale.generation.token_sampling import SamplingOptions, draw, histogram_entropy, nucleus
-from bd3_scale.objectives.network_inputs import network_inputs
+from bd3_scale.objectives.network_inputs import DataRows, network_inputs
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, Objective
 from tests.unit.generation.networks import (
     BOUND_1E4,
@@ -115,12 +115,14 @@ def test_sampling_sees_what_training_saw(objective: Objective) -> None:
     clean = sample(network, objective, [[]], 16).tokens[0][None]
     assert len(calls) == 15
     assert objective.pattern.document_end is None or (clean[0, 1:-4] == objective.pattern.document_end).any(), "no document ends"
+    rows = DataRows.of(clean, 1, objective.pattern, WORDS)
     for positions, block, log_p in calls:
         noisy = clean.copy()
         noisy[:, positions] = block
         for target in range(WORDS):
             targets = np.full(len(positions), target)
-            inputs = network_inputs(noisy, clean, positions, targets, np.ones(len(positions)), np.zeros(1, np.int64), objective.pattern, 1)
+            weights, keys = np.ones(len(positions)), np.zeros(1, np.int64)
+            inputs = network_inputs(noisy, rows, positions, targets, weights, keys, objective.pattern, 1)
             torch.testing.assert_close(network(inputs)[1], -log_p[:, target], rtol=1e-4, atol=1e-4)
 
 

@@ -285,9 +285,9 @@ def test_every_rank_uploads_its_own_and_fetches_a_share(synthetic: Any, tmp_path
         moved.append((Path(path).name, threading.get_ident()))
         put(self, local, path, **options)
 
-    def cat_file(self: Any, path: str, *span: int) -> bytes:
+    def cat_file(self: Any, path: str, **span: int) -> bytes:
         moved.append((Path(path).name, threading.get_ident()))
-        return cat(self, path, *span)
+        return cat(self, path, **span)
 
     monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
     monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
