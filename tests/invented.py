@@ -21,14 +21,15 @@ def prepare_invented(folder: Path, context: int) -> Path:
 
 
 def prepare_filled(folder: Path, context: int) -> Path:
-    """Make `folder` a data folder of shorter texts, one in each row of `context` bytes, which is filled up."""
+    """Make `folder` a data folder of prompts and answers, a pair in each row of `context` bytes, which is filled up."""
     from bd3_scale.data.preparation.prepare import Packing
     from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
     from bd3_scale.data.tokenizer import load_tokenizer
 
     corpus = folder.with_suffix(".jsonl")
-    corpus.write_text("".join(json.dumps({"text": text[: 8 + number % 14]}) + "\n" for number, text in enumerate(invented_texts(600, 10))))
-    packing = Packing(load_tokenizer("bytes"), context, shard_bytes=16384, kind="document")
+    pairs = [(text[: number % 9], text[number % 9 : 9 + number % 20]) for number, text in enumerate(invented_texts(600, 10))]
+    corpus.write_text("".join(json.dumps({"prompt": one, "response": other}) + "\n" for one, other in pairs))
+    packing = Packing(load_tokenizer("bytes"), context, shard_bytes=16384, kind="document", records="prompts")
     prepare_corpus(folder, packing, Corpus((str(corpus),), held_out_last=100), workers=1, progress=False)
     return folder
 
