@@ -239,6 +239,11 @@ SAID_BY_OTHERS = {
     "tied: pipeline 2, data 2, zero 3", "muon: tensor 2, data 2, zero 3", "draws: tensor 2, data 2, sequence, zero 2",
     "draws: pipeline 2 x 2 interleaved, data 2", "draws: data 4, zero 3", "draws: compiled: data 2, fsdp, zero 3",
     "ssdlm draws: tensor 2, pipeline 2, sequence", "ar, filled: tensor 2, sequence", "mdlm, filled: data 4, deepspeed, zero 1",
+    "pipeline 4, zero 3", "tensor 2, data 2, zero 3", "tensor 2, pipeline 2 x 2 interleaved", "data 4, deepspeed, zero 1",
+    "adaln: pipeline 2 x 2 interleaved, data 2, zero 3", "ssdlm: data 2, zero 3", "bf16: data 4, zero 3", "ar: context 4",
+    "muon: tensor 4, sequence, shared key heads", "compiled: tensor 2, context 2, sequence", "draws: context 4, zero 3",
+    "gpt2: tensor 2, data 2, sequence, fsdp, zero 3", "ssdlm: tensor 2, pipeline 2, sequence", "tied: tensor 2, sequence, zero 2",
+    "7 rows: data 4, zero 3",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 CHOSEN = os.environ.get("BD3_LAYOUTS")

@@ -4,6 +4,7 @@ not been: neither weights nor Adam's clock know of it, nor does a run that is co
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,13 @@ LAYOUTS = {
     "pipeline, bf16": (2, ["parallel.pipeline=2", "training.precision=bf16"]),
 }
 
+SAID_BY_OTHERS = {
+    "zero 1, bf16", "deepspeed, zero 0", "deepspeed, zero 1", "zero 2, bf16", "zero 3, bf16", "zero 2", "tensor, bf16", "pipeline, bf16",
+}  # fmt: skip
+"""Trained with `BD3_ALL_LAYOUTS=1` only."""
+assert LAYOUTS.keys() >= SAID_BY_OTHERS
+TRAINED = {name: one for name, one in LAYOUTS.items() if os.environ.get("BD3_ALL_LAYOUTS") or name not in SAID_BY_OTHERS}
+
 
 @pytest.fixture(scope="module")
 def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -68,7 +76,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "poison.py").write_text(POISON)
     for world_size in (1, 2):
         plan = folder / f"plan-{world_size}.json"
-        items = {name: overrides for name, (size, overrides) in LAYOUTS.items() if size == world_size}
+        items = {name: overrides for name, (size, overrides) in TRAINED.items() if size == world_size}
         common = ["training.steps=12", "training.spike_deviations=50", "checkpoint.every=0", "validation.every=0"]
         runs = [[f"run.dir={folder / name}", *common, *overrides] for name, overrides in items.items()]
         halves = [[*overrides, "training.steps=8"] for name, overrides in zip(items, runs, strict=True) if "continued" in name]
@@ -78,7 +86,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_layout_leaves_out_the_same_steps(runs: Path, name: str) -> None:
     ours, theirs = ([line for line in metrics(runs / run) if line["kind"] == "train"] for run in (name, "one"))
     assert [line["skipped_steps"] for line in ours] == [0] * 5 + [1] + [2] * 3 + [3] * 3
