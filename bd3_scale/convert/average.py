@@ -17,6 +17,7 @@ from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
 from bd3_scale.checkpoint.reader import Checkpoint, step_folders
 from bd3_scale.convert.key_map import LazyFragment
+from bd3_scale.convert.write import require_new
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.load_model import read_recipe
 
@@ -39,8 +40,7 @@ def average(path: str | Path, out: Path, *, last: int, by: str = "uniform", weig
         raise RecipeError(
             f"--last is {last}, --by {by!r}, --weights {weights!r}; set --last 1 or more, --by uniform | step, --weights weight | ema"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; name a new folder")
+    require_new(out)
     newest = Checkpoint(store.locate(path))
     found = [newest]
     for folder in step_folders(newest.path.parent):

@@ -63,10 +63,15 @@ class Written:
     trainable: bool
 
 
-def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrides: Sequence[str] = ()) -> Written:
-    """Make `out`/checkpoints/step_00000000 and `out`/recipe.yaml. Raises UserError before anything is written, or CheckpointError."""
+def require_new(out: Path) -> None:
+    """Raises CheckpointError unless `out` is not there, or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty; name a new folder")
+
+
+def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrides: Sequence[str] = ()) -> Written:
+    """Make `out`/checkpoints/step_00000000 and `out`/recipe.yaml. Raises UserError before anything is written, or CheckpointError."""
+    require_new(out)
     text = load_tokenizer(tokenizer)
     recipe = _recipe(found, out, _kept_tokenizer(tokenizer, out), data, overrides)
     fingerprint = _fingerprint(recipe.data, recipe.model.context, text) if data is not None else None

@@ -30,7 +30,7 @@ from bd3_scale.distributed import layout
 from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.evaluation.continuation import continuation_log_likelihoods
 from bd3_scale.evaluation.world import load_replicas
-from bd3_scale.generation.slots import Job, generate_each
+from bd3_scale.generation.slots import Job, generate_each, in_order
 from bd3_scale.generation.token_sampling import SamplingOptions
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -212,13 +212,7 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
             seed=self.seed,
             device=self.loaded.device,
         )
-        held: dict[int, list[int]] = {}
-        turn = 0
-        for one in finished:
-            held[one.place] = one.tokens[one.prompt :].tolist()
-            while turn in held:
-                yield held.pop(turn)
-                turn += 1
+        return (one.tokens[one.prompt :].tolist() for one in in_order(finished))
 
 
 def _leaves(target: np.ndarray) -> Callable[[np.ndarray], bool]:

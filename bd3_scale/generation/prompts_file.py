@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bd3_scale.collective_errors import together
 from bd3_scale.errors import CheckpointError, RecipeError, TrainingError
 from bd3_scale.generation.generate import alike, checked, given_of
-from bd3_scale.generation.slots import Finished, Job, generate_each
+from bd3_scale.generation.slots import Finished, Job, generate_each, in_order
 from bd3_scale.generation.token_sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -114,23 +114,20 @@ def generate_file(
         use_cache=use_cache,
         device=loaded.device,
     )
-    held: dict[int, str] = {}
-    turn = done
     with tqdm(total=len(prompts), initial=done, unit="text", disable=None if progress and leads else True) as bar:
-        for one in finished:
-            if not alike(loaded, one.tokens.tobytes()):
-                raise TrainingError(
-                    "the tensor-parallel ranks drew different tokens from the same logits; start one process, or as many alike"
-                )
-            row = done + one.place
-            held[row] = _line(loaded, row, prompts[row], one, settings)
-            bar.update()
-            ready = []
-            while turn in held:
-                ready.append(held.pop(turn))
-                turn += 1
-            if leads and ready:
-                _write(output, "".join(ready))
+
+        def compared() -> Iterator[Finished]:
+            for one in finished:
+                if not alike(loaded, one.tokens.tobytes()):
+                    raise TrainingError(
+                        "the tensor-parallel ranks drew different tokens from the same logits; start one process, or as many alike"
+                    )
+                bar.update()
+                yield one
+
+        for row, one in enumerate(in_order(compared()), done):
+            if leads:
+                _write(output, _line(loaded, row, prompts[row], one, settings))
     return Made(len(prompts), done)
 
 
@@ -169,9 +166,9 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _write(output: Path, lines: str) -> None:
+def _write(output: Path, line: str) -> None:
     try:
         with output.open("a", encoding="utf-8") as file:
-            file.write(lines)
+            file.write(line)
     except OSError as error:
         raise CheckpointError(f"--output {output} cannot be written ({error.strerror}); mend that and give the command again") from None

@@ -91,6 +91,17 @@ def generate_each(
             busy[slot].send(logits)
 
 
+def in_order(finished: Iterable[Finished]) -> Iterator[Finished]:
+    """The same in the order of the jobs: one that finishes early is held until all before it have."""
+    held: dict[int, Finished] = {}
+    turn = 0
+    for one in finished:
+        held[one.place] = one
+        while turn in held:
+            yield held.pop(turn)
+            turn += 1
+
+
 class _Busy:
     """A text in its slot. `request`: what it waits for; None where it has ended."""
 
