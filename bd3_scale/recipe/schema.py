@@ -98,8 +98,8 @@ class ModelConfig:
     4, which must be installed), tried before the run; dense: a reference with four times the work. Changes no result."""
 
     head_loss: str = key("eager", choices=("eager", "fused"), change="free")
-    """The cross-entropy of the logits. eager: megatron-core's; fused: compiled, which moves a sixth of the memory (not yet seen on a GPU).
-    Changes no result."""
+    """The cross-entropy of the logits. eager: megatron-core's; fused: compiled, which moves a sixth of the memory (on an H200 a step of
+    110M parameters takes 10 % less, one of 1.3B 1 %). Changes no result."""
 
     @property
     def head_size(self) -> int:

@@ -253,7 +253,8 @@ TRAINED = [name for name in LAYOUTS if (re.search(CHOSEN, name) if CHOSEN else A
 SHRUNK = ["model.context=32", "model.layers=4", "model.hidden=32", "model.heads=8", "model.key_value_heads=4", "model.mlp_hidden=96",
           "objective.block_size=[[0,32],[10,8]]", "data.tokenizer=bytes", "data.row_special=bos", "data.window=2",
           "training.steps=20", "training.tokens=null", "training.global_batch=8", "training.warmup=5", "training.learning_rate=3e-3",
-          "training.compile=none", "parallel.micro_batch=2", "validation.every=10", "validation.rows=8", "checkpoint.every=0",
+          "training.compile=none", "model.head_loss=eager", "parallel.micro_batch=2",
+          "validation.every=10", "validation.rows=8", "checkpoint.every=0",
           "tracking.every=1", "tracking.wandb=disabled", "tracking.progress=false", "tracking.plots=false"]  # fmt: skip
 RECIPES = {"owt_1b": ["parallel.shard=2"], "owt_7b": ["parallel.virtual_stages=2", "parallel.shard=null"]}
 """Recipes of clusters at tiny sizes, on 4 processes, with the ratios of their layouts."""

@@ -56,6 +56,8 @@ RUNS = {
 BF16 = [name for name in RUNS if name != "fp32"]
 PRECISION = 0.01
 """Relative difference of the loss at the end: bf16 and fp32."""
+OWN_WAITS = ("deepspeed/runtime/zero/stage3.py", "deepspeed/runtime/zero/partition_parameters.py")
+"""Where DeepSpeed's ZeRO 3 waits for its own streams and makes the norm of all gradients, in each step, whatever is trained."""
 SAME = 0.004
 """That of two trainings in the same precision whose sums may be made in another order."""
 
@@ -157,7 +159,9 @@ def test_no_step_waits_for_the_device(trainings: Trainings, name: str) -> None:
     if REHEARSAL and name == "compiled":
         pytest.skip("reads of compiled code are not seen on CPU")
     assert waits.steps == STEPS - UNWATCHED_STEPS
-    assert not waits.found, "\n".join(sorted(set(waits.found)))
+    own = OWN_WAITS if name == "deepspeed zero 3" else ()
+    ours = sorted({found for found in waits.found if not any(file in found for file in own)})
+    assert not ours, "\n".join(ours)
 
 
 def test_a_wait_is_seen() -> None:

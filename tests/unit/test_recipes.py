@@ -34,7 +34,7 @@ CLUSTER = [
 SCHEDULE = ["objective.block_size=[[0,32],[10,8]]"]
 SHRUNK_FURTHER = {"owt_1b": CLUSTER, "owt_1b_stream": CLUSTER, "owt_7b": CLUSTER, "lm1b_110m": SCHEDULE, "owt_110m": SCHEDULE}
 """Their layouts are trained by tests/distributed/test_layouts.py."""
-SHRUNK = ["model.layers=2", "model.hidden=48", "model.heads=4", "model.context=32", "model.conditioning_size=8"]
+SHRUNK = ["model.head_loss=eager", "model.layers=2", "model.hidden=48", "model.heads=4", "model.context=32", "model.conditioning_size=8"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
