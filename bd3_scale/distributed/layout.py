@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from bd3_scale.distributed import megatron_on_cpu
 from bd3_scale.distributed.rendezvous import meet, reach
 from bd3_scale.distributed.waiting import waiting_for
 from bd3_scale.files import raise_file_limit
 from bd3_scale.launcher import launched
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.recipe.schema import ParallelConfig
 
 ORDER = "tp-cp-ep-dp-pp"

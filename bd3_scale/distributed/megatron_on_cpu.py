@@ -16,8 +16,9 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import megatron.core
 import torch
+
+from bd3_scale import megatron_core
 
 VERSION = "0.16.1"
 MODULES = (
@@ -46,8 +47,8 @@ class _View(types.ModuleType):
 
 def install() -> None:
     """Bind the view; harmless when repeated. Raises RuntimeError for another version of megatron-core."""
-    if megatron.core.__version__ != VERSION:
-        raise RuntimeError(f"megatron-core {megatron.core.__version__} is installed, but CPU runs need {VERSION}: pip install .")
+    if megatron_core.VERSION != VERSION:
+        raise RuntimeError(f"megatron-core {megatron_core.VERSION} is installed, but CPU runs need {VERSION}: pip install .")
     view = _cpu_view()
     for name in MODULES:
         module: Any = importlib.import_module(f"megatron.core.{name}")

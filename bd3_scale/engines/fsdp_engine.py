@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -31,6 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import MasterSlice, master_slices, owns
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.optimizers.settings import OptimizerSettings
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
@@ -25,6 +24,7 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import MasterSlice, master_slices, owns
 from bd3_scale.engines.gathers import Gathers
 from bd3_scale.engines.pipeline_engine import ScheduledEngine, Stage, mark_shared
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.optimizers.adamw import SkippingAdamW
 from bd3_scale.optimizers.settings import OptimizerSettings

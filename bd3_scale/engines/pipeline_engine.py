@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, clip, global_norm
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from bd3_scale.costs.sizes import LARGEST_BUCKET
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, MasterSlice, clip, global_norm, master_slices, owns
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.optimizers.settings import OptimizerSettings
 
 

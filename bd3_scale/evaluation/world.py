@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.store import locate
@@ -21,6 +20,7 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.load_model import LoadedNetwork, check_tensor_ranks, device_of_process, load_network, read_recipe
 from bd3_scale.launcher import launched
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ParallelConfig
 

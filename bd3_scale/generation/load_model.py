@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint.fragments import Fragment
@@ -28,6 +27,7 @@ from bd3_scale.collective_errors import Communicator, Solo, together
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.launcher import launched
+from bd3_scale.megatron_core import parallel_state
 from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule

@@ -10,10 +10,9 @@ Invariant: rank r's rows lie in its pieces' order, those of all ranks in the ord
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from bd3_scale.megatron_core import gather_from_sequence_parallel_region, parallel_state
 from bd3_scale.objectives.attention_mask import AttentionPattern
 
 

@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from bd3_scale.megatron_core import parallel_state, reduce_scatter_to_sequence_parallel_region
 from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.sequence_shards import Stream
 

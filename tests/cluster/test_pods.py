@@ -89,7 +89,7 @@ def pods(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> It
     words += ["--claim", "c", "--mount", str(tmp_path), "--port", str(port), "--name", "tiny", "--restarts", "1", "--wait", "60"]
     assert launch.main([*words, "--env", "OMP_NUM_THREADS=1", "--dry-run"]) == 0
     job = next(one for one in yaml.safe_load_all(capsys.readouterr().out) if one["kind"] == "Job")
-    take_turn()
+    take_turn(2)  # of more, which mostly wait
     found = Pods(job, recipe, port, tmp_path)
     yield found
     for pod in found.running:

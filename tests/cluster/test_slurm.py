@@ -25,7 +25,7 @@ COMMON = ["training.steps=360", "checkpoint.every=30", "validation.every=120", "
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[local.Slurm]:
-    take_turn()
+    take_turn(4)
     with local.cluster() as found:
         yield found
     give_turn()

@@ -37,7 +37,7 @@ def run_ranks(world_size: int, arguments: list[str], log: Path, timeout: float =
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     if world_size > 1:
-        take_turn()
+        take_turn(world_size)
     server.stdin.write(json.dumps([world_size, arguments, str(log), dict(os.environ)]).encode() + b"\n")
     server.stdin.flush()
     try:
@@ -148,6 +148,7 @@ def main() -> None:
     os.dup2(2, 1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
+    import torch._dynamo  # noqa: F401 - torch's optimizers want it
 
     from bd3_scale.data.formats.streaming_compat import import_streaming
 

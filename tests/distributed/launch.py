@@ -1,17 +1,20 @@
 """Start torchrun for a test: output to a file, a time limit, and the whole process group ended whatever happens.
 
-One job of several processes at a time, whoever starts it (pytest has two workers): each fills a small machine, and two at
-once take far longer than one after the other.
+Jobs of several processes, whoever starts them (pytest has several workers), have at most PLACES of them at once: four ranks in step
+with each other fill a small machine, and twice as many take far longer than one job after the other; two of two, which mostly start
+and wait, take less.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,16 +22,34 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PLACES = 4
 _turn: list[IO[str]] = []
-"""The lock that this process holds; a later job of the same process has it already."""
+"""The places that this process holds; a later job of the same process has them already."""
 
 
-def take_turn() -> None:
-    """Wait until no other process of the tests runs a job of several processes."""
-    if not _turn:
-        file = open(Path(tempfile.gettempdir()) / f"bd3_scale-tests-{os.getuid()}.lock", "w")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel gives it back when this process ends
-        _turn.append(file)
+def take_turn(processes: int) -> None:
+    """Wait until there are places for so many, in the order of those who ask."""
+    if _turn:
+        return
+    with _lock("gate"):
+        while len(_turn) < min(processes, PLACES):
+            for place in range(PLACES):
+                with contextlib.suppress(BlockingIOError):
+                    _turn.append(_lock(str(place), fcntl.LOCK_NB))
+                if len(_turn) == min(processes, PLACES):
+                    return
+            time.sleep(0.05)
+
+
+def _lock(name: str, how: int = 0) -> IO[str]:
+    """A file that is locked until it is closed, or this process ends."""
+    file = open(Path(tempfile.gettempdir()) / f"bd3_scale-tests-{os.getuid()}-{name}.lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | how)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
 
 
 def give_turn() -> None:
@@ -53,7 +74,7 @@ class Job:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
         self.log = log
         if world_size > 1:
-            take_turn()
+            take_turn(world_size)
         # A pipe would stay open as long as any orphan lives; a file does not.
         with open(log, "w") as output:
             self.process = subprocess.Popen(

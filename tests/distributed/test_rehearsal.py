@@ -115,7 +115,7 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
     arguments = ["tests/distributed/rehearsal_worker.py", str(folder / "plan.json"), str(folder / "out.json")]
-    take_turn()  # minutes of one core, beside which ranks in step with each other would crawl
+    take_turn(2)  # minutes of one core, beside which four ranks in step with each other would crawl
     finished = run_ranks(1, arguments, folder / "log", timeout=900)
     assert finished.status == 0, finished.output[-6000:]
     return json.loads((folder / "out.json").read_text())

@@ -56,7 +56,7 @@ def nodes(recipe: Path, tmp_path: Path) -> Iterator[list[Node]]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    take_turn()
+    take_turn(2)  # of more, which mostly wait
     arguments = [str(recipe), f"run.dir={tmp_path / 'run'}", *COMMON, "parallel.heartbeat=4"]
     started = [Node(port, arguments, tmp_path / f"node-{number}.log") for number in range(2)]
     yield started

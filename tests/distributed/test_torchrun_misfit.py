@@ -29,7 +29,7 @@ def start(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Node]]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    take_turn()
+    take_turn(2)  # of more, which mostly wait
     started: list[Node] = []
 
     def node(*overrides: str) -> Node:

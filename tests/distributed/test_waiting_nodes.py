@@ -32,7 +32,7 @@ print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
 
 @pytest.fixture
 def rank(tmp_path: Path) -> Path:
-    take_turn()
+    take_turn(2)  # of more, which mostly wait
     path = tmp_path / "rank.py"
     path.write_text(RANK)
     return path

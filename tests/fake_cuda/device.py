@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # `set_stance` imports it, which a fake device does not survive
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint

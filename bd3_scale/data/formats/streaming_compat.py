@@ -1,8 +1,9 @@
-"""`import streaming` (mosaicml-streaming) beside a torch whose torchvision does not load.
+"""`import streaming` (mosaicml-streaming) without its data sets, and `transformers` beside a torch whose torchvision does not load.
 
+streaming's own data sets (text, vision) import transformers and torchvision, which cost seconds and which nothing here uses.
 torchvision's wheel on PyPI is linked against CUDA. Beside a CPU build of torch its library cannot be loaded, its operators
-nms and qnms stay undefined, and importing it fails with "operator torchvision::nms does not exist" - and with it `streaming`
-and parts of `transformers`, which import it for images that this project never reads. The cure is to declare the two
+nms and qnms stay undefined, and importing it fails with "operator torchvision::nms does not exist" - and with it
+parts of `transformers`, which import it for images that this project never reads. The cure is to declare the two
 operators, without an implementation, before torchvision is imported: torchvision then imports and says clearly that its
 operators are missing if one is called. Invariant: a torchvision that works is never touched.
 """
@@ -16,25 +17,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bd3_scale.light_imports import left_out
+
+UNUSED = (
+    *("streaming.multimodal", "streaming.text", "streaming.vision"),
+    *("transformers", "transformers.feature_extraction_utils", "transformers.tokenization_utils_base"),
+)
 _declared: Any = None
 """The torch library that holds the declarations: they disappear with it."""
 
 
 def import_streaming(module: str = "streaming") -> types.ModuleType:
     """The module `streaming` or one below it, e.g. "streaming.base.hashing"."""
-    if "streaming" not in sys.modules:
-        prepare_torchvision()
-    return importlib.import_module(module)
+    with left_out(*UNUSED):
+        return importlib.import_module(module)
 
 
 def prepare_torchvision() -> None:
-    """Make `import torchvision` possible, by streaming or transformers. May be called often; before the first import of torchvision."""
+    """Make `import torchvision` possible, by transformers. May be called often; before the first import of torchvision."""
     global _declared
     if "torchvision" in sys.modules or _declared is not None:
         return
     spec = find_spec("torchvision")
-    if spec is None:  # streaming takes its image datasets from sys.modules; nothing else of it needs torchvision
-        sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision", "torchvision is not installed"))
+    if spec is None:
         return
     import torch
 
