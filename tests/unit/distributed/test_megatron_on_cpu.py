@@ -7,10 +7,10 @@ import importlib
 import inspect
 from types import ModuleType
 
-import megatron.core
 import pytest
 import torch
 
+from bd3_scale import megatron_core
 from bd3_scale.distributed import megatron_on_cpu
 
 
@@ -50,7 +50,7 @@ def test_other_modules_of_megatron_keep_torch(modules: list[ModuleType]) -> None
 
 @pytest.mark.parametrize("version", ["0.16.0", "0.17.0"])
 def test_another_version_is_refused(modules: list[ModuleType], version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron.core, "__version__", version)
+    monkeypatch.setattr(megatron_core, "VERSION", version)
     with pytest.raises(RuntimeError, match=rf"megatron-core {version} .* need {megatron_on_cpu.VERSION}"):
         megatron_on_cpu.install()
     assert all(vars(module)["torch"] is torch for module in modules), "nothing is bound half-way"
