@@ -237,7 +237,7 @@ def real_text(path: Path, size: int) -> Path:
 
 def test_real_text_through_two_kills(tmp_path: Path) -> None:
     """GPT-2 tokens, MDS and tar, 1 and 2 processes, kill -9 while tokenizing and while writing: the same rows."""
-    corpus = real_text(tmp_path / "real.jsonl", 14_000_000)
+    corpus = real_text(tmp_path / "real.jsonl", 17_000_000)
     common = ["--source", str(corpus), "--context", "1024", "--row-special", "bos_eos", "--validation", "last:50"]
     common += ["--shard-bytes", "1000000", "--json"]
 
