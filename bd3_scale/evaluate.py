@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bd3_scale.cli import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.messages import show
 from bd3_scale.sample import add_sampler_options, chosen
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    show()
     try:
         options = _parser().parse_args(argv)
         if options.command == "generation" and options.output.exists():

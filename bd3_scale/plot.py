@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bd3_scale.messages import show
 from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import draw
 
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run directory")
     parser.add_argument("--out", type=Path, help="folder of the plots (default for a single run: its report/)")
     options = parser.parse_args(arguments)
+    show()
     if options.out is None and len(options.runs) > 1:
         parser.error("several runs need --out FOLDER, so that no run's own plots are overwritten")
     for run in options.runs:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +29,7 @@ from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.prompts_file import SLOTS, generate_file, read_prompts
 from bd3_scale.generation.sampler import ENTROPY_WINDOW, Result, own_sampler
 from bd3_scale.generation.token_sampling import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
+from bd3_scale.messages import show
 
 if TYPE_CHECKING:
     from bd3_scale.generation.load_model import LoadedNetwork
@@ -97,6 +100,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    show()
     try:
         options = _parser().parse_args(argv)
         if (
@@ -120,26 +124,20 @@ def _run_file(options: argparse.Namespace) -> None:
         raise RecipeError("--prompts-file takes --output FILE.jsonl, and neither --prompt, --chat nor --json")
     SamplingOptions(**chosen(options))
     prompts = read_prompts(options.prompts_file)
-    with own_world():
-        from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
-        from bd3_scale.generation.load_model import load_network
-
-        loaded = load_network(options.checkpoint, weights=options.weights, device=options.device, block_size=options.block_size)
-        with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, it goes on"):
-            made = generate_file(
-                loaded,
-                prompts,
-                options.output,
-                slots=SLOTS if options.batch_size is None else options.batch_size,
-                length=options.length,
-                seed=options.seed,
-                stop_at_end_of_text=not options.ignore_eos,
-                use_cache=not options.no_cache,
-                progress=True,
-                **chosen(options),
-            )
-        leader = rank_and_size()[0] == 0
-    if leader:
+    with _network(options, cure="start the same command again, it goes on") as loaded:
+        made = generate_file(
+            loaded,
+            prompts,
+            options.output,
+            slots=SLOTS if options.batch_size is None else options.batch_size,
+            length=options.length,
+            seed=options.seed,
+            stop_at_end_of_text=not options.ignore_eos,
+            use_cache=not options.no_cache,
+            progress=True,
+            **chosen(options),
+        )
+    if rank_and_size()[0] == 0:
         print(f"{made.texts} texts in {options.output}, {made.before} of which were there")
 
 
@@ -147,26 +145,32 @@ def _run(options: argparse.Namespace) -> None:
     if (options.chat and options.prompt) or (options.system is not None and not options.chat):
         raise RecipeError("--prompt goes with neither --chat nor --system, and --system only with --chat; leave one of them out")
     SamplingOptions(**chosen(options))  # what is wrong is known before a large network is loaded
+    with _network(options, cure="start the same command again, nothing was written") as loaded:
+        options.sampler = options.sampler or own_sampler(loaded.objective)
+        result = generate_tokens(
+            loaded,
+            prompts=_chats(loaded, options) if options.chat else options.prompt,
+            batch=options.batch_size,
+            length=options.length,
+            seed=options.seed,
+            stop_at_end_of_text=not options.ignore_eos,
+            use_cache=not options.no_cache,
+            **chosen(options),
+        )
+    if rank_and_size()[0] == 0:
+        _report(loaded, options, result)
+
+
+@contextmanager
+def _network(options: argparse.Namespace, cure: str) -> Iterator[LoadedNetwork]:
+    """The network of the checkpoint, in the world of this command, whose ranks look after each other. `cure`: for when one is lost."""
     with own_world():
         from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
         from bd3_scale.generation.load_model import load_network
 
         loaded = load_network(options.checkpoint, weights=options.weights, device=options.device, block_size=options.block_size)
-        options.sampler = options.sampler or own_sampler(loaded.objective)
-        with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure="start the same command again, nothing was written"):
-            result = generate_tokens(
-                loaded,
-                prompts=_chats(loaded, options) if options.chat else options.prompt,
-                batch=options.batch_size,
-                length=options.length,
-                seed=options.seed,
-                stop_at_end_of_text=not options.ignore_eos,
-                use_cache=not options.no_cache,
-                **chosen(options),
-            )
-        leader = rank_and_size()[0] == 0
-    if leader:
-        _report(loaded, options, result)
+        with RankMonitor(*rank_and_size(), loaded.recipe.parallel.heartbeat, cure=cure):
+            yield loaded
 
 
 def _chats(loaded: LoadedNetwork, options: argparse.Namespace) -> list[list[int]]:

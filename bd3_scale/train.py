@@ -21,6 +21,7 @@ from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.fault_tolerance.early_exit import exit_on_early_signal
 from bd3_scale.launcher import launched
 from bd3_scale.launching.elastic import wait_for_nodes
+from bd3_scale.messages import show
 from bd3_scale.rules.validate import validate
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe, for example quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example training.steps=100")
     options = parser.parse_args(arguments)
+    show()
     told, started = launched(), False
     rank, world_size = told.rank, told.world_size
     try:

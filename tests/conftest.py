@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +28,15 @@ def world_of_one() -> Iterator[object]:
 
     yield layout.start(ParallelConfig(), "cpu")
     layout.stop()
+
+
+@pytest.fixture(autouse=True)
+def _notes_are_heard() -> Iterator[None]:
+    """`caplog` has what the package says, whatever command ran in this process before."""
+    log = logging.getLogger("bd3_scale")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.INFO)
+    yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,6 @@ and all get all answers. Invariant: an answer depends on its request alone, not 
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from bd3_scale.evaluation.continuation import continuation_log_likelihoods
 from bd3_scale.evaluation.world import load_replicas
 from bd3_scale.generation.slots import Job, generate_each, in_order
 from bd3_scale.generation.token_sampling import SamplingOptions
+from bd3_scale.messages import log
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1, None),
@@ -176,7 +176,7 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
 
     def _warn(self, text: str) -> None:
         if text not in self._said and self.layout.is_main_rank:
-            logging.getLogger(__name__).warning(text)
+            log.warning(text)
         self._said.add(text)
 
     def _job(self, known: list[int], count: int, options: SamplingOptions, end_of_text: int | None, row: int, until: list[str]) -> Job:

@@ -22,7 +22,6 @@ import datetime
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ import torch.distributed as dist
 
 from bd3_scale.errors import TrainingError, UserError, one_line
 from bd3_scale.launcher import launched
+from bd3_scale.messages import log
 
 LONGEST_INTERVAL = 5.0
 """Seconds between two readings of the others' heartbeats at most; a rank's own beats are a second apart, or less."""
@@ -168,11 +168,7 @@ class RankMonitor:
             self._say(done=True)
         except RuntimeError as lost:  # the store went first; whoever waits for this rank finds that out as well
             if error is not None:
-                print(
-                    f"bd3_scale: rank {self.rank} could not tell the others why it ends: {_text(lost)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                log.warning(f"rank {self.rank} could not tell the others why it ends: {_text(lost)}")
 
     def _watch(self) -> None:
         """The thread: speak and look at the processes of this host every second, listen every interval."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import bd3_scale
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.fault_tolerance import early_exit
+from bd3_scale.messages import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_KEY_PRESS = 2.0
@@ -85,7 +86,7 @@ class StopRequest:
         if self._deadline is not None and self.requested is None and time.monotonic() > self._deadline:
             self.requested = "run.time_limit"
             if self.layout.is_main_rank:
-                print("\nbd3_scale: run.time_limit: stopping after this step and saving", file=sys.stderr, flush=True)
+                log.info("run.time_limit: stopping after this step and saving")
         if self._agreed:
             return True
         if self.layout.world_size == 1:

@@ -31,6 +31,8 @@ from types import FrameType
 
 import psutil
 
+from bd3_scale.messages import log, show
+
 UNFINISHED = 143
 """128 + SIGTERM: also what a node says that was ended from outside before this program could speak."""
 AGAIN = 2.0
@@ -98,7 +100,7 @@ class Node:
             status = self._attempt()
             if status == 0 or self.asked or self._met or time.monotonic() + PAUSE > self._patient_until:
                 return status
-            print(f"bd3_scale: torchrun failed with status {status} before it had ranks; again", file=sys.stderr, flush=True)
+            log.info(f"torchrun failed with status {status} before it had ranks; again")
             time.sleep(PAUSE)
 
     def _attempt(self) -> int:
@@ -122,7 +124,7 @@ class Node:
             if not self.asked or (told is not None and now - told < AGAIN):
                 continue
             if told is None:
-                print(f"bd3_scale: {self.asked}: asking the ranks of this node to save and leave", file=sys.stderr, flush=True)
+                log.info(f"{self.asked}: asking the ranks of this node to save and leave")
             told = now
             for rank in ranks:
                 _send(rank, signal.SIGUSR1)
@@ -202,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--started", type=Path, metavar="FILE", help="touched now, for a liveness probe that looks at its age")
     parser.add_argument("torchrun", nargs="+", metavar="-- TORCHRUN-ARGUMENTS")
     options = parser.parse_args(arguments)
+    show(note="bd3_scale: ")  # among the lines of the ranks
     if options.directory is not None:
         os.chdir(options.directory)
     if options.started is not None:
@@ -210,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, node.ask)
     status, why = node.verdict(node.run())
-    print(f"bd3_scale: node {os.uname().nodename}: {why}", file=sys.stderr, flush=True)
+    log.info(f"node {os.uname().nodename}: {why}")
     return status
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bd3_scale.errors import TrainingError
+from bd3_scale.messages import log
 
 AT_START = ("amendment", "probe")
 """Kinds of lines that a start writes before its first step."""
@@ -137,7 +137,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
         elif number < len(texts):
-            print(f"bd3_scale: warning: {path} line {number} is damaged and left out", file=sys.stderr)
+            log.warning(f"{path} line {number} is damaged and left out")
     return lines
 
 

@@ -24,6 +24,7 @@ from bd3_scale.data.preparation.packing import texts_end_at
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.kernel_probe import Probed, as_line, as_text
 from bd3_scale.errors import TrainingError
+from bd3_scale.messages import log
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, TrainingConfig
@@ -192,22 +193,18 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        if self.file is None:
-            return
-        if self.bar is not None:
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if self.file is not None:
+            log.info(text)
 
     def warning(self, step: int, text: str) -> None:
         """Say loudly what threatens the run, and count it in metrics.jsonl as far as the file system takes it."""
-        self.say(f"bd3_scale: WARNING: {text}")
         if self.file is None:
             return
+        log.warning(text)
         try:
             self._write({"kind": "warning", "step": step, "text": text})
         except TrainingError as error:  # the same full disk, most likely, and it has been said
-            self.say(f"bd3_scale: WARNING: {error}")
+            log.warning(error)
 
     def plot(self, *, now: bool = False) -> None:
         """Draw report/*.png and report/index.html from metrics.jsonl, unless that was done a short while ago. All other ranks wait for the
@@ -221,7 +218,7 @@ class Reporter:
             pictures = draw({self.folder.resolve().name: lines}, report)
             write_page(self.recipe, self.layout.world_size, lines, pictures, report)
         except Exception as error:  # a full disk, a font cache that cannot be written: no reason to lose a run
-            self.say(f"bd3_scale: warning: no plots ({type(error).__name__}: {error}); draw them later with bd3 plot")
+            log.warning(f"no plots ({type(error).__name__}: {error}); draw them later with bd3 plot")
         seconds = time.perf_counter() - start
         self.plots_wait_until = start + seconds / PLOTS_TAKE
         self.skip(seconds)

@@ -6,12 +6,12 @@ TensorBoard shows the later. Invariant: a failure is said once and never stops a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bd3_scale.errors import one_line
+from bd3_scale.messages import log
 from bd3_scale.reporting.tracking import numbers
 
 
@@ -35,8 +35,7 @@ class TensorBoard:
             self._writer.flush()
         except Exception as error:  # a full disk: no reason to lose a run
             self._writer = None
-            text = one_line(error)
-            print(f"bd3_scale: warning: tensorboard failed ({text}); training goes on without it", file=sys.stderr, flush=True)
+            log.warning(f"tensorboard failed ({one_line(error)}); training goes on without it")
 
     def close(self) -> None:
         """Safe to call twice."""

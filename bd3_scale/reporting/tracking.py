@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import secrets
 import socket
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bd3_scale.errors import one_line, without_credentials
+from bd3_scale.messages import log
 from bd3_scale.recipe import Recipe, as_dictionary
 
 ID_FILE = Path("wandb") / "run_id"
@@ -76,10 +76,7 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self.run = None
-        text = one_line(error)
-        print(
-            f"bd3_scale: warning: wandb failed ({type(error).__name__}: {text}); training goes on without it", file=sys.stderr, flush=True
-        )
+        log.warning(f"wandb failed ({type(error).__name__}: {one_line(error)}); training goes on without it")
 
 
 def _remembered(folder: Path) -> str | None:
@@ -90,11 +87,9 @@ def _remembered(folder: Path) -> str | None:
     if host == socket.gethostname() and _read(Path(where))[0] != run_id:
         return run_id
     fresh = secrets.token_hex(4)
-    print(
-        f"bd3_scale: WARNING: {folder} is a copy of {where} ({host}), run {run_id} of wandb: this one goes on as the new run {fresh}; "
-        f"to go on as {run_id}, write that alone into {folder / ID_FILE}",
-        file=sys.stderr,
-        flush=True,
+    log.warning(
+        f"{folder} is a copy of {where} ({host}), run {run_id} of wandb: this one goes on as the new run {fresh}; "
+        f"to go on as {run_id}, write that alone into {folder / ID_FILE}"
     )
     return fresh
 

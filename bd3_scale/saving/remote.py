@@ -10,7 +10,6 @@ remote is ever deleted, unless `checkpoint.remote_keep` says how many stay. What
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -24,6 +23,7 @@ from bd3_scale.checkpoint.reader import LARGEST_INDEX, STEP_NAME
 from bd3_scale.checkpoint.shard_files import read_text
 from bd3_scale.checkpoint.store import LATEST_NAME
 from bd3_scale.errors import CheckpointError, without_credentials
+from bd3_scale.messages import log
 
 ATTEMPTS = 4
 PAUSE = 5.0
@@ -184,7 +184,7 @@ class Uploader:
         if self.leads:
             self._warn(text)
         else:  # of other ranks nobody writes down what is wrong, and the leader knows only that files are missing
-            print(f"bd3_scale: WARNING: on host {socket.gethostname()}: {without_credentials(text)}", file=sys.stderr, flush=True)
+            log.warning(f"on host {socket.gethostname()}: {without_credentials(text)}")
         return False
 
     def _all_are_there(self, folder: Path) -> bool:

@@ -84,7 +84,7 @@ def test_a_run_from_s3_to_s3_is_the_local_run_also_on_a_new_machine(store: str, 
         "checkpoint.remote=s3://runs/one",
     ]
     said = train(tmp_path, 6, *remote, "run.dir=remote")
-    assert "known-to-nobody" not in said and "WARNING" not in said
+    assert "known-to-nobody" not in said and "warning:" not in said
     shutil.rmtree(tmp_path / "remote")
     shutil.rmtree(tmp_path / "cache")
     train(tmp_path, 12, *remote, "run.dir=remote")

@@ -12,7 +12,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from bd3_scale import plot
+from bd3_scale import messages, plot
 from bd3_scale.costs.flops import training_flops_per_token
 from bd3_scale.costs.pipeline_stages import expected_masked
 from bd3_scale.distributed.layout import Layout
@@ -144,6 +144,7 @@ def test_terminal_has_one_line_that_is_written_again(tmp_path: Path, monkeypatch
     reporter.bar.refresh()
     assert "\n" not in terminal.getvalue()
     assert "30/40" in terminal.getvalue() and "loss 4.5000" in terminal.getvalue()
+    messages.show()
     reporter.say("a line for people")
     reporter.close()
     assert "a line for people\n" in terminal.getvalue()
@@ -246,13 +247,13 @@ def test_plot_tool_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "several runs need --out" in capsys.readouterr().err
 
 
-def test_plots_that_fail_do_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_that_fail_do_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reporter_module, "draw", full)
     a_run(tmp_path, pictures=True)
-    assert "warning: no plots" in capsys.readouterr().err
+    assert "no plots (OSError" in caplog.text
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 20
 
 
@@ -284,14 +285,14 @@ def test_summary_of_a_start_that_validated_nothing_remembers_the_last(tmp_path: 
     assert "best" not in text
 
 
-def test_a_run_without_likelihood_reports_its_cross_entropy_and_no_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_likelihood_reports_its_cross_entropy_and_no_perplexity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = recipe(tmp_path, steps=20)
     reporter = Reporter(asked, LAYOUT, tmp_path, first_step=0)
     for step, value in ((10, 3.0), (20, 3.5)):
         train(reporter, step, 4.0)
         reporter.validation(step=step, results={4: CrossEntropy(value, 0.01, 32)}, seconds=0.0, unigram_perplexity=90.0)
     reporter.close()
-    assert "step 10: validation cross-entropy 3.0000 +- 0.0100 (no likelihood)" in capsys.readouterr().err
+    assert "step 10: validation cross-entropy 3.0000 +- 0.0100 (no likelihood)" in caplog.text
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "validation"]
     assert [line["cross_entropy"] for line in lines] == [3.0, 3.5]
     assert not any({"nelbo", "perplexity", "unigram_perplexity"} & line.keys() for line in lines)
@@ -325,12 +326,13 @@ def test_flops_follow_the_objective_and_not_the_recomputation(tmp_path: Path) ->
     assert flops_per_token(*sections, bd3, 50258) == plain
 
 
-def test_the_start_says_where_texts_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_start_says_where_texts_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for special, said in (("bos_eos", 1), ("none", 0)):
         asked = recipe(tmp_path / special)
         asked.data.row_special = special
         Reporter(asked, LAYOUT, tmp_path / special, first_step=0).close()
-        assert capsys.readouterr().err.count("texts of this model end at 128 tokens") == said
+        assert caplog.text.count("texts of this model end at 128 tokens") == said
+        caplog.clear()
 
 
 def test_a_mixture_of_block_sizes_has_one_line_with_all_of_them(tmp_path: Path) -> None:

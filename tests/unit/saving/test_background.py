@@ -199,7 +199,7 @@ def test_a_remote_folder_that_is_gone_only_warns(synthetic: Any, tmp_path: Path,
 
 
 def test_no_line_shows_what_gives_access(
-    synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither ours, nor what a store's client says of the address that it was given."""
     monkeypatch.setattr(remote, "PAUSE", 0.001)
@@ -217,7 +217,7 @@ def test_no_line_shows_what_gives_access(
         uploader.close(20)
     with pytest.raises(CheckpointError) as error:
         fetch.fetch_latest(url, tmp_path / "new")
-    said = [*warnings, capfd.readouterr().err, str(error.value)]
+    said = [*warnings, caplog.text, str(error.value)]
     assert all("403" in text and "bucket/run" in text for text in said)
     assert not any(word in text for text in said for word in ("ssword", "user", "secret"))
 
