@@ -56,8 +56,6 @@ def end_with(error: UserError) -> int:
 def own_world() -> Iterator[None]:
     """The world that is joined inside is left at the end; one that the caller was in before is not."""
     settle()
-    # megatron-core says at import that it does without packages that only training on CUDA could use.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     # It calls collectives by names that newer torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from bd3_scale.distributed import layout

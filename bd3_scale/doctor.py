@@ -50,7 +50,7 @@ class Finding:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bd3_scale.doctor", description="Check whether this machine is fit to train.")
+    parser = argparse.ArgumentParser(prog="bd3 doctor", description="Check whether this machine is fit to train.")
     parser.add_argument("recipe", nargs="?", help="a YAML file; without one the defaults are checked")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example run.dir=/scratch/run")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="processes of the whole job (default: 8)")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m bd3_scale.evaluate", description="Evaluate a checkpoint.")
+    parser = CommandParser(prog="bd3 evaluate", description="Evaluate a checkpoint.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="likelihood|generation", parser_class=CommandParser)
     _likelihood_options(commands.add_parser("likelihood", help="NELBO and perplexity with standard error on prepared rows"))
     _generation_options(commands.add_parser("generation", help="texts: lengths, entropy, network calls, generative perplexity"))

@@ -19,10 +19,10 @@ TARGETS = ("slurm", "kubernetes")
 
 def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    chooser = argparse.ArgumentParser(prog="python -m bd3_scale.launch", description="Start a run on a cluster.")
+    chooser = argparse.ArgumentParser(prog="bd3 launch", description="Start a run on a cluster.")
     chooser.add_argument("target", choices=TARGETS, help="`TARGET --help` lists what it takes")
     target = chooser.parse_args(words[:1]).target
-    parser = argparse.ArgumentParser(prog=f"python -m bd3_scale.launch {target}", description=f"Start a run on {target}.")
+    parser = argparse.ArgumentParser(prog=f"bd3 launch {target}", description=f"Start a run on {target}.")
     jobs.add_options(parser)
     module = slurm if target == "slurm" else kubernetes
     module.add_options(parser)

@@ -21,7 +21,7 @@ from bd3_scale.errors import RecipeError, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bd3_scale.plan", description="Plan a run: memory, time, price; no GPU needed.")
+    parser = argparse.ArgumentParser(prog="bd3 plan", description="Plan a run: memory, time, price; no GPU needed.")
     parser.add_argument("recipe", help="a YAML file, for example recipes/owt_1b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example parallel.tensor=4")
     parser.add_argument("--world-size", type=int, default=1, help="ranks, one per device (default 1)")

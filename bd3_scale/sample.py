@@ -46,7 +46,7 @@ class _Parser(CommandParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="python -m bd3_scale.sample", description="Text from a checkpoint.")
+    parser = _Parser(prog="bd3 sample", description="Text from a checkpoint.")
     add = parser.add_argument
     add("checkpoint", help="a checkpoint folder, or a run directory (its latest checkpoint)")
     add("--prompt", nargs="+", action="extend", metavar="TEXT", help="what the texts begin with; several give several texts")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bd3_scale.train", description="Train a block-diffusion language model.")
+    parser = argparse.ArgumentParser(prog="bd3 train", description="Train a block-diffusion language model.")
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe, for example quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example training.steps=100")
     options = parser.parse_args(arguments)
@@ -84,16 +84,18 @@ def run(recipe: recipes.Recipe, device: str) -> None:
 
 
 def train(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | None = None) -> None:
-    """The run itself, on this rank of a world that exists; at its end a sample, made by the leader and its tensor peers."""
-    from bd3_scale.reporting.summary import sample_text
+    """The run itself, on this rank of a world that exists; at its end samples, made by the leader and its tensor peers."""
+    from bd3_scale.reporting.samples import sample_texts
+    from bd3_scale.reporting.web_page import add_samples
 
     checkpoint, stopped = _optimize(recipe, layout, monitor)
     if stopped or not recipe.tracking.sample_tokens or layout.state_rank > 0 or layout.pipeline_rank > 0:
         return
     gc.collect()  # the state of the training goes before the network comes once more
-    text = sample_text(checkpoint, layout.device.type, recipe.tracking.sample_tokens, recipe.run.seed)
+    samples = sample_texts(checkpoint, layout.device.type, recipe.tracking.sample_tokens, recipe.run.seed)
     if layout.is_main_rank:
-        print(f"\na sample of {recipe.tracking.sample_tokens} tokens:\n{text}", flush=True)
+        print(f"\na sample of {recipe.tracking.sample_tokens} tokens:\n{samples[0].text}", flush=True)
+        add_samples(recipe, layout.world_size, samples)
 
 
 def _optimize(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | None) -> tuple[Path, bool]:

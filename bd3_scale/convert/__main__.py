@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.messages import show
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def _import(options: argparse.Namespace) -> None:
     if written.trainable:
         print(f"train from it: bd3 train {written.recipe_file}")
     else:
-        print(f"sample from it: python -m bd3_scale.sample {options.out}")
+        print(f"sample from it: bd3 sample {options.out}")
         print("to train from it, prepare data with its tokenizer (bd3 prepare) and convert again with --data FOLDER")
 
 
@@ -119,8 +119,7 @@ COMMANDS = {"import": _import, "export": _export, "average": _average}
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    # megatron-core says at import that it does without packages that only training on CUDA could use.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    show()
     try:
         COMMANDS[options.command](options)
     except UserError as error:

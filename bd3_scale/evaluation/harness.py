@@ -31,7 +31,7 @@ from bd3_scale.evaluation.continuation import continuation_log_likelihoods
 from bd3_scale.evaluation.world import load_replicas
 from bd3_scale.generation.slots import Job, generate_each, in_order
 from bd3_scale.generation.token_sampling import SamplingOptions
-from bd3_scale.messages import log
+from bd3_scale.messages import log, show
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1, None),
@@ -222,6 +222,7 @@ def _leaves(target: np.ndarray) -> Callable[[np.ndarray], bool]:
 
 def main() -> int:
     """The harness' own command, which knows the model `bd3_scale` because this module is loaded."""
+    show()
     from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found,unused-ignore]
 
     try:

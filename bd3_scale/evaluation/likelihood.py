@@ -95,7 +95,7 @@ def require_likelihood(loaded: LoadedNetwork) -> None:
     if not loaded.objective.traits.has_likelihood_bound:
         raise RecipeError(
             f"the checkpoint was trained with objective.kind={loaded.objective.kind}, which has no likelihood, nor a bound of it, and no "
-            "perplexity; compare its texts: python -m bd3_scale.evaluate generation"
+            "perplexity; compare its texts: bd3 evaluate generation"
         )
 
 

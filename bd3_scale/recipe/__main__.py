@@ -19,7 +19,7 @@ from bd3_scale.recipe.text import as_yaml
 
 HEAD = """# Keys of a recipe
 
-Made by `python -m bd3_scale.recipe > docs/recipe.md` from `bd3_scale/recipe/schema.py`. In brackets stands what a key may be, and whether a
+Made by `bd3 recipe > docs/recipe.md` from `bd3_scale/recipe/schema.py`. In brackets stands what a key may be, and whether a
 continued run may change it: *free*, it may; *amend*, from a step on, where `run.amend` names it; else it defines the run and may not."""
 
 

@@ -63,7 +63,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         full_key = getattr(error, "full_key", None)
         where = f"{full_key}: " if full_key else ""
-        raise RecipeError(f"{where}{_one_line(error)}; see python -m bd3_scale.recipe for all keys") from None
+        raise RecipeError(f"{where}{_one_line(error)}; see bd3 recipe for all keys") from None
     assert isinstance(recipe, Recipe)
     if isinstance(recipe.training.global_batch, str):  # of an environment variable
         with contextlib.suppress(ValueError):

@@ -363,7 +363,7 @@ class TrackingConfig:
     """Training lines have a `controlled_loss`, too: the train loss less what its masks alone explain, by the mean nll that the tuner
     (needed for it) measured last. Same mean; a half to a seventh of the variance from step to step."""
     sample_tokens: int = key(0, least=0)
-    """Tokens sampled from the last checkpoint and printed when the run ends; 0: none."""
+    """Tokens of the texts that are sampled from the last checkpoint when the run ends, one printed and three in report/; 0: none."""
 
 
 @dataclass

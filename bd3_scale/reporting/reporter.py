@@ -58,6 +58,8 @@ class Reporter:
         self.recipe, self.layout, self.folder, self.first_step = recipe, layout, folder, first_step
         self.file: MetricsFile | None = None
         self.plots_wait_until = 0.0
+        self.spent: dict[str, float] = {}
+        """Seconds on other things than the steps themselves since the last validation."""
         self.wandb = wandb
         """What checkpoints keep."""
         if layout.is_main_rank:
@@ -136,8 +138,10 @@ class Reporter:
         sets: Mapping[str, Mapping[int, Validated]] = MappingProxyType({}),
     ) -> None:
         """Write a validation line of the first of `results` ({L': result}), with those of all block sizes where there are several, and such
-        a line of kind validation/NAME for each of other `sets`; the `seconds` that all took are not counted as training time."""
-        self.skip(seconds)
+        a line of kind validation/NAME for each of other `sets`; the `seconds` that all took are not counted as training time. The first
+        line says what the leader has spent on what since the last one (`spent`, seconds)."""
+        self.skip(seconds, "validation")
+        spent, self.spent = self.spent, {}
         if self.file is None:
             return
         for kind, measured in {"validation": results, **{f"validation/{name}": one for name, one in sets.items()}}.items():
@@ -145,6 +149,8 @@ class Reporter:
             line: dict[str, Any] = {"kind": kind, "step": step, "data_tokens": self.recipe.tokens_before(step), **asdict(first)}
             if kind == "validation" and unigram_perplexity is not None and isinstance(first, Validation):
                 line["unigram_perplexity"] = unigram_perplexity
+            if kind == "validation":
+                line["spent"] = {what: round(value, 3) for what, value in spent.items()}
             if len(measured) > 1:
                 line["block_sizes"] = {str(size): asdict(one) for size, one in measured.items()}
             self._write(line)
@@ -187,9 +193,14 @@ class Reporter:
             self.say(f"step {step}: the density of t{of} {verb} (variance {density.variance:.3g}, {times:.2f} times that of a uniform one)")
         self.plot()
 
-    def skip(self, seconds: float) -> None:
-        """Leave time that was not spent on training (a checkpoint, a tuning) out of data tokens/s and MFU."""
+    def skip(self, seconds: float, what: str) -> None:
+        """Leave time that was spent on `what`, and not on training, out of data tokens/s and MFU."""
         self.meter.skip(seconds)
+        self.took(seconds, what)
+
+    def took(self, seconds: float, what: str) -> None:
+        """Count what the leader spent on `what`, for the next validation line."""
+        self.spent[what] = self.spent.get(what, 0.0) + seconds
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -215,13 +226,13 @@ class Reporter:
             return
         try:
             lines, report = read_metrics(self.file.path), self.folder / "report"
-            pictures = draw({self.folder.resolve().name: lines}, report)
-            write_page(self.recipe, self.layout.world_size, lines, pictures, report)
+            draw({self.folder.resolve().name: lines}, report)
+            write_page(self.recipe, self.layout.world_size, lines, report)
         except Exception as error:  # a full disk, a font cache that cannot be written: no reason to lose a run
             log.warning(f"no plots ({type(error).__name__}: {error}); draw them later with bd3 plot")
         seconds = time.perf_counter() - start
         self.plots_wait_until = start + seconds / PLOTS_TAKE
-        self.skip(seconds)
+        self.skip(seconds, "pictures")
 
     def close(self) -> None:
         """End the progress line and wandb, draw the last plots."""

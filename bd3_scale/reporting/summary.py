@@ -1,4 +1,4 @@
-"""The last words of a run: what was reached, where it lies, how to go on, and a sample of its text."""
+"""The last words of a run: what was reached, where it lies, how to go on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def summary(recipe: Recipe, *, step: int, checkpoint: Path, validated: Validated
     lines += [
         f"checkpoint  {checkpoint}",
         f"metrics     {folder / 'metrics.jsonl'}, plots in {folder / 'report'}",
-        f"sample      python -m bd3_scale.sample {shlex.quote(str(folder))}",
+        f"sample      bd3 sample {shlex.quote(str(folder))}",
     ]
     if stopped:
         lines.append("continue    the same command again")
@@ -60,14 +60,3 @@ def _score(values: Mapping[str, Any]) -> str:
     if "nelbo" not in values:
         return f"cross-entropy {values['cross_entropy']:.4f} +- {values['standard_error']:.4f} nats per data token (no likelihood)"
     return f"perplexity {values['perplexity']:.2f} (NELBO {values['nelbo']:.4f} +- {values['standard_error']:.4f} nats per data token)"
-
-
-def sample_text(checkpoint: Path, device: str, length: int, seed: int) -> str:
-    """Text from the checkpoint just written, as `python -m bd3_scale.sample` makes it; under tensor parallelism the peers of one
-    group call it together, whatever the layout of the training was, and each gets the text."""
-    from bd3_scale.generation.generate import generate_tokens
-    from bd3_scale.generation.load_model import load_network
-
-    loaded = load_network(checkpoint, device=device)
-    result = generate_tokens(loaded, batch=1, length=length, seed=seed)
-    return loaded.tokenizer.decode(result.tokens[0][1:].tolist())

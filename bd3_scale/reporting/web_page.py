@@ -1,19 +1,24 @@
 """RUN_DIR/report/index.html: one page of a run that is opened from a disk, without a server, a script or a network.
 
-It is made from metrics.jsonl and the recipe alone, beside the pictures of `plots` and at the same moments, and shows them with the numbers
-that a person asks first: where the run is, what it reached, how fast, on how many ranks, with how much memory, and what it warned of.
+It is made from metrics.jsonl, the recipe and report/samples.json, beside the pictures of `plots` and at the same moments, and shows
+them with the numbers that a person asks first: where the run is, what it reached, how fast, on how many ranks, with how much memory, what
+it writes, where the time went and what it warned of.
 Invariants: every text is escaped; nothing is loaded from elsewhere; it reads on a light and on a dark screen.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from bd3_scale.errors import without_credentials
+from bd3_scale.errors import one_line, without_credentials
+from bd3_scale.messages import log
 from bd3_scale.recipe import Recipe, to_yaml
+from bd3_scale.reporting.metrics import read_metrics
+from bd3_scale.reporting.samples import Sample, keep, kept
 
 Lines = Sequence[Mapping[str, Any]]
 STYLE = """
@@ -32,21 +37,28 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 1rem; }
 img { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 td, th { border-bottom: 1px solid var(--line); padding: .2rem .9rem .2rem 0; text-align: left; }
 """
 SHOWN_VALIDATIONS = 20
 
 
-def write_page(recipe: Recipe, world_size: int, lines: Lines, pictures: Sequence[Path], folder: Path) -> Path:
-    """Write index.html beside the `pictures` in `folder`, whole or not at all. Returns the file."""
+def write_page(recipe: Recipe, world_size: int, lines: Lines, folder: Path) -> Path:
+    """Write index.html beside the pictures and samples in `folder`, whole or not at all. Returns the file."""
     train = [line for line in lines if line["kind"] == "train"]
     validations = [line for line in lines if line["kind"] == "validation"]
     parts = [f"<h1>{escape(recipe.run.name)}</h1>", f'<p class="soft">{escape(_place(recipe, world_size, lines))}</p>']
     parts.append(_cards(_numbers(recipe, train, validations)))
     parts.append('<div class="pictures">')
-    parts += [f'<img src="{escape(picture.name)}" alt="{escape(picture.stem)}">' for picture in pictures]
+    parts += [f'<img src="{escape(picture.name)}" alt="{escape(picture.stem)}">' for picture in sorted(folder.glob("*.png"))]
     parts.append("</div>")
-    for title, table in (("Validation", _validations(validations)), ("Seconds of a step that ranks compute by themselves", _own(train))):
+    step, samples = kept(folder)
+    for title, table in (
+        (f"Samples of step {step:,}", _samples(samples)),
+        ("Validation", _validations(validations)),
+        ("Where the time went", _spent(validations)),
+        ("Seconds of a step that ranks compute by themselves", _own(train)),
+    ):
         parts += [f"<h2>{title}</h2>", table] if table else []
     if warnings := [line for line in lines if line["kind"] in ("warning", "amendment")]:
         parts += ["<h2>Warnings and changes</h2>", _table(("step", "what"), [(line["step"], _text(line)) for line in warnings])]
@@ -57,11 +69,24 @@ def write_page(recipe: Recipe, world_size: int, lines: Lines, pictures: Sequence
     return beside.replace(page)
 
 
+def add_samples(recipe: Recipe, world_size: int, samples: list[Sample]) -> None:
+    """Keep what a run ended with, and make its page once more, with them. Like all that is only shown it stops nothing."""
+    folder = Path(recipe.run.dir)
+    try:
+        keep(samples, recipe.total_steps, folder / "report")
+        if recipe.tracking.plots:
+            write_page(recipe, world_size, read_metrics(folder / "metrics.jsonl"), folder / "report")
+    except Exception as error:
+        log.warning(f"no samples in {folder / 'report'} ({type(error).__name__}: {one_line(error)}); make some with bd3 sample {folder}")
+
+
 def _place(recipe: Recipe, world_size: int, lines: Lines) -> str:
     parallel, step = recipe.parallel, max((line["step"] for line in lines), default=0)
-    replicas = world_size // (parallel.tensor * parallel.pipeline)
-    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {replicas}, ZeRO {parallel.zero} ({parallel.resolved_engine})"
-    return f"step {step:,} of {recipe.total_steps:,} on {world_size} rank{'s' * (world_size > 1)}: {layout}"
+    replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
+    context = f"context {parallel.context} x " if parallel.context > 1 else ""
+    layout = f"tensor {parallel.tensor} x {context}pipeline {parallel.pipeline} x data {replicas}"
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    return f"step {step:,} of {recipe.total_steps:,} on {ranks}: {layout}, ZeRO {parallel.zero} ({parallel.resolved_engine})"
 
 
 def _numbers(recipe: Recipe, train: Lines, validations: Lines) -> dict[str, str]:
@@ -88,6 +113,23 @@ def _numbers(recipe: Recipe, train: Lines, validations: Lines) -> dict[str, str]
 def _validations(lines: Lines) -> str:
     keys = [key for key in ("nelbo", "standard_error", "perplexity", "cross_entropy", "rows") if lines and key in lines[-1]]
     return _table(("step", *keys), [(f"{line['step']:,}", *(_shown(line.get(key)) for key in keys)) for line in lines[-SHOWN_VALIDATIONS:]])
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    one = '<p class="soft">{} tokens, ended by {}</p><pre>{}</pre>'
+    return "\n".join(one.format(sample.tokens, escape(sample.stop.replace("_", " ")), escape(sample.text)) for sample in samples)
+
+
+def _spent(validations: Lines) -> str:
+    """Of the leader, over all starts up to the last validation: what is named is counted, the rest is the steps."""
+    spent = Counter[str]()
+    for line in validations:
+        spent.update(line.get("spent", {}))
+    if not spent:
+        return ""
+    whole = max(validations[-1]["seconds"], 1e-9)
+    shares = {"steps": whole - sum(spent.values()), **spent}
+    return _table(("what", "seconds", "share"), [(what, f"{value:,.1f}", f"{value / whole:.1%}") for what, value in shares.items()])
 
 
 def _own(train: Lines) -> str:

@@ -92,7 +92,9 @@ class Trainer:
         start, self.heartbeat.waits = time.perf_counter(), True
         taken = self.feed.take(self.step, self.samples)
         self.heartbeat.waits = False
-        self.pace.begin_step(time.perf_counter() - start)
+        waited = time.perf_counter() - start
+        self.pace.begin_step(waited)
+        self.report.took(waited, "waiting for data")
         batch = self.batches.rows_at(self.step)
         loss = self.engine.forward_backward(taken.inputs, taken.tokens)
         norm = self.engine.step(rate_of(recipe, self.step))
@@ -187,7 +189,7 @@ class Trainer:
             recipe=recipes.to_yaml(self.recipe),
             replica=(copy_of, self.engine.weight_sum()) if copy_of is not None else None,
         )
-        self.report.skip(seconds)
+        self.report.skip(seconds, "checkpoints")
 
     def flops_per_token(self) -> float:
         parts = self.objectives.in_use(self.step)

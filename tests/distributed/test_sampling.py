@@ -24,6 +24,7 @@ from bd3_scale.generation.load_model import load_network
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, ModelConfig, ObjectiveConfig
+from bd3_scale.reporting.samples import kept
 from bd3_scale.tuning.interval_tuner import TunerState
 from tests.distributed.forked import run_ranks
 
@@ -133,4 +134,6 @@ def test_many_processes_write_what_one_writes(
     text = load_tokenizer("bytes").decode(expected["tokens"][0][1:])
     assert first["training"].endswith(f"a sample of 20 tokens:\n{text}\n")
     assert not any(rank["training"] for rank in others)
+    step, samples = kept(run / "report")
+    assert step == 1 and len({one.text for one in samples}) == 3 and samples[0].text == text
     assert all(rank["trained"]["tokens"] == expected["tokens"] and rank["trained"]["ranks"] == ranks for rank in results)

@@ -27,7 +27,7 @@ def test_every_key_says_what_it_is(section: type) -> None:
 
 def test_the_page_of_all_keys_is_that_of_the_schema() -> None:
     written = (ROOT / "docs" / "recipe.md").read_text()
-    assert written == page() + "\n", "make it anew: python -m bd3_scale.recipe > docs/recipe.md"
+    assert written == page() + "\n", "make it anew: bd3 recipe > docs/recipe.md"
     assert re.findall(r"^- `(\w+\.\w+)` = ", written, re.MULTILINE) == list(KEYS)
 
 

@@ -271,7 +271,7 @@ def test_summary_says_what_was_reached_and_what_to_do_next(tmp_path: Path) -> No
     assert "validation  perplexity 32.00 (NELBO 5.0000 +- 0.0100 nats per data token) on 32 held-out rows\n" in text
     assert "best        perplexity 16.00 (NELBO 4.0000 +- 0.0100 nats per data token) at step 20" in text
     assert "unigram     perplexity 90.00 of the same rows; the model's is 0.36 of it" in text
-    assert str(checkpoint) in text and f"bd3_scale.sample '{tmp_path}/a run'" in text
+    assert str(checkpoint) in text and f"bd3 sample '{tmp_path}/a run'" in text
     assert "continue" not in text
 
 
