@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 
 from bd3_scale.launcher import launched
 
@@ -55,5 +54,3 @@ def show(note: str = "") -> None:
     log.handlers = [Lines(note)]
     log.setLevel(logging.INFO)
     log.propagate = False
-    # megatron-core says at import that it does without packages that nothing here uses.
-    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (are|is) not installed")
