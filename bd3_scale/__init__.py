@@ -5,7 +5,6 @@ The public names are imported where they are used first: `import bd3_scale` alon
 
 import importlib
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,10 +20,6 @@ __all__ = ["Kind", "generate", "load_model", "load_recipe", "register_objective"
 
 _PUBLIC = {name: "bd3_scale.api" for name in __all__}
 _PUBLIC |= {"Kind": "bd3_scale.recipe.objective_kinds", "register_objective": "bd3_scale.objectives.table"}
-
-# What megatron-core says, at import and later, of packages and of a default that nothing here uses.
-for _text in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
-    warnings.filterwarnings("ignore", message=_text, category=UserWarning)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,12 @@ optimizer and schedules from itself, import this room first.
 
 from __future__ import annotations
 
+import warnings
+
 from bd3_scale.light_imports import left_out, uncompiled
+
+for text in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)  # of what nothing here uses
 
 with uncompiled(), left_out("wandb", "torch.utils.tensorboard"):
     import megatron.core
