@@ -11,10 +11,10 @@ import warnings
 from bd3_scale.light_imports import left_out, uncompiled
 
 with uncompiled(), left_out("wandb", "torch.utils.tensorboard"):
-    import megatron.core
-
     for text in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
-        warnings.filterwarnings("ignore", message=text, category=UserWarning)  # said by the imports below and later, of what we do not use
+        warnings.filterwarnings("ignore", message=text, category=UserWarning)  # of what nothing here uses
+
+    import megatron.core
 
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
