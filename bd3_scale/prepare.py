@@ -3,6 +3,7 @@
     bd3 prepare --source documentation --path DATA --context 256
     bd3 prepare --source 'owt/*.jsonl.zst' --validation last:100000 --path DATA --row-special none --workers 16
     bd3 prepare --source corpus.jsonl --path DATA --context 1024 --row-special none --format webdataset
+    bd3 prepare --adopt my-copy-c4 --path DATA --tokenizer gpt2
     bd3 prepare --path DATA --inspect 3
     bd3 prepare --path DATA --verify
 
@@ -27,6 +28,7 @@ from typing import Any
 from bd3_scale.data.counted import ids
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.manifest import FORMATS, MANIFEST, PACKINGS, SPLITS, Manifest
+from bd3_scale.data.preparation.adopt import adopt
 from bd3_scale.data.preparation.documentation import documentation
 from bd3_scale.data.preparation.examples import RECORDS
 from bd3_scale.data.preparation.packing import HELD_OUT, ROW_SPECIAL
@@ -46,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bd3 prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, type=Path, help="the data folder")
     parser.add_argument("--source", nargs="+", help="documentation, or files, folders, patterns; without it, the folder is only looked at")
-    parser.add_argument("--context", type=int, default=1024, help="tokens per row, model.context (default %(default)s)")
+    parser.add_argument(
+        "--adopt",
+        metavar="FOLDER",
+        help="instead: a folder of token ids that another program wrote (MDS, webdataset, Arrow of `datasets`), which stays where it is",
+    )
+    parser.add_argument("--column", help="of --adopt: where the ids stand (default: tokens or input_ids)")
+    parser.add_argument("--context", type=int, help="tokens per row, model.context (default 1024; adopted: those of its first row)")
     parser.add_argument("--tokenizer", help="gpt2, bytes or a `tokenizers` JSON file (default: the folder's, or gpt2)")
     parser.add_argument("--format", choices=FORMATS, default=defaults.format, help="(default %(default)s)")
     parser.add_argument(
@@ -81,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="check the size and hash of every file")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
+    if options.adopt is not None and options.source is not None:
+        parser.error("--adopt takes tokens and --source takes text; give one of them")
     try:
         settle()
         report = _run(options)
@@ -92,12 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     folder = expanded(options.path).absolute()
-    if options.source is not None:
+    if options.adopt is not None:
+        tokenizer, rule = load_tokenizer(options.tokenizer or DataConfig().tokenizer), options.validation or str(HELD_OUT)
+        manifest = adopt(folder, options.adopt, tokenizer, context=options.context, column=options.column, validation=rule)
+    elif options.source is not None:
         manifest = _prepare(folder, options)
     elif (folder / MANIFEST).exists():
         manifest = Manifest.load(folder / MANIFEST)
     else:
-        raise DataError(f"{folder}: holds no {MANIFEST}; give --source to prepare it")
+        raise DataError(f"{folder}: holds no {MANIFEST}; give --source to prepare it, or --adopt")
     tokenizer = load_tokenizer(options.tokenizer or manifest.tokenizer)
     report: dict[str, Any] = {"path": str(folder), "fingerprint": manifest.fingerprint, **asdict(manifest)}
     for name in SPLITS:
@@ -115,8 +128,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(folder: Path, options: argparse.Namespace) -> Manifest:
     tokenizer = load_tokenizer(options.tokenizer or DataConfig().tokenizer)
-    kind = options.packing or ("wrap" if options.records == "text" else "document")
-    packing = Packing(tokenizer, options.context, options.row_special, options.format, options.shard_bytes, kind, options.records)
+    kind, context = options.packing or ("wrap" if options.records == "text" else "document"), options.context or 1024
+    packing = Packing(tokenizer, context, options.row_special, options.format, options.shard_bytes, kind, options.records)
     progress = not options.json
     if options.source == ["documentation"]:
         if options.validation is not None:
@@ -128,7 +141,7 @@ def _prepare(folder: Path, options: argparse.Namespace) -> Manifest:
         corpus, tokens = _corpus(options), options.tokens
         name = corpus.name
         manifest = prepare_corpus(folder, packing, corpus, workers=options.workers, restart=options.restart, progress=progress)
-    manifest.require(folder, context=options.context, tokenizer=tokenizer)  # it may have been there before
+    manifest.require(folder, context=context, tokenizer=tokenizer)  # it may have been there before
     manifest.require_preparation(folder, format=options.format, row_special=options.row_special, source=name, source_tokens=tokens)
     return manifest
 

@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 FORMATS = KEYS["data.format"].choices
 PACKINGS = ("wrap", "document", "best_fit")
+ADOPTED = "adopted"
+"""The format of rows that stay in the files of another program, of any whole numbers (preparation/adopt.py)."""
 DTYPES = ("uint16", "uint32", "int16", "int32")
 DOCUMENT_END = "end_of_text after each document"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -65,11 +67,11 @@ class Manifest:
     """Everything a reader must know and agree to before it takes a row."""
 
     format: str
-    """mds | webdataset."""
+    """mds | webdataset | adopted."""
     context: int
     """L, tokens per row."""
     dtype: str
-    """How ids are stored: uint16 | uint32, or int16 | int32 where not every token counts (`counted`)."""
+    """How ids are stored: uint16 | uint32, or int16 | int32 where not every token counts (`counted`); adopted: any whole numbers."""
     row_special: str
     """Special tokens in each row: none | bos | bos_eos."""
     tokenizer: str
@@ -148,7 +150,9 @@ class Manifest:
 
     def _check(self, path: Path) -> None:
         sizes = (self.context, self.vocabulary_size, self.end_of_text)
-        if self.format not in FORMATS or self.dtype not in DTYPES or any(type(size) is not int or size < 0 for size in sizes):
+        adopted = self.format == ADOPTED
+        dtypes = (*DTYPES, "uint8", "int8", "int64", "uint64") if adopted else DTYPES
+        if self.format not in (*FORMATS, ADOPTED) or self.dtype not in dtypes or any(type(size) is not int or size < 0 for size in sizes):
             raise DataError(f"{path}: has an impossible format, dtype, context or vocabulary; {PREPARE_AGAIN}")
         if self.packing not in PACKINGS or not isinstance(self.held_out, str):
             raise DataError(f"{path}: has an impossible packing or rule of what is held out; {PREPARE_AGAIN}")
@@ -157,7 +161,8 @@ class Manifest:
             if said != held:
                 raise DataError(f"{path}: says {said} {name} rows, its shards hold {held}; {PREPARE_AGAIN}")
             counts = self.split(name).counts
-            if (counts is not None) != self.dtype.startswith("int") or (counts is not None and counts.bytes != 4 * said):
+            uncounted = self.dtype.startswith("int") and not adopted
+            if (counts is not None) != uncounted or (counts is not None and counts.bytes != 4 * said):
                 raise DataError(f"{path}: does not say which tokens of its {name} rows count; {PREPARE_AGAIN}")
 
     def require(self, path: Path, *, context: int, tokenizer: Tokenizer) -> None:
@@ -176,8 +181,11 @@ class Manifest:
             )
 
     def require_preparation(self, path: Path, **asked: object) -> None:
-        """Raises DataError, naming both values, where the folder `path` was prepared with other values than `asked` (keys as in data.*)."""
+        """Raises DataError, naming both values, where the folder `path` was prepared with other values than `asked` (keys as in data.*).
+        What was adopted is of no format of ours, and none is asked of it."""
         for key, wanted in asked.items():
+            if key == "format" and self.format == ADOPTED:
+                continue
             if (held := getattr(self, key)) != wanted:
                 cure = f"set data.path to another folder, or data.{key}={held}"
                 raise DataError(f"{path}: was prepared with {key}={held}, asked for is {key}={wanted}; {cure}")

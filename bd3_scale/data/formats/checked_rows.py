@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,3 +49,14 @@ class CheckedRows:
                 f"{self._path}: changed at byte {offset} after it had been checked; do not write to data in use, restore the file"
             )
         return row
+
+
+class PlainRows:
+    """Random access to rows of an open shard that stand in it as plain numbers: a row is one checked read."""
+
+    def __init__(self, rows: CheckedRows, dtype: np.dtype[Any]) -> None:
+        self._rows, self._dtype = rows, dtype
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows `numbers` (in this shard), [n, L] of the stored dtype. Raises ChangedError."""
+        return np.stack([np.frombuffer(self._rows.read(number), self._dtype) for number in numbers])

@@ -1,4 +1,4 @@
-"""Random access to the rows of a data folder, whatever they are stored in (MDS or tar), every byte checked before it is used.
+"""Random access to the rows of a data folder, whatever they are stored in, every byte checked before it is used.
 
 Invariants:
 - a manifest, index or shard that is missing, cut or changed in one bit is a DataError of one line, at the latest when its first row is
@@ -26,10 +26,11 @@ import numpy as np
 from bd3_scale.data.cache import Cache
 from bd3_scale.data.checked_once import Checked, finding, keep
 from bd3_scale.data.counted import ids
+from bd3_scale.data.formats.adopted import AdoptedIndex
 from bd3_scale.data.formats.checked_rows import ChangedError
 from bd3_scale.data.formats.mds import MDSIndex, MDSRows, xxh64
 from bd3_scale.data.formats.tar import TarIndex, TarRows
-from bd3_scale.data.manifest import MANIFEST, PREPARE_AGAIN, FileEntry, Manifest, Split
+from bd3_scale.data.manifest import ADOPTED, MANIFEST, PREPARE_AGAIN, FileEntry, Manifest, Split
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError
 
@@ -57,7 +58,7 @@ class Index(Protocol):
 
 WRITERS: dict[str, Callable[[Path, int, str, int], RowWriter]] = {"mds": MDSRows, "webdataset": TarRows}
 """Format -> writer of rows; called with an existing, empty folder, the context, the dtype and the largest size of a shard in bytes."""
-INDEXES: dict[str, Callable[[bytes, Path, Manifest, Split], Index]] = {"mds": MDSIndex, "webdataset": TarIndex}
+INDEXES: dict[str, Callable[[bytes, Path, Manifest, Split], Index]] = {"mds": MDSIndex, "webdataset": TarIndex, ADOPTED: AdoptedIndex}
 """Format -> reader of an index; called with its content, the folder of the split, the manifest and its split."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bd3_scale.data.checked_once import Checked
-from bd3_scale.data.formats.checked_rows import CheckedRows, checksums
+from bd3_scale.data.formats.checked_rows import CheckedRows, PlainRows, checksums
 from bd3_scale.data.formats.mds import ROWS_PER_MEMBER, rows_per_shard, xxh64
 from bd3_scale.data.manifest import PREPARE_AGAIN, FileEntry, Manifest, Split, check_plain_name
 from bd3_scale.errors import DataError
@@ -141,18 +141,7 @@ class TarIndex:
             offsets += range(start, start + array.nbytes, row_bytes)
         return checksums(content, offsets, row_bytes)
 
-    def open(self, shard: int, descriptor: int, checked: Checked) -> OpenTarShard:
+    def open(self, shard: int, descriptor: int, checked: Checked) -> PlainRows:
         """The shard over an open file, which stays the caller's, and what its check gave."""
         path, row_bytes = self._folder / self._files[shard], self._context * self._dtype.itemsize
-        return OpenTarShard(CheckedRows(path, descriptor, checked, row_bytes), self._dtype)
-
-
-class OpenTarShard:
-    """Random access to the rows of one open tar shard: a row is one checked read behind the header of its member's array."""
-
-    def __init__(self, rows: CheckedRows, dtype: np.dtype[Any]) -> None:
-        self._rows, self._dtype = rows, dtype
-
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows `numbers` (in this shard), [n, L] of the stored dtype. Raises ChangedError."""
-        return np.stack([np.frombuffer(self._rows.read(number), self._dtype) for number in numbers])
+        return PlainRows(CheckedRows(path, descriptor, checked, row_bytes), self._dtype)

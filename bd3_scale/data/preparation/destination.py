@@ -75,7 +75,7 @@ def publish(folder: Path) -> None:
 def flush(folder: Path) -> None:
     """Everything below `folder` is on the disk before its name says that it is complete."""
     for parent, _, files in os.walk(folder):
-        for file in files:
+        for file in (file for file in files if not (Path(parent) / file).is_symlink()):  # a link is in its folder
             descriptor = os.open(Path(parent) / file, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
