@@ -78,8 +78,9 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen and where texts end: the options of all commands that make texts."""
     add = parser.add_argument
     add("--sampler", help=f"{' | '.join(SAMPLERS)}; default first_hitting, one token per network call; of ssdlm simplex")
-    add("--steps", type=int, metavar="T", help="ancestral, analytic, euler, simplex: steps per block; default: the block size")
+    add("--steps", type=int, metavar="T", help="ancestral, remasking, analytic, euler, simplex: steps per block; default: the block size")
     add("--threshold", type=float, metavar="C", help=f"confidence: reveal what is more probable than this; default {DEFAULT_THRESHOLD}")
+    add("--corrections", type=int, metavar="C", help="remasking: further calls per block that draw its least sure tokens anew; default: T")
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus: the smallest set of tokens whose mass reaches P")
     add("--nucleus", default="keep", help="keep | strict: drop the token that crosses P, as the paper's code does")
     add("--temperature", type=float, default=1.0, metavar="X", help="divides the logits; 0 takes the most probable token")

@@ -35,6 +35,7 @@ def generate_tokens(
     nucleus: str = "keep",
     temperature: float = 1.0,
     threshold: float | None = None,
+    corrections: int | None = None,
     minimum_entropy: float | None = None,
     stop_at_end_of_text: bool = True,
     first_row: int = 0,
@@ -51,7 +52,7 @@ def generate_tokens(
     Raises RecipeError for options that cannot work and for peers that ask for different texts, CheckpointError for a network
     that gives no numbers, TrainingError where peers compute different texts.
     """
-    chosen = SamplingOptions(sampler, steps, threshold, temperature, top_p, nucleus, minimum_entropy)
+    chosen = SamplingOptions(sampler, steps, threshold, corrections, temperature, top_p, nucleus, minimum_entropy)
     options, length = checked(loaded, chosen, length, seed)
     tokens, known = _given(loaded.tokenizer, list(prompts or [""]), batch, length)
     end_of_text = loaded.tokenizer.end_of_text if stop_at_end_of_text else None

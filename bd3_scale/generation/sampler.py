@@ -23,7 +23,9 @@ import torch
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.generation.cached_forward import CachedForward, Network, Request, Steps, one_block
+from bd3_scale.generation.remasking import RemaskingPolicy
 from bd3_scale.generation.token_sampling import (
+    REMASKING,
     SCORE_SAMPLERS,
     SIMPLEX,
     SamplingOptions,
@@ -126,7 +128,8 @@ def begin(
         raise ValueError(f"known tokens must be ids of text, 0 to {mask_id - 1}")
     size, windows = objective.block_size, one_block(objective)
     text = Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text, until)
-    policy = UnmaskingPolicy(options, size, schedule_named(objective.schedule), seed, rows)
+    kind = RemaskingPolicy if options.sampler == REMASKING else UnmaskingPolicy
+    policy = kind(options, size, schedule_named(objective.schedule), seed, rows)
     if objective.traits.predicts_next_token:
         return text, _next_token(text, policy)
     sampler = SimplexSampler(options, size, seed, rows) if objective.traits.on_simplex else policy
@@ -199,12 +202,16 @@ def _denoise(text: Texts, policy: UnmaskingPolicy | SimplexSampler, number: int,
             yield from policy.denoise(number, text.tokens, text.known[:, block], block, begins)
             text.known[:, block] = True
         return
+    wanted = text.block_size if policy.whole_blocks else wanted
     policy.begin_block(number, masked)
     while masked[:, :wanted].any():
         logits = yield Request(text.tokens, block.start, block.stop, noise=policy.noise(masked))
         revealed = policy.reveal(masked, logits)
         text.tokens[:, block][revealed] = policy.draw(logits, revealed)
         masked &= ~revealed
+        again = policy.remask(masked)
+        text.tokens[:, block][again] = text.mask_id
+        masked |= again
     text.known[:, block] |= ~masked
 
 
@@ -241,6 +248,7 @@ class Texts:
         rows, self.length = known.shape
         self.block_size, self.stride = block_size, stride
         self.width = block_size + -(-max(0, self.length - block_size) // stride) * stride
+        self.mask_id = mask_id
         self.known = np.zeros((rows, self.width), bool)
         self.known[:, : self.length] = known
         self.tokens = np.full((rows, self.width), mask_id, np.int64)

@@ -23,8 +23,10 @@ SCORE_SAMPLERS = ("analytic", "euler")
 """Those that need scores which are not normalised (sedd)."""
 SIMPLEX = "simplex"
 """That of ssdlm, and of nothing else."""
-SAMPLERS = ("first_hitting", "ancestral", "confidence", *SCORE_SAMPLERS, SIMPLEX)
-STEPPED = ("ancestral", *SCORE_SAMPLERS, SIMPLEX)
+REMASKING = "remasking"
+"""That which looks a block over again."""
+SAMPLERS = ("first_hitting", "ancestral", "confidence", REMASKING, *SCORE_SAMPLERS, SIMPLEX)
+STEPPED = ("ancestral", REMASKING, *SCORE_SAMPLERS, SIMPLEX)
 """Those that take T steps."""
 DEFAULT_THRESHOLD = 0.9
 """Of the confidence sampler."""
@@ -39,13 +41,15 @@ class SamplingOptions:
 
     sampler: str | None = "first_hitting"
     """first_hitting (one token per forward, exact for T -> infinity) | ancestral (T steps) | confidence (several per forward) |
-    analytic, euler (T steps, by the scores of sedd) | simplex (T steps, for ssdlm). None: that of the objective, which is simplex
-    for ssdlm and first_hitting for all others."""
+    remasking (T steps, then corrections) | analytic, euler (T steps, by the scores of sedd) | simplex (T steps, for ssdlm).
+    None: that of the objective, which is simplex for ssdlm and first_hitting for all others."""
     steps: int | None = None
     """T, steps per block of the samplers that take steps. Default: L'."""
     threshold: float | None = None
     """Confidence sampler: every token whose top probability (of the network itself, before temperature and nucleus)
     exceeds it is revealed. Default 0.9."""
+    corrections: int | None = None
+    """Remasking sampler: further calls per block, each of which draws its least sure tokens anew. Default: T."""
     temperature: float = 1.0
     """Divides the logits. 0: always the most probable token."""
     top_p: float = 1.0
@@ -66,6 +70,12 @@ class SamplingOptions:
             raise RecipeError(
                 f"threshold is {self.threshold}, which means nothing to sampler {self.sampler}; leave it out or set sampler confidence"
             )
+        if self.corrections is not None and self.sampler not in (None, REMASKING):
+            raise RecipeError(
+                f"corrections is {self.corrections}, which means nothing to sampler {self.sampler}; leave it out or set sampler remasking"
+            )
+        if self.corrections is not None and self.corrections < 0:
+            raise RecipeError(f"corrections is {self.corrections} but must be at least 0; leave it out for as many as there are steps")
         if self.steps is not None and self.steps < 1:
             raise RecipeError(f"steps is {self.steps} but must be at least 1; leave it out for one step per token of a block")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

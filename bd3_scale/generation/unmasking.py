@@ -17,13 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_scale.generation.token_sampling import DEFAULT_THRESHOLD, SCORE_SAMPLERS, SamplingOptions, draw, keyed_uniforms, top_probabilities
+from bd3_scale.generation.token_sampling import (
+    DEFAULT_THRESHOLD,
+    REMASKING,
+    SCORE_SAMPLERS,
+    SamplingOptions,
+    draw,
+    keyed_uniforms,
+    top_probabilities,
+)
 from bd3_scale.objectives.noise import Schedule
 from bd3_scale.objectives.sedd import reveal_factor, total_scores
 
 
 class UnmaskingPolicy:
-    """The choices of one call for rows `rows` of `seed`; `begin_block`, then (`noise`, `reveal`, `draw`) for each forward."""
+    """The choices of one call for rows `rows` of `seed`; `begin_block`, then (`noise`, `reveal`, `draw`, `remask`) for each forward."""
+
+    whole_blocks = False
+    """Whether the last block is filled beyond the end of the text, too."""
 
     def __init__(self, options: SamplingOptions, block_size: int, schedule: Schedule, seed: int, rows: range) -> None:
         """`schedule`: the one that the score samplers walk down, that of the training."""
@@ -37,9 +48,9 @@ class UnmaskingPolicy:
         self._block, self._done = block, 0
         self._uniforms = self._keyed("token", masked)
         self._reveal_at = np.zeros(masked.shape)
-        if self.options.sampler in ("first_hitting", "ancestral") and self.block_size > 1:
+        if self.options.sampler in ("first_hitting", "ancestral", REMASKING) and self.block_size > 1:
             self._reveal_at = self._keyed("order", masked)
-        if self.options.sampler == "ancestral":
+        if self.options.sampler in ("ancestral", REMASKING):
             self._reveal_at = np.floor(self._reveal_at * self.steps) / self.steps
 
     def noise(self, masked: np.ndarray) -> np.ndarray:
@@ -67,6 +78,10 @@ class UnmaskingPolicy:
         chosen = logits.flatten(0, 1)[torch.from_numpy(np.flatnonzero(revealed)).to(logits.device)]
         uniforms = torch.from_numpy(self._uniforms[revealed]).to(logits.device)
         return draw(chosen, uniforms, self.options).cpu().numpy()
+
+    def remask(self, masked: np.ndarray) -> np.ndarray:
+        """bool [B, L']: tokens that are to be masked again; bool [B, L'] are masked still. See `remasking`."""
+        return np.zeros_like(masked)
 
     def _step(self, masked: np.ndarray, logits: Tensor) -> np.ndarray:
         uniforms = self._keyed("reveal", masked, self._done)

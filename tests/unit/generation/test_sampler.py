@@ -38,6 +38,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "first_hitting": {"sampler": "first_hitting"},
     "ancestral": {"sampler": "ancestral", "steps": 3},
     "confidence": {"sampler": "confidence", "threshold": 0.3, "top_p": 0.9, "temperature": 0.8},
+    "remasking": {"sampler": "remasking", "steps": 3, "corrections": 2, "top_p": 0.9},
 }
 
 # -- With the cache and without ----------------------------------------------------------------------------------------

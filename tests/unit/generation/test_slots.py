@@ -29,6 +29,8 @@ CASES: dict[str, tuple[Objective, dict[str, Any], dict[str, Any]]] = {
     "ancestral, 16": (blocks_of(16, CONTEXT, "causal"), {}, {"sampler": "ancestral", "steps": 5}),
     "confidence, 4": (BlockDiffusion(WORDS, CONTEXT, 4, document_end=3), {}, {"sampler": "confidence", "threshold": 0.3}),
     "confidence, 16": (blocks_of(16, CONTEXT), {"unrotated_every": 2}, {"sampler": "confidence", "threshold": 0.3}),
+    "remasking, 4": (blocks_of(4, CONTEXT), ADALN, {"sampler": "remasking", "steps": 2, "corrections": 3}),
+    "remasking, 16": (blocks_of(16, CONTEXT, "causal"), {}, {"sampler": "remasking", "steps": 4}),
     "learned positions": (blocks_of(4, 96), {"positions": "learned"}, {}),
     "next token": (Autoregressive(WORDS, CONTEXT), {}, {}),
     "windows": (MaskedDiffusion(WORDS, CONTEXT), {}, {"sampler": "ancestral", "steps": 8}),

@@ -196,6 +196,7 @@ OBJECTIVES: dict[str, Objective] = {
 SAMPLERS: list[dict[str, Any]] = [
     {},
     {"sampler": "confidence", "threshold": 0.3},
+    {"sampler": "remasking", "steps": 3},
     *({"sampler": sampler, "steps": steps} for sampler in ("ancestral", "analytic", "euler") for steps in (1, 2, 3, 7, 50)),
 ]
 
