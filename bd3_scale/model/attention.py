@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from bd3_scale.model.attention_kernels import attend
 from bd3_scale.model.context_keys import all_keys
@@ -86,14 +86,13 @@ class Attention(nn.Module):
         return self.output(stream.split_halves(out) if selected is None else selected.collect(out))
 
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend to the cached rows and to these. Returns (output, rotated k, v) of these rows; nothing is stored."""
+        """Attend to the cached rows and to these, under `sdpa_kernel(DECODING)`: (output, rotated k, v) of these rows; nothing is stored."""
         q, k, v = self.project(x, x)
         rotary = rotary if self.rotated else None
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(torch.cat([q, k], 2), rotary).split([q.shape[2], k.shape[2]], 2)
         seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k]), torch.cat([past[1], v]))
         q, seen_k, seen_v = (t.permute(1, 2, 0, 3) for t in (q, seen_k, seen_v))
-        with sdpa_kernel(DECODING):
-            out = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=q.shape[1] != seen_k.shape[1])
+        out = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=q.shape[1] != seen_k.shape[1])
         return self.output(out.permute(2, 0, 1, 3).flatten(2)), k, v
 
 

@@ -43,7 +43,8 @@ class _Traceable:
     """The product of megatron-core's linears, and what it can be in compiled code.
 
     megatron-core begins collectives of the backward in one place and awaits them in another, around the products, which Dynamo cannot
-    trace. In compiled code they are steps of the graph, which the compiler orders, and the product is a plain one.
+    trace. In compiled code they are steps of the graph, which the compiler orders, and the product is a plain one. So it is where an
+    undivided network samples: to prepare for a backward takes the host longer than the product of a few rows takes the device.
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **named: Any) -> Tensor:
@@ -55,19 +56,25 @@ class _Traceable:
             input = copy_to_tensor_model_parallel_region(input, group=named["tp_group"])
         return F.linear(input, weight, named["bias"])
 
+    def _samples_alone(self: Any) -> bool:
+        return torch.is_inference_mode_enabled() and self.config.tensor_model_parallel_size == 1
+
+    def _plain(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
 
 class ColumnLinear(_Traceable, ColumnParallelLinear):
     """x [..., in] -> [..., out / tensor]; the weight is divided by rows. megatron-core's, returning the output alone."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+        return self._plain(x) if self._samples_alone() else super().forward(x)[0]
 
 
 class RowLinear(_Traceable, RowParallelLinear):
     """x [..., in / tensor] -> [..., out], summed over the tensor ranks; the weight is divided by columns."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+        return self._plain(x) if self._samples_alone() else super().forward(x)[0]
 
 
 class Embedding(VocabParallelEmbedding):

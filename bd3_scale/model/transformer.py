@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
-from bd3_scale.model.attention import Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_table
+from bd3_scale.model.attention import DECODING, Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_table
 from bd3_scale.model.attention_kernels import block_mask_of
 from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.layers import (
@@ -276,11 +277,12 @@ class Transformer(nn.Module):
         rotary = self._rotary(positions)
         condition = self._condition(noise_levels, x)
         keys, values = [], []
-        for index, block in enumerate(self.blocks.values()):
-            assert isinstance(block, Block)
-            x, k, v = block.decode(x, rotary, condition, mask, cache.layer(index) if cache is not None else None)
-            keys.append(k)
-            values.append(v)
+        with sdpa_kernel(DECODING):
+            for index, block in enumerate(self.blocks.values()):
+                assert isinstance(block, Block)
+                x, k, v = block.decode(x, rotary, condition, mask, cache.layer(index) if cache is not None else None)
+                keys.append(k)
+                values.append(v)
         if commit:
             if cache is None:
                 raise ValueError("commit needs a cache")
