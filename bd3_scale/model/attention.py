@@ -86,7 +86,7 @@ class Attention(nn.Module):
         return self.output(stream.split_halves(out) if selected is None else selected.collect(out))
 
     def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend to the cached rows and to these, under `sdpa_kernel(DECODING)`: (output, rotated k, v) of these rows; nothing is stored."""
+        """Attend to the cached rows and to these, under `sdpa_kernel(DECODING)`: (output, rotated k, v) of these; nothing is stored."""
         q, k, v = self.project(x, x)
         rotary = rotary if self.rotated else None
         q, k = rotate(torch.cat([q, k], 2), rotary).split([q.shape[2], k.shape[2]], 2)
