@@ -5,7 +5,8 @@ in which the context ends conditions on its part of it; what follows the continu
 times. Both are the bound of the same any-order model: the context's tokens come first in the order, the unknown ones last.
 Invariants: everything goes through the objective's validation noise (t ~ U[1e-3, 1], weight 1/t, one t per block); the
 noise of draw k depends on (seed, k) and the position alone, so that continuations of one context meet the same noise and
-their difference has less variance than each; a text's number does not depend on which other texts are scored.
+their difference has less variance than each; a text's number does not depend on which other texts are scored. Only what it needs is
+computed: the network reads rows of which something is masked, as far as the longest text of a forward goes, and answers for that alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from bd3_scale.errors import RecipeError
 from bd3_scale.evaluation.likelihood import require_likelihood
 from bd3_scale.generation.load_model import LoadedNetwork
+from bd3_scale.objectives.network_inputs import shortened
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,16 @@ def _sums(loaded: LoadedNetwork, rows: Sequence[_Row], draws: np.ndarray, seed: 
         noisy = torch.where(place < start, torch.from_numpy(clean), tokens[:, :length])
         tokens[:, :length] = noisy.masked_fill(place >= stop, loaded.tokenizer.mask_id)
         inputs = replace(inputs, tokens=tokens)
-    predicted = inputs.selected + int(objective.traits.predicts_next_token)
-    row, position = predicted // length, predicted % length
-    inside = (position >= start[row, 0]) & (position < stop[row, 0])
-    inputs = replace(inputs, weights=torch.where(inside, inputs.weights, 0.0))
+    selected, ahead = inputs.selected, int(objective.traits.predicts_next_token)
+    row, position = selected // length, selected % length
+    asked = (position + ahead >= start[row, 0]) & (position + ahead < stop[row, 0]) & (inputs.weights > 0)
+    found = np.zeros(len(rows))
+    if not asked.any():
+        return found
+    kept, place = row[asked].unique(return_inverse=True)
+    inputs = shortened(inputs, kept, int(stop[kept].max()))
+    selected = place * inputs.pattern.length + position[asked]
+    inputs = replace(inputs, selected=selected, targets=inputs.targets[asked], weights=inputs.weights[asked], sparse=True)
     nll = loaded.network(inputs.to(loaded.device))[1].cpu().double()
-    weighted = torch.where(inputs.weights > 0, nll * inputs.weights.double(), 0.0)
-    return np.bincount(row.numpy(), weighted.numpy(), minlength=len(rows))[: len(rows)]
+    found[kept.numpy()] = np.bincount(place.numpy(), (nll * inputs.weights.double()).numpy())
+    return found

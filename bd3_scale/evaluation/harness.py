@@ -88,10 +88,10 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         # The harness puts the BOS there where there is no context, and every row has it anyway.
         pairs = [(known if context else [], continuation) for (context, _), known, continuation in requests]
-        values = self._shared(len(pairs), lambda mine: self._log_likelihoods([pairs[place] for place in mine]), disable_tqdm)
+        values = self._log_likelihoods(pairs, disable_tqdm)
         greedy = [False] * len(pairs)
         if self.greedy:
-            greedy = self._shared(len(pairs), lambda mine: self._are_greedy([pairs[place] for place in mine]), disable_tqdm)
+            greedy = self._shared(range(len(pairs)), lambda mine: self._are_greedy([pairs[place] for place in mine]), disable_tqdm)
         answers = list(zip(values, greedy, strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -108,7 +108,7 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
             disjoint = [make_disjoint_window(window) for window in windows]
             pairs += [(known if number else [], scored) for number, (known, scored) in enumerate(disjoint)]
             owners += [place] * len(disjoint)
-        values = self._shared(len(pairs), lambda mine: self._log_likelihoods([pairs[place] for place in mine]), disable_tqdm)
+        values = self._log_likelihoods(pairs, disable_tqdm)
         answers = np.bincount(owners, values, minlength=len(texts)).tolist() if texts else []
         for text, answer in zip(texts, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), answer)
@@ -124,14 +124,14 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
             choice, until, count = self._options(options)
             jobs.append(self._job(self.tok_encode(context), count, choice, self.eot_token_id, repeat, until))
             stops.append(until)
-        answers = self._shared(len(jobs), lambda mine: self._texts([(jobs[place], stops[place]) for place in mine]), disable_tqdm)
+        answers = self._shared(range(len(jobs)), lambda mine: self._texts([(jobs[place], stops[place]) for place in mine]), disable_tqdm)
         for request, answer in zip(asked, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request, answer)
         return answers
 
-    def _shared(self, count: int, work: Callable[[Sequence[int]], Iterable[Any]], quiet: bool) -> list[Any]:
-        """Answers for items 0 to `count` - 1 on every rank, each made by one replica: `work` yields those of its items in their order."""
-        mine = range(self.layout.data_rank, count, self.layout.data)
+    def _shared(self, order: Sequence[int], work: Callable[[Sequence[int]], Iterable[Any]], quiet: bool) -> list[Any]:
+        """Answers for all items, from 0, on every rank, each made by one replica in this order: `work` yields those of its items."""
+        mine = order[self.layout.data_rank :: self.layout.data]
         bar = tqdm(total=len(mine), disable=quiet or not self.layout.is_main_rank)
         answers: list[Any] = []
         with bar:
@@ -140,10 +140,17 @@ class BlockDiffusionLM(TemplateLM):  # type: ignore[misc]
                 bar.update()
         gathered = self.layout.all_gather(dict(zip(mine, answers, strict=True)) if self.layout.reports_for_replica else {})
         found = {place: answer for share in gathered for place, answer in share.items()}
-        return [found[place] for place in range(count)]
+        return [found[place] for place in range(len(order))]
 
-    def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[float]:
-        return continuation_log_likelihoods(self.loaded, pairs, draws=self.draws, seed=self.seed, micro_batch=self.micro_batch)
+    def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]], quiet: bool) -> list[float]:
+        """The longest first: a forward's rows are as long as its longest, and what does not fit fails at once."""
+
+        def values(mine: Sequence[int]) -> Iterator[float]:
+            asked = [pairs[place] for place in mine]
+            return continuation_log_likelihoods(self.loaded, asked, draws=self.draws, seed=self.seed, micro_batch=self.micro_batch)
+
+        by_length = sorted(range(len(pairs)), key=lambda place: -sum(map(len, pairs[place])))
+        return self._shared(by_length, values, quiet)
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[bool]:
         """Whether greedy decoding writes the continuation; one that has left it is not gone on with."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bd3_scale.errors import RecipeError
-from bd3_scale.evaluation.continuation import continuation_log_likelihood
+from bd3_scale.evaluation.continuation import continuation_log_likelihood, continuation_log_likelihoods
 from bd3_scale.generation.load_model import LoadedNetwork, load_network
+from bd3_scale.objectives.network_inputs import NetworkInputs
 
 Checkpoints = Callable[..., Path]
 CONTEXT, CONTINUATION = list(b"abcde"), list(b"fgh")
@@ -64,3 +66,22 @@ def test_draws_are_averaged_and_keyed(checkpoint: Checkpoints, world_of_one: obj
     assert continuation_log_likelihood(loaded, CONTEXT, CONTINUATION, draws=6, seed=1) != whole
     with pytest.raises(RecipeError, match="draws is 0"):
         continuation_log_likelihood(loaded, CONTEXT, CONTINUATION, draws=0)
+
+
+@pytest.mark.parametrize("objective", [{"block_size": 4}, {"block_size": 4, "clean_half": "causal"}, {"kind": "mdlm"}, {"kind": "ar"}])
+def test_rows_are_read_as_far_as_is_asked(objective: dict, checkpoint: Checkpoints, world_of_one: object) -> None:
+    """A short text alone, in rows of half the context where they have blocks, and beside a long one: the same number."""
+    loaded = load_network(checkpoint(**objective), device="cpu")
+    read: list[int] = []
+    forward = loaded.network.forward
+
+    def noted(inputs: NetworkInputs) -> Any:
+        read.append(inputs.pattern.length)
+        return forward(inputs)
+
+    loaded.network.forward = noted  # type: ignore[method-assign]
+    short, long = (CONTEXT[:2], CONTINUATION), (CONTEXT, list(b"fghijklmn"))
+    (alone,) = continuation_log_likelihoods(loaded, [short], draws=6, micro_batch=3)
+    assert set(read) == {16 if objective.get("kind") == "mdlm" else 8}
+    first, _ = continuation_log_likelihoods(loaded, [short, long], draws=6, micro_batch=12)
+    assert read[-1] == 16 and alone == pytest.approx(first, rel=1e-5) and alone < 0
