@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     for key, value in {"context": 16384, "block-size": 16, "layers": 2, "hidden": 64, "heads": 4}.items():
         context.add_argument(f"--{key}", type=int, default=value, help="(default %(default)s)")
     context.add_argument("--recompute", default="none", choices=KEYS["training.recompute"].choices, help="activation checkpointing")
+    context.add_argument("--exchange", default="gather", choices=KEYS["parallel.context_exchange"].choices, help="of keys and values")
     context.add_argument("--ranks", type=int, nargs="+", default=[1, 4], help="(default %(default)s)")
     options = parser.parse_args(arguments)
     result = COMMANDS[options.name](options)

@@ -25,12 +25,12 @@ def benchmark_context(options: argparse.Namespace) -> dict[str, Any]:
             shape = [str(value) for value in (options.context, options.block_size, options.layers, options.hidden, options.heads)]
             command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-            subprocess.run([*command, __file__, file.name, options.recompute, *shape], env=environment, check=True)
+            subprocess.run([*command, __file__, file.name, options.recompute, options.exchange, *shape], env=environment, check=True)
             found[f"{ranks} ranks"] = json.load(file)
     return found
 
 
-def measure(context: int, block_size: int, layers: int, hidden: int, heads: int, recompute: str) -> dict[str, Any]:
+def measure(context: int, block_size: int, layers: int, hidden: int, heads: int, recompute: str, exchange: str) -> dict[str, Any]:
     """On this rank."""
     import numpy as np
     from benchmark_measure import peak_bytes
@@ -48,12 +48,12 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
         model=replace(default.model, context=context, layers=layers, hidden=hidden, heads=heads, key_value_heads=max(1, heads // 2)),
         objective=replace(default.objective, block_size=block_size),
         training=replace(default.training, steps=1, global_batch=1, recompute=recompute),
-        parallel=replace(default.parallel, context=launched().world_size, zero=1),
+        parallel=replace(default.parallel, context=launched().world_size, context_exchange=exchange, zero=1),
     )
     here = layout.start(recipe.parallel, "cpu")
     engine = build_engine(recipe, here, vocabulary, vocabulary - 1)
     objective = ObjectiveSchedule.of(recipe, vocabulary - 1).at(0)
-    share = ContextShare(here.context_rank, here.context)
+    share = ContextShare(here.context_rank, here.context, ring=exchange == "ring")
 
     rows = np.random.default_rng(0).integers(0, vocabulary - 1, (1, context))
     given = share.of(objective.training_inputs(rows, np.zeros(1, np.int64), 0, 0, 1))
@@ -72,7 +72,7 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
 
 
 if __name__ == "__main__":
-    context, block_size, layers, hidden, heads = map(int, sys.argv[3:])
-    measured = measure(context, block_size, layers, hidden, heads, sys.argv[2])
+    context, block_size, layers, hidden, heads = map(int, sys.argv[4:])
+    measured = measure(context, block_size, layers, hidden, heads, *sys.argv[2:4])
     if measured.pop("leader"):
         Path(sys.argv[1]).write_text(json.dumps(measured))

@@ -11,7 +11,7 @@ heads on this rank; m: MLP units on this rank). Kept by one layer:
 | their outputs, which the linears take (adaLN: before and after the modulation) | 2 w r h (4 w r h) |
 | attention, tiled | w (3 n q + n k + v), and the log-sum-exp; FlexAttention: one n q less |
 | v, which is kept with the fused key/value output that it is a view of | 2 w n k, w n k where rows are put in order |
-| under context parallelism instead k and v of all rows that are asked for, put in order | 2 w (n + L b (C - 1) / C) k |
+| under context parallelism that gathers, instead k and v of all rows that are asked for, put in order | 2 w (n + L b (C - 1) / C) k |
 | MLP: GELU, SwiGLU | 2 w n m, 4 w n m |
 | dropout masks, bool; adaLN: what the gates multiply | 2 r h; 2 w r h |
 
@@ -64,7 +64,8 @@ class Batch:
     @property
     def kernel(self) -> str:
         """tiled | flex | dense | sdpa (patterns of one half)."""
-        masked = self.pattern.kind == "block_diffusion" or (self.pattern.kind == "causal" and self.pattern.context_ranks > 1)
+        pattern = self.pattern
+        masked = pattern.ring or pattern.kind == "block_diffusion" or (pattern.kind == "causal" and pattern.context_ranks > 1)
         if not masked and self.config.attention != "dense":
             return "sdpa"
         chosen = resolve_attention(self.config.attention, self.device)
@@ -186,7 +187,7 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     normed = config.query_key_norm
     keys_and_values = (2 * key if normed or not reordered else 0) + (key if reordered else 0)  # v; with k as the linear gives it
     keys_and_values += key if rotated or reordered or normed else 0  # k
-    if pattern.context_ranks > 1:
+    if pattern.context_ranks > 1 and not pattern.ring:
         asked = pattern.key_rows * batch.rows * key_heads * config.head_size
         keys_and_values = 2 * asked + (2 * key if normed else 0)
     # q; the output; for the tiles, and by flash attention, in an order of their own, so that the rows are copied once more.

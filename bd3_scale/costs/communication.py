@@ -29,7 +29,8 @@ sums its output in the forward (embedding, attention output, MLP down), a column
 column-parallel linears gather their input once more for the gradient of the weight; and the rows that the last layer computes are
 divided anew by such a sum. Context, per micro-batch and layer: what travels of keys and values of all context ranks (of block diffusion
 the clean half, b L rows of the rank's kv heads) is gathered in the forward, and once more where the attention is recomputed, and its
-gradient is reduce-scattered. The data-parallel ranks above are then those of data and context together. The head sums the gradient of the
+gradient is reduce-scattered; in a ring a rank's share of it makes C - 1 steps in every forward and in the backward, its gradient too. The
+data-parallel ranks above are then those of data and context together. The head sums the gradient of the
 selected positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold whole
 but know in part are summed for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its
 part of a layer again, up to the last tensor that is needed. Expected embeddings (ssdlm) sum one number of each noisy position. Pipeline:
@@ -214,7 +215,10 @@ def context_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]
     key_heads = max(1, config.kv_heads // batch.tensor)
     rows = (pattern.key_rows - pattern.own_keys) * batch.rows
     payload = len(layers) * batch.weight * rows * key_heads * 2 * config.head_size
-    return {"all_gather": (2 if recompute in ("attention", "layer") else 1) * payload, "reduce_scatter": payload}
+    forwards = 2 if recompute in ("attention", "layer") else 1
+    if pattern.ring:  # each step is an exchange of all with all, in which only neighbours have anything to say
+        return {"all_to_all": (forwards + 2) * (pattern.context_ranks - 1) * payload // pattern.context_ranks}
+    return {"all_gather": forwards * payload, "reduce_scatter": payload}
 
 
 def partial_shapes(batch: Batch, layers: range) -> list[Shape]:

@@ -4,15 +4,11 @@ All take q [query_rows, batch, heads, d] and k, v [pattern.key_rows, batch, kv_h
 heads = groups x kv_heads (head h reads kv head h // groups; K and V are never repeated), and return
 [query_rows, batch, heads, d]. `query_rows` is all rows, or the scored half alone (the last layer needs no more).
 `segments` int [batch, key_rows], where given, keeps rows of different segments apart on top of the pattern (see `mask`).
-Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `attention_mask`).
+Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `attention_mask`); in a ring the
+tiled form is given those that it holds, and meets the others one rank at a time.
 
-The tiled form rests on one observation: cut the L positions into tiles of T. Among the 2T rows of one tile the mask is
-the block-diffusion mask of a sequence of length T (small, the same for all tiles); every *earlier* tile is seen whole
-by both halves, and only its clean half (with k draws: (k + 1) T rows of k + 1 streams). So attention = one masked call over
-all tiles at once + one unmasked call per tile, merged by their log-sum-exp. No K or V is copied for the long part and nothing of
-size L^2 exists. The tiles of a share are those of its positions; what is earlier than a tile is then a longer part of the clean keys.
-A causal share is a clean half alone. Segments become masks of
-these calls, made where they are needed (forward and backward) and nowhere else.
+The tiled form has a file of its own, `tiled_attention.py`. Segments become masks that are made where they are needed (forward and
+backward) and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,12 +27,10 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.model.compiling import compiled_whole
-from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices, dense, tile_length, tile_mask, visible
+from bd3_scale.model.tiled_attention import TiledAttention, additive_tile_mask, same_segments
+from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices, dense, tile_length, visible
 from bd3_scale.recipe.environment import resolve_attention
 
-HIDDEN = -1e30
-"""Added to the logits of keys of another segment. Not -inf: a query may see no key of an earlier tile, and its log-sum-exp must stay a
-number, which then weighs nothing beside that of its own tile."""
 CPU_TILE = 128
 """Positions per tile of the tiled form, measured on two AVX-512 cores: 64 to 128 is best between L = 256 and 4096."""
 
@@ -62,20 +56,21 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, 
     """Reference: one call with the dense boolean mask; O(rows^2) memory and four times the work that is needed."""
     mask = _dense_mask(pattern, q.device)[: q.shape[0]]
     if segments is not None:
-        mask = mask & _same(_of_queries(segments, pattern, q.shape[0]), segments)
+        mask = mask & same_segments(_of_queries(segments, pattern, q.shape[0]), segments)
     return _sdpa(q, k, v, mask)
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor | None = None) -> Tensor:
     """Exact attention that computes only the visible quarter; see the module's docstring."""
-    if pattern.kind == "full" or (pattern.kind == "causal" and pattern.context_ranks == 1):
+    if not pattern.ring and (pattern.kind == "full" or (pattern.kind == "causal" and pattern.context_ranks == 1)):
         if segments is None:
             return _one_stream(q, k, v, pattern)
         # By query tiles, so that the masks are of L * tile, not L^2.
         starts = range(0, q.shape[0], CPU_TILE)
         return torch.cat([_causal_tile(q, k, v, pattern, segments, start, min(start + CPU_TILE, q.shape[0])) for start in starts])
     # The rows of a tile are one masked problem: the more streams there are, the shorter it is.
-    return _TiledAttention.apply(q, k, v, pattern, tile_length(pattern, 2 * CPU_TILE // pattern.streams), segments)
+    tile = pattern.length if pattern.kind == "full" else tile_length(pattern, 2 * CPU_TILE // pattern.streams)
+    return TiledAttention.apply(q, k, v, pattern, tile, segments)
 
 
 def flex_attention(
@@ -139,11 +134,6 @@ def _one_stream(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> T
     return _sdpa(q, k, v, None).unflatten(1, (pattern.draws, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def _same(query_segments: Tensor, key_segments: Tensor) -> Tensor:
-    """bool [batch, 1, queries, keys] of int [batch, queries] and [batch, keys]."""
-    return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
-
-
 def _of_queries(segments: Tensor, pattern: AttentionPattern, query_rows: int) -> Tensor:
     """Those of the first rows, [batch, query_rows], of those of all keys, [batch, key_rows]."""
     if pattern.context_ranks == 1:
@@ -154,7 +144,7 @@ def _of_queries(segments: Tensor, pattern: AttentionPattern, query_rows: int) ->
 def _causal_tile(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, segments: Tensor, start: int, stop: int) -> Tensor:
     keys = stop if pattern.kind == "causal" else len(k)
     rows = torch.arange(pattern.rows, device=q.device)
-    mask = visible(pattern, rows[start:stop, None], rows[None, :keys]) & _same(segments[:, start:stop], segments[:, :keys])
+    mask = visible(pattern, rows[start:stop, None], rows[None, :keys]) & same_segments(segments[:, start:stop], segments[:, :keys])
     return _sdpa(q[start:stop], k[:keys], v[:keys], mask)
 
 
@@ -239,178 +229,7 @@ def _tile_tables(pattern: AttentionPattern, query_rows: int, tile: int, device: 
     return tables[0], tables[1]
 
 
-# -- The tiled form ----------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _additive_tile_mask(pattern: AttentionPattern, tile: int, streams: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """[groups * streams * tile, all streams * tile]: 0 where visible, -inf elsewhere, for query rows ordered (group, stream, position)."""
-    mask = tile_mask(pattern, tile)[: streams * tile].repeat(groups, 1)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
-
-
 def forget_masks() -> None:
     """Let go of all masks of all kernels; they are made again when they are needed."""
-    for cached in (_dense_mask, block_mask, _tile_tables, _additive_tile_mask):
+    for cached in (_dense_mask, block_mask, _tile_tables, additive_tile_mask):
         cached.cache_clear()
-
-
-def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
-
-
-def _attend_backward(saved: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-    """`saved`: gradient of the output, q, k, v, output, log-sum-exp. With the merged output and log-sum-exp of all keys
-    this returns the part of the merged gradient that belongs to these keys."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False, attn_mask=mask)
-
-
-def _filled(x: Tensor, rows: int) -> Tensor:
-    """x [n, ...] with zeros behind it, [rows, ...]; x itself where nothing is missing."""
-    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
-
-
-class _Tiles:
-    """How rows are regrouped: q to [batch, tiles, parts, kv_heads, rows, d], k and v likewise.
-
-    Where the clean half is short of its last block, zeros stand in the last tile for what nobody sees.
-    Where tile = L', no mask is needed inside a tile if the streams are kept apart (parts = streams that ask); otherwise all of a
-    tile are the rows of one small masked problem (parts = 1).
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, pattern: AttentionPattern, tile: int, segments: Tensor | None) -> None:
-        self.pattern, self.tile, self.segments = pattern, tile, segments
-        self.batch, self.kv_heads, self.head_size = k.shape[1:]
-        self.groups = q.shape[2] // self.kv_heads
-        self.query_rows = q.shape[0]
-        self.streams = pattern.streams
-        self.asking = -(-q.shape[0] // pattern.length)
-        self.own: Tensor | None = None
-        """Where the keys of the rows that a share holds lie among all that it asks for; None: they are all."""
-        if pattern.context_ranks > 1:
-            self.own = pattern.keys_of_rows(torch.arange(pattern.rows, device=q.device))
-        if segments is not None:
-            held = segments if self.own is None else segments[:, self.own]
-            self.segments = _filled(held.t(), self.streams * pattern.length).t()
-            self.clean_segments = segments[:, pattern.own_keys :]
-        self.tiles = pattern.length // tile
-        self.starts = [start for piece in pattern.pieces for start in piece[::tile]]
-        self.apart = pattern.kind == "block_diffusion" and tile == pattern.block_size and pattern.clean_half == "block_causal"
-        self.dtype = q.dtype
-        # Compiled code knows no cache, and warns of it.
-        make = _additive_tile_mask.__wrapped__ if torch.compiler.is_compiling() else _additive_tile_mask
-        self.mask = None if self.apart else make(pattern, tile, self.asking, self.groups, q.dtype)
-
-    def near_mask(self) -> Tensor | None:
-        """Of the rows of each tile among themselves, with the segments: [batch * tiles * parts, 1, rows, keys]."""
-        if self.segments is None:
-            return self.mask
-        tiled = self.segments.unflatten(1, (self.streams, self.tiles, self.tile)).transpose(1, 2)  # [batch, tiles, stream, position]
-        if self.apart:
-            queries = keys = tiled[:, :, : self.asking].flatten(0, 2)
-        else:
-            queries, keys = tiled[:, :, : self.asking].flatten(2).flatten(0, 1), tiled.flatten(2).flatten(0, 1)
-        mask = self._additive(queries, keys)
-        if mask is None or self.mask is None:
-            return self.mask if mask is None else mask
-        return mask + self.mask
-
-    def far_mask(self, j: int, part: int, seen: int) -> Tensor | None:
-        """Of the queries of tile j (of one stream, where they are apart) and the first `seen` clean keys: [batch, 1, rows, seen]."""
-        if self.segments is None:
-            return None
-        tiled = self.segments.unflatten(1, (self.streams, self.tiles, self.tile))[:, :, j]
-        queries = tiled[:, part] if self.apart else tiled[:, : self.asking].flatten(1)
-        return self._additive(queries, self.clean_segments[:, :seen])
-
-    def _additive(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """0 where segments are equal, HIDDEN elsewhere; None where they all are and one may look."""
-        same = _same(queries.repeat(1, self.groups), keys)
-        if not torch.compiler.is_compiling() and bool(same.all()):
-            return None
-        return torch.zeros(same.shape, dtype=self.dtype).masked_fill_(~same, HIDDEN)
-
-    def queries(self, q: Tensor) -> Tensor:
-        q = _filled(q, self.asking * self.pattern.length)
-        x = q.reshape(self.asking, self.tiles, self.tile, self.batch, self.kv_heads, self.groups, self.head_size)
-        if self.apart:
-            return x.permute(3, 1, 0, 4, 5, 2, 6).flatten(4, 5)
-        return x.permute(3, 1, 4, 5, 0, 2, 6).flatten(3, 5)[:, :, None]
-
-    def rows_of_queries(self, x: Tensor) -> Tensor:
-        """Inverse of `queries`: back to [query_rows, batch, heads, d]."""
-        if self.apart:
-            x = x.unflatten(4, (self.groups, self.tile)).permute(2, 1, 5, 0, 3, 4, 6)
-        else:
-            x = x[:, :, 0].unflatten(3, (self.groups, self.asking, self.tile)).permute(4, 1, 5, 0, 2, 3, 6)
-        return x.reshape(self.asking * self.pattern.length, self.batch, self.kv_heads * self.groups, self.head_size)[: self.query_rows]
-
-    def keys(self, k: Tensor) -> Tensor:
-        k = _filled(k if self.own is None else k[self.own], self.streams * self.pattern.length)
-        x = k.reshape(self.streams, self.tiles, self.tile, self.batch, self.kv_heads, self.head_size)
-        if self.apart:
-            return x[: self.asking].permute(3, 1, 0, 4, 2, 5)
-        return x.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)[:, :, None]
-
-    def rows_of_keys(self, x: Tensor) -> Tensor:
-        """Inverse of `keys`: back to fp32 [key_rows, batch, kv_heads, d]; what `keys` left out is 0."""
-        if self.apart:
-            x = x.permute(2, 1, 4, 0, 3, 5)
-            x = x if self.asking == self.streams else torch.cat([x, torch.zeros_like(x[:1])])
-        else:
-            x = x[:, :, 0].unflatten(3, (self.streams, self.tile)).permute(3, 1, 4, 0, 2, 5)
-        x = x.reshape(self.streams * self.pattern.length, self.batch, self.kv_heads, self.head_size)[: self.pattern.rows].float()
-        return x if self.own is None else x.new_zeros(self.pattern.key_rows, *x.shape[1:]).index_copy_(0, self.own, x)
-
-    def clean(self, k: Tensor) -> Tensor:
-        """View [batch, kv_heads, L, d] of the clean half, which later tiles see."""
-        return k[self.pattern.own_keys :].permute(1, 2, 0, 3)
-
-    def earlier(self) -> list[tuple[int, int, int]]:
-        """(tile, part, number of earlier clean positions) for all tiles that have earlier ones."""
-        parts = self.asking if self.apart else 1
-        return [(j, part, start) for j, start in enumerate(self.starts) if start for part in range(parts)]
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, tile: int, segments: Tensor | None) -> Tensor:
-        tiles = _Tiles(q, k, pattern, tile, segments)
-        queries = tiles.queries(q)
-        keys, values = tiles.keys(k), tiles.keys(v)
-        out, lse = _attend_with_lse(queries.flatten(0, 2), keys.flatten(0, 2), values.flatten(0, 2), tiles.near_mask())
-        out, lse = out.reshape(queries.shape), lse.reshape(queries.shape[:-1])
-        clean_k, clean_v = tiles.clean(k), tiles.clean(v)
-        for j, part, seen in tiles.earlier():
-            far_out, far_lse = _attend_with_lse(
-                queries[:, j, part], clean_k[:, :, :seen], clean_v[:, :, :seen], tiles.far_mask(j, part, seen)
-            )
-            # softmax over the union of the keys = the two softmaxes weighted by their shares of the total mass.
-            share = torch.sigmoid(far_lse - lse[:, j, part])
-            out[:, j, part] = torch.lerp(out[:, j, part].float(), far_out.float(), share[..., None]).to(out.dtype)
-            lse[:, j, part] = torch.logaddexp(lse[:, j, part], far_lse)
-        ctx.save_for_backward(queries, k, v, out, lse)
-        ctx.tiles = tiles
-        return tiles.rows_of_queries(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, k, v, out, lse = ctx.saved_tensors
-        tiles: _Tiles = ctx.tiles
-        grad = tiles.queries(grads[0])
-        keys, values = tiles.keys(k), tiles.keys(v)
-        near = [t.flatten(0, 2) for t in (grad, queries, keys, values, out, lse)]
-        grad_queries, grad_keys, grad_values = _attend_backward(near, tiles.near_mask())
-        grad_queries = grad_queries.reshape(queries.shape)
-        # In fp32: a clean row adds up what comes back from every later tile.
-        grad_k = tiles.rows_of_keys(grad_keys.reshape(keys.shape))
-        grad_v = tiles.rows_of_keys(grad_values.reshape(values.shape))
-        clean_k, clean_v, clean_grad_k, clean_grad_v = (tiles.clean(t) for t in (k, v, grad_k, grad_v))
-        for j, part, seen in tiles.earlier():
-            row = [t[:, j, part] for t in (grad, queries, out, lse)]
-            mask = tiles.far_mask(j, part, seen)
-            dq, dk, dv = _attend_backward([*row[:2], clean_k[:, :, :seen], clean_v[:, :, :seen], *row[2:]], mask)
-            grad_queries[:, j, part] += dq
-            clean_grad_k[:, :, :seen] += dk
-            clean_grad_v[:, :, :seen] += dv
-        return tiles.rows_of_queries(grad_queries), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None

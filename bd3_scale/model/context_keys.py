@@ -4,12 +4,16 @@ Everything else of a layer is row by row and needs no other rank. Of block diffu
 that the tensor rank has; noisy rows see noisy ones of their own block only, which is not cut (see `objectives.attention_mask`). In the
 backward the gradients of what was gathered are summed on the rank that it came from.
 
+Or nothing is gathered (`AttentionPattern.ring`): what travels goes from each rank to the next, so that every rank meets that of every
+other once and holds two ranks' at a time; in the backward it goes round once more, with its gradients, which then are home.
+
 Invariant: rank r's rows lie in its pieces' order, those of all ranks in the order of their positions, which is what kernels expect.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bd3_scale.megatron_core import gather_from_sequence_parallel_region, parallel_state
@@ -18,7 +22,7 @@ from bd3_scale.objectives.attention_mask import AttentionPattern
 
 def all_keys(k: Tensor, v: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
     """k, v [pattern.rows, batch, kv_heads, d], as this rank holds them -> [pattern.key_rows, ...], as `pattern`'s rows ask for them."""
-    if pattern.context_ranks == 1:
+    if pattern.context_ranks == 1 or pattern.ring:
         return k, v
     own, (own_k, own_v) = pattern.own_keys, (t[: pattern.own_keys] for t in (k, v))
     travelling = torch.cat([k[own:], v[own:]], -1)
@@ -32,3 +36,12 @@ def in_order(gathered: Tensor, pattern: AttentionPattern) -> Tensor:
     pieces = gathered.unflatten(0, (pattern.context_ranks, -1, len(pattern.pieces), len(pattern.pieces[0])))
     early, late = pieces[:, :, 0], pieces[:, :, 1:].transpose(1, 2).flip(0).flatten(0, 1)
     return torch.cat([early, late]).transpose(0, 1).flatten(0, 2)
+
+
+def hop(x: Tensor, pattern: AttentionPattern) -> Tensor:
+    """x goes to the next context rank of the ring: what the one before gives, of the same shape. All ranks call it together."""
+    # An exchange of all with all that is empty but for the neighbours: compiled code knows no sending and receiving.
+    ranks, rank, arrived = pattern.context_ranks, pattern.context_rank, torch.empty_like(x)
+    sent, received = ([len(x) if one == other % ranks else 0 for one in range(ranks)] for other in (rank + 1, rank - 1))
+    dist.all_to_all_single(arrived, x.contiguous(), received, sent, group=parallel_state.get_context_parallel_group())
+    return arrived

@@ -54,6 +54,8 @@ class AttentionPattern:
     context_ranks: int = 1
     """C; above 1 this is the share of `context_rank`, whose `length` is a C-th of the undivided row's and whose clean half is whole."""
     context_rank: int = 0
+    ring: bool = False
+    """Whether a share meets the keys of the others one rank at a time, instead of having them all at once."""
 
     @property
     def rows(self) -> int:
@@ -86,18 +88,18 @@ class AttentionPattern:
         """Rows that can have a loss: the noisy streams, or everything. They come first, draw after draw."""
         return self.draws * self.length
 
-    def share(self, rank: int, ranks: int) -> AttentionPattern:
+    def share(self, rank: int, ranks: int, ring: bool = False) -> AttentionPattern:
         """That of context rank `rank` among `ranks`; itself where there is one. The recipe's rules say what must divide what."""
         if ranks == 1:
             return self
         length = self.length // ranks
         block_size = self.block_size if self.kind == "block_diffusion" else min(self.block_size, length)
-        return replace(self, length=length, block_size=block_size, last_clean=True, context_ranks=ranks, context_rank=rank)
+        return replace(self, length=length, block_size=block_size, last_clean=True, context_ranks=ranks, context_rank=rank, ring=ring)
 
     @property
     def undivided(self) -> AttentionPattern:
         """That of which this is a share."""
-        return replace(self, length=self.context_ranks * self.length, context_ranks=1, context_rank=0)
+        return replace(self, length=self.context_ranks * self.length, context_ranks=1, context_rank=0, ring=False)
 
     @property
     def pieces(self) -> list[range]:

@@ -18,17 +18,18 @@ from bd3_scale.objectives.network_inputs import NetworkInputs
 
 @dataclass(frozen=True)
 class ContextShare:
-    """Context rank `rank` of `ranks`; numbers of selected positions are padded to a multiple of `pad_to`."""
+    """Context rank `rank` of `ranks`; numbers of selected positions are padded to a multiple of `pad_to`. `ring`: `AttentionPattern`'s."""
 
     rank: int
     ranks: int
     pad_to: int = 1
+    ring: bool = False
 
     def of(self, inputs: NetworkInputs) -> NetworkInputs:
         """This rank's share of undivided inputs on the host; they themselves where there is one rank."""
         if self.ranks == 1:
             return inputs
-        pattern = inputs.pattern.share(self.rank, self.ranks)
+        pattern = inputs.pattern.share(self.rank, self.ranks, self.ring)
         rows = pattern.undivided_rows(torch.arange(pattern.rows))
         place, chosen = self._places(inputs)
         place = place[chosen]

@@ -103,7 +103,7 @@ class ClusterPlan:
         weight = 2 if self.precision == "bf16" else 4
         return Batch(
             model,
-            pattern.share(0, parallel.context),
+            pattern.share(0, parallel.context, parallel.context_exchange == "ring"),
             rows,
             padded,
             parallel.tensor,

@@ -222,7 +222,8 @@ def _objective(cluster: ClusterPlan, step: int, device: str = "cpu", block_size:
 
 
 def _share(cluster: ClusterPlan, layout: Layout, device: str = "cpu") -> ContextShare:
-    return ContextShare(layout.context_rank, layout.context, selected_multiple(cluster.parallel, device))
+    pad_to, ring = selected_multiple(cluster.parallel, device), cluster.parallel.context_exchange == "ring"
+    return ContextShare(layout.context_rank, layout.context, pad_to, ring)
 
 
 def _inputs(objective: Any, rows: int, vocabulary: int, seed: int, first: int = 0, batch: int | None = None) -> NetworkInputs:

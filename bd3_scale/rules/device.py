@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bd3_scale.recipe.environment import compiled_in_pieces
+from bd3_scale.recipe.environment import compiled_in_pieces, resolve_attention
 from bd3_scale.rules.suggestions import Case, Problem
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ def kernel_suits_the_device(case: Case) -> Problem | None:
     else:
         return None
     return Problem(text, lambda: ["set model.attention=auto"])
+
+
+def ring_has_a_kernel(case: Case) -> Problem | None:
+    parallel, kernel = case.parallel, resolve_attention(case.recipe.model.attention, case.device or "cpu")
+    if parallel.context == 1 or parallel.context_exchange == "gather" or kernel == "tiled":
+        return None
+    text = f"parallel.context_exchange = ring is done by the CPU kernel tiled alone, and model.attention is {kernel} here"
+    return Problem(text, lambda: ["set parallel.context_exchange=gather"])
 
 
 def backend_is_used(case: Case) -> Problem | None:
@@ -63,5 +71,5 @@ def layers_are_compiled_whole(case: Case) -> Problem | None:
     )
 
 
-DEVICE_RULES = (kernel_suits_the_device, backend_is_used, tuning_has_a_gpu, layers_are_compiled_whole)
+DEVICE_RULES = (kernel_suits_the_device, ring_has_a_kernel, backend_is_used, tuning_has_a_gpu, layers_are_compiled_whole)
 """In the order in which they are asked."""

@@ -74,6 +74,7 @@ def build_parts(recipe: Recipe, layout: Layout, data: Data) -> Parts:
         "micro_batch": recipe.micro_batch(layout.data),
         "seed": recipe.run.seed,
         "pad_to": selected_multiple(recipe.parallel, layout.device.type),
+        "ring": recipe.parallel.context_exchange == "ring",
     }
     validator = Validator(data.validation, layout, **validation)
     set_validators = {}

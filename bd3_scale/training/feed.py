@@ -52,7 +52,8 @@ class Feed:
         """`objective_at`: the objective of a step as far as is known now; also called by the thread. `step` and `samples`: where the run
         is, so many updates and rows."""
         self._seed, self._batches, self._objective_at, self._device = recipe.run.seed, recipe.batches, objective_at, layout.device
-        self._share = ContextShare(layout.context_rank, layout.context, selected_multiple(recipe.parallel, layout.device.type))
+        pad_to = selected_multiple(recipe.parallel, layout.device.type)
+        self._share = ContextShare(layout.context_rank, layout.context, pad_to, recipe.parallel.context_exchange == "ring")
         self._loader = data.loader(
             self._seed,
             global_batch=recipe.training.global_batch,

@@ -35,10 +35,19 @@ class Validator:
     """Holds this replica's share of the held-out rows. Every replica makes the same number of forwards, as ZeRO-3 needs."""
 
     def __init__(
-        self, reader: Rows, layout: Layout, *, rows: int, micro_batch: int, seed: int, name: str = "data", pad_to: int = 1
+        self,
+        reader: Rows,
+        layout: Layout,
+        *,
+        rows: int,
+        micro_batch: int,
+        seed: int,
+        name: str = "data",
+        pad_to: int = 1,
+        ring: bool = False,
     ) -> None:
-        """`name`: of the set, for errors. `pad_to`: as in `ContextShare`."""
-        self.share = ContextShare(layout.context_rank, layout.context, pad_to)
+        """`name`: of the set, for errors. `pad_to` and `ring`: as in `ContextShare`."""
+        self.share = ContextShare(layout.context_rank, layout.context, pad_to, ring)
         self.layout, self.micro_batch, self.seed = layout, micro_batch, seed
         self.total = min(rows, len(reader))
         if self.total < layout.data:

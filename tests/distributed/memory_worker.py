@@ -68,7 +68,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, int]:
     validate(recipe, world_size, "cpu")
     here, fsdp = layout.start(recipe.parallel, "cpu"), recipe.parallel.resolved_engine == "fsdp"
     multiple, before = selected_multiple(recipe.parallel, "cpu"), storages()
-    context = ContextShare(here.context_rank, here.context, multiple)
+    context = ContextShare(here.context_rank, here.context, multiple, recipe.parallel.context_exchange == "ring")
     objective = ObjectiveSchedule.of(recipe, VOCABULARY - 1).at(0)
     engine: Engine = build_engine(recipe, here, VOCABULARY, VOCABULARY - 1)
     average = ExponentialAverage(engine.masters, 0.9, engine.publish, engine.settle)

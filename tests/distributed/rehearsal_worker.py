@@ -71,7 +71,8 @@ class Count(TorchDispatchMode):
             return
         if name not in OPERATIONS:
             self.unknown.add(name)
-        group = {"send": "pipeline", "alltoall_base_": "matrices"}.get(name) or _group(ranks)
+        group = "pipeline" if name == "send" else _group(ranks)
+        group = "matrices" if name == "alltoall_base_" and group != "context" else group
         self.bytes[f"{group} {OPERATIONS.get(name)}"] += payload
 
 

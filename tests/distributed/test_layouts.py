@@ -68,7 +68,7 @@ MODELS = {
 }  # fmt: skip
 TENSOR, SEQUENCE, PIPELINE = "parallel.tensor={}", "parallel.sequence=true", "parallel.pipeline={}"
 VIRTUAL, ZERO, WHOLE = "parallel.virtual_stages=2", "parallel.zero={}", "parallel.micro_batch=null"
-CONTEXT = "parallel.context={}"
+CONTEXT, RING = "parallel.context={}", "parallel.context_exchange=ring"
 FSDP, DEEPSPEED, COMPILED = "parallel.engine=fsdp", "parallel.engine=deepspeed", "training.compile=blocks"
 
 
@@ -201,6 +201,18 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "qwen3: tensor 2, context 2, fsdp, zero 3": (4, "qwen3", layout(2, 1, 3, CONTEXT.format(2), FSDP)),
     "7 rows: context 2, data 2, fsdp, zero 3": (4, "7 rows", layout(1, 1, 3, CONTEXT.format(2), FSDP)),
     "muon: context 2, data 2": (4, "muon", layout(1, 1, 1, CONTEXT.format(2))),
+    # Clean keys and values of one rank at a time
+    "ring: documents: context 4, zero 3": (4, "documents", layout(1, 1, 3, CONTEXT.format(4), RING)),
+    "ring: L'=1: tensor 2, context 2, sequence": (4, "L'=1", layout(2, 1, 1, SEQUENCE, CONTEXT.format(2), RING)),
+    "ring: L'=16: context 2": (2, "L'=16", layout(1, 1, 1, CONTEXT.format(2), RING)),
+    "ring: L'=L: context 4": (4, "L'=L", layout(1, 1, 1, CONTEXT.format(4), RING)),
+    "ring: ar: context 4": (4, "ar", layout(1, 1, 1, CONTEXT.format(4), RING)),
+    "ring: draws: context 2, data 2": (4, "draws", layout(1, 1, 1, CONTEXT.format(2), RING)),
+    "ring: ssdlm: context 2, data 2": (4, "ssdlm", layout(1, 1, 1, CONTEXT.format(2), RING)),
+    "ring: pipeline 2 x 2 interleaved, context 2, zero 3, recomputed": (
+        4, "base", layout(1, 2, 3, VIRTUAL, CONTEXT.format(2), RING, "training.recompute=layer")
+    ),
+    "ring: compiled: context 2": (2, "base", layout(1, 1, 1, CONTEXT.format(2), RING, COMPILED)),
     # Its matrices, cut by rows, by columns and flat, have one owner each; keys and values, gates and values are packed
     "muon: data 3": (3, "muon", layout()),
     "muon: data 3, zero 3": (3, "muon", layout(1, 1, 3)),
@@ -217,6 +229,8 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
 }  # fmt: skip
 
 SAID_BY_OTHERS = {
+    "ring: L'=16: context 2", "ring: L'=L: context 4", "ring: ar: context 4", "ring: draws: context 2, data 2",
+    "ring: ssdlm: context 2, data 2", "ring: pipeline 2 x 2 interleaved, context 2, zero 3, recomputed", "ring: compiled: context 2",
     "tensor 2, context 2, sequence", "context 2, zero 0", "context 2, fsdp, zero 3", "L'=16: context 2", "L'=L: context 2, data 2, zero 2",
     "mixture: context 2, zero 0", "mdlm: context 4", "sedd: context 2, data 2", "qwen3: tensor 2, context 2, fsdp, zero 3",
     "7 rows: context 2, data 2, fsdp, zero 3", "muon: context 2, data 2", "gpt2: pipeline 2, context 2",

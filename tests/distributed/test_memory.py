@@ -13,7 +13,7 @@ from tests.distributed.forked import run_ranks
 
 MODEL = ["model.layers=4", "model.hidden=128", "model.heads=4", "model.key_value_heads=2", "model.conditioning=adaln",
          "model.conditioning_size=32", "parallel.micro_batch=2"]  # fmt: skip
-CONTEXT = "parallel.context={}"
+CONTEXT, RING = "parallel.context={}", "parallel.context_exchange=ring"
 BF16, MUON = "training.precision=bf16", "training.optimizer=muon"
 TIED, FSDP, DEEPSPEED = "model.tied_head=true", "parallel.engine=fsdp", "parallel.engine=deepspeed"
 
@@ -52,6 +52,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pipeline 2, data 2, zero 3, bf16, tied": (4, layout(1, 2, 3, BF16, TIED)),
     "data 4, fsdp, shard 2, zero 3": (4, layout(1, 1, 3, FSDP, "parallel.shard=2")),
     "context 2": (2, layout(1, 1, 1, CONTEXT.format(2))),
+    "context 4, ring": (4, layout(1, 1, 1, CONTEXT.format(4), RING)),
     "context 4, recomputed": (4, layout(1, 1, 1, CONTEXT.format(4), "training.recompute=layer")),
     "context 2, data 2, fsdp, zero 3": (4, layout(1, 1, 3, CONTEXT.format(2), FSDP)),
     "data 4, fsdp, zero 2, bf16": (4, layout(1, 1, 2, FSDP, BF16)),

@@ -18,7 +18,7 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
 FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
-MUON, CONTEXT = "training.optimizer=muon", "parallel.context=2"
+MUON, CONTEXT, RING = "training.optimizer=muon", "parallel.context=2", "parallel.context_exchange=ring"
 ADALN = ["model.conditioning=adaln", "model.conditioning_size=32"]
 
 
@@ -78,6 +78,8 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "context 2, data 2": (4, 1, layout(1, 1, 1, CONTEXT)),
     "context 2, data 2, zero 3, bf16": (4, 0, layout(1, 1, 3, CONTEXT, BF16)),
     "tensor 2, context 2, data 2, sequence, fsdp, recomputed, zero 3": (8, 2, layout(2, 1, 3, CONTEXT, SEQUENCE, FSDP, RECOMPUTE)),
+    "tensor 2, context 4, data 2, ring": (16, 2, layout(2, 1, 1, "parallel.context=4", RING)),
+    "context 2, data 2, ring, fsdp, recomputed, bf16, zero 3": (4, 1, layout(1, 1, 3, CONTEXT, RING, FSDP, RECOMPUTE, BF16)),
     "pipeline 2, context 2, data 4, ar, shard 2, zero 2": (
         16, 9, layout(1, 2, 2, CONTEXT, "parallel.shard=2", "objective.kind=ar", "objective.block_size=null")
     ),

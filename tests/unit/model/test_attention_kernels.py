@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bd3_scale.model import attention_kernels
 from bd3_scale.model.attention_kernels import BACKENDS, KERNELS, attend, block_mask, document_block_mask
+from bd3_scale.model.tiled_attention import Tiles
 from bd3_scale.objectives.attention_mask import AttentionPattern, dense, document_segments, tile_length
 
 SHAPES = [(2, 1), (13, 1), (13, 13), (12, 4), (30, 5), (35, 7), (48, 3), (64, 64), (72, 12)]
@@ -96,7 +97,7 @@ def test_both_ways_to_arrange_a_tile_are_tested(monkeypatch: pytest.MonkeyPatch)
         for length, block in SHAPES:
             pattern = AttentionPattern("block_diffusion", length, block)
             q, k, *_ = tensors(pattern, 1, 1, 1, pattern.rows, torch.float32)
-            tiles = attention_kernels._Tiles(q, k, pattern, tile_length(pattern, target), None)
+            tiles = Tiles(q, k, pattern, tile_length(pattern, target), None)
             arranged.add((tiles.apart, tiles.tiles > 1))
     assert arranged == {(True, True), (True, False), (False, True), (False, False)}
 

@@ -6,11 +6,13 @@ The ranks are played one after the other; that they exchange what they ask for i
 from __future__ import annotations
 
 import itertools
+import queue
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from bd3_scale.model import attention_kernels
+from bd3_scale.model import attention_kernels, tiled_attention
 from bd3_scale.model.attention_kernels import attend, block_mask, document_block_mask
 from bd3_scale.model.context_keys import in_order
 from bd3_scale.objectives.attention_mask import AttentionPattern, dense
@@ -64,6 +66,43 @@ def test_shares_are_the_undivided_attention(pattern: AttentionPattern, target: i
                 if what == "output" or name != "flex":
                     message = f"{what} of {name}, {whole}, {ranks} ranks"
                     assert (made - right).abs().max() < TOLERANCE * max(1.0, float(right.abs().max())), message
+
+
+@pytest.mark.parametrize("target", [4, 128])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: f"{pattern.kind}-{pattern.length}-{pattern.block_size}")
+def test_a_ring_is_the_undivided_attention(pattern: AttentionPattern, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are threads here. Each is given its own rows alone, and the segments of all."""
+    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    for (whole, ranks), of_documents, scored in itertools.product(everywhere(pattern), (False, True), (False, True)):
+        if of_documents and whole.kind == "full":
+            continue
+        segments = documents(whole, 3) if of_documents else None
+        q, k, v, gradient = tensors(whole, 4, 2, 3, whole.scored_rows if scored else whole.rows, torch.float32)
+        wires = [queue.Queue[torch.Tensor]() for _ in range(ranks)]
+
+        def hop(x: torch.Tensor, share: AttentionPattern, wires: list[queue.Queue[torch.Tensor]] = wires) -> torch.Tensor:
+            wires[share.context_rank].put(x.clone())
+            return wires[share.context_rank - 1].get(timeout=10)
+
+        def attended(share: AttentionPattern, scored: bool, data: list[torch.Tensor | None]) -> list[torch.Tensor]:
+            rows = share.undivided_rows(torch.arange(share.scored_rows if scored else share.rows))
+            every = share.undivided_rows(torch.arange(share.rows))
+            seen = None if data[4] is None else data[4][:, share.undivided_keys(torch.arange(share.key_rows))]
+            given = [t[index].requires_grad_() for t, index in zip(data[:3], (rows, every, every), strict=True)]
+            out = attend(*given, share, "tiled", seen)
+            return [rows, every, out.detach(), *torch.autograd.grad(out, given, data[3][rows])]
+
+        monkeypatch.setattr(tiled_attention, "hop", hop)
+        found = [torch.zeros_like(each) for each in (q, q, k, v)]
+        with ThreadPoolExecutor(ranks) as pool:
+            data = [q, k, v, gradient, segments]
+            begun = [pool.submit(attended, whole.share(rank, ranks, ring=True), scored, data) for rank in range(ranks)]
+            for rows, every, *made in (one.result() for one in begun):
+                for total, part, index in zip(found, made, (rows, rows, every, every), strict=True):
+                    total[index] = part
+        expected = reference(q, k, v, gradient, whole, segments)
+        for made, right, what in zip(found, expected, ("output", "q", "k", "v"), strict=True):
+            assert (made - right).abs().max() < TOLERANCE * max(1.0, float(right.abs().max())), f"{what}, {whole}, {ranks} ranks"
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: f"{pattern.kind}-{pattern.length}-{pattern.block_size}")
