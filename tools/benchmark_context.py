@@ -33,7 +33,7 @@ def benchmark_context(options: argparse.Namespace) -> dict[str, Any]:
 def measure(context: int, block_size: int, layers: int, hidden: int, heads: int, recompute: str, exchange: str) -> dict[str, Any]:
     """On this rank."""
     import numpy as np
-    from benchmark_measure import peak_bytes
+    from benchmark_measure import kept_and_peak_bytes
 
     from bd3_scale.distributed import layout
     from bd3_scale.engines.build import build_engine
@@ -58,13 +58,14 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
     rows = np.random.default_rng(0).integers(0, vocabulary - 1, (1, context))
     given = share.of(objective.training_inputs(rows, np.zeros(1, np.int64), 0, 0, 1))
     losses: list[Any] = []
-    peak = peak_bytes(lambda: losses.append(engine.forward_backward([given], objective.scored_tokens_per_row)), here.device)
+    kept, peak = kept_and_peak_bytes(lambda: losses.append(engine.forward_backward([given], objective.scored_tokens_per_row)))
     total = float(here.sum_of_replicas(losses[0]))
-    ranks = here.all_gather((peak, given.pattern.visible_pairs))
+    ranks = here.all_gather((peak, given.pattern.visible_pairs, kept))
     engine.close()
     layout.stop()
     return {
         "peak bytes above the start, by rank": [one[0] for one in ranks],
+        "bytes kept for the backward, by rank": [one[2] for one in ranks],
         "visible pairs, by rank": [one[1] for one in ranks],
         "loss": total,
         "leader": here.is_main_rank,

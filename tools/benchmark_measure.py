@@ -28,6 +28,17 @@ PARTS = {
 """Parts of a step -> what the names of their operators (CPU) or kernels (CUDA) hold; the rest is elementwise work, norms and copies."""
 
 
+def kept_and_peak_bytes(step: Callable[[], None]) -> tuple[int, int]:
+    """On CPU, above what was alive before: bytes when the backward begins (with the head's), and the highest number of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    turn = min(event.start_ns() for event in events if event.name() == "autograd::engine::evaluate_function: _LinearLossBackward")
+    memory = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    alive = np.cumsum([event.nbytes() for event in memory])
+    return int(alive[np.searchsorted([event.start_ns() for event in memory], turn) - 1]), int(alive.max())
+
+
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """Highest number of bytes alive during `step` above those alive before it, counted at the allocator."""
     if device.type == "cuda":

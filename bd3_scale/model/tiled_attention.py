@@ -156,13 +156,15 @@ class Tiles:
 
     def visits(self, k: Tensor, v: Tensor) -> Iterator[tuple[list[range], Tensor, Tensor]]:
         """(positions, k, v [batch, kv_heads, n, d]) of clean keys, until all have been there: at once, or in a ring from rank to rank."""
-        if not self.pattern.ring:
-            yield [range(self.pattern.context_ranks * self.pattern.length)], self.clean(k), self.clean(v)
+        pattern = self.pattern
+        own = pattern.pieces if pattern.ring else [range(pattern.context_ranks * pattern.length)]
+        yield own, self.clean(k), self.clean(v)
+        if not pattern.ring:
             return
-        both = torch.stack([k[self.pattern.own_keys :], v[self.pattern.own_keys :]])
-        for step in range(self.pattern.context_ranks):
-            both = hop(both, self.pattern) if step else both
-            whose = replace(self.pattern, context_rank=(self.pattern.context_rank - step) % self.pattern.context_ranks)
+        both = torch.stack([k[pattern.own_keys :], v[pattern.own_keys :]])
+        for step in range(1, pattern.context_ranks):
+            both = hop(both, pattern)
+            whose = replace(pattern, context_rank=(pattern.context_rank - step) % pattern.context_ranks)
             yield whose.pieces, *both.permute(0, 2, 3, 1, 4)
 
     def visits_with_gradients(
@@ -175,9 +177,9 @@ class Tiles:
             if step == 0:
                 yield pieces, clean_k, clean_v, home_k, home_v
                 continue
-            grads = clean_k.new_zeros(2, *clean_k.shape, dtype=torch.float32)
-            if away is not None:  # what those before have added; the rank after the owner begins
-                grads.copy_(hop(away, self.pattern))
+            # Those before have added theirs; the rank after the owner begins.
+            away = clean_k.new_zeros(2, *clean_k.shape) if away is None else hop(away, self.pattern)
+            grads = away.float()
             yield pieces, clean_k, clean_v, grads[0], grads[1]
             away = grads.to(k.dtype)
         if away is not None:
