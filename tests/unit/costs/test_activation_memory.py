@@ -93,6 +93,15 @@ def test_flex_attention_keeps_less_than_the_tiles_and_more_than_recomputation() 
     assert again < flex < tiled
 
 
+def test_of_a_ring_each_rank_keeps_its_part_and_of_what_is_gathered_more() -> None:
+    pattern = BlockDiffusion(V - 1, CONTEXT, 16).pattern
+    one, gathered, ring = (
+        kept_bytes(Batch(PLAIN, part, ROWS, 96), range(2), V, recompute="none", pipeline=False, interleaved=False).layers
+        for part in (pattern, pattern.share(0, 4), pattern.share(0, 4, ring=True))
+    )
+    assert ring == pytest.approx(one / 4, rel=0.05) and gathered > 1.2 * ring
+
+
 @settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 12))
 def test_a_schedule_runs_everything_once_and_early_stages_hold_the_most(pipeline: int, virtual: int, more: int) -> None:

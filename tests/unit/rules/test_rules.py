@@ -69,6 +69,7 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("model.attention=flex_triton", 1, "cpu", "set model.attention=auto"),
         ("model.attention=flex_flash training.precision=fp32", 1, "cuda", "set training.precision=bf16, or set model.attention=auto"),
         ("model.attention=flex_triton objective.kind=mdlm objective.block_size=null", 1, "cuda", "set model.attention=auto"),
+        ("parallel.context=2 parallel.context_exchange=ring", 2, "cuda", "set parallel.context_exchange=gather"),
         ("training.compile=max-autotune", 1, "cpu", "set training.compile=none, or set training.compile=blocks"),
         # Tensor parallelism: heads, key/value heads, MLP.
         ("parallel.tensor=2", 1, "cpu", "start 2 ranks, or set parallel.tensor=1"),
