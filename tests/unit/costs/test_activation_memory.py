@@ -96,10 +96,12 @@ def test_flex_attention_keeps_less_than_the_tiles_and_more_than_recomputation() 
 def test_of_a_ring_each_rank_keeps_its_part_and_of_what_is_gathered_more() -> None:
     pattern = BlockDiffusion(V - 1, CONTEXT, 16).pattern
     one, gathered, ring = (
-        kept_bytes(Batch(PLAIN, part, ROWS, ROWS * part.length // 2), range(3), V, recompute="none", pipeline=False, interleaved=False).layers
+        kept_bytes(
+            Batch(PLAIN, part, ROWS, ROWS * part.length // 2), range(3), V, recompute="none", pipeline=False, interleaved=False
+        ).layers
         for part in (pattern, pattern.share(0, 4), pattern.share(0, 4, ring=True))
     )
-    assert ring == pytest.approx(one / 4, rel=0.02) and gathered > 1.1 * ring
+    assert ring == pytest.approx(one / 4, rel=0.05) and gathered > 1.05 * one / 4
 
 
 @settings(max_examples=60)
