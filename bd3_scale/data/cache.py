@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bd3_scale.data.formats.streaming_compat import import_streaming
 from bd3_scale.data.lock import exclusive
@@ -45,6 +45,8 @@ class Cache:
     def __init__(self, folder: Path, remote: str, limit: int | None = None) -> None:
         """`limit`: bytes that the folder may hold; None: no bound."""
         self.folder, self.remote, self.limit = folder, remote, limit
+        self._client: Any = None
+        """streaming's downloader, once there is one: to make a client of a store takes a second. One that has failed is not used again."""
 
     def manifest(self) -> Manifest:
         """The manifest at the remote, put into the folder where that has none. Raises DataError where the folder holds other data."""
@@ -52,7 +54,7 @@ class Cache:
         if os.path.isdir(self.remote) and self.folder.is_dir() and os.path.samefile(self.remote, self.folder):
             raise DataError(f"{self.folder}: is data.remote itself, whose files a cache would delete; set data.remote=null")
         with self._locked():
-            fetch(self.remote, MANIFEST, latest, self.folder / SCRATCH, _manifest_problem)
+            self._fetch(MANIFEST, latest, _manifest_problem)
             manifest = Manifest.load(latest)
             if not local.exists() or _manifest_problem(local) is not None:
                 latest.replace(local)
@@ -102,7 +104,7 @@ class Cache:
             local.unlink(missing_ok=True)
             room = self._make_room(size, keep)
             if room:
-                fetch(self.remote, relative, local, self.folder / SCRATCH, check)
+                self._fetch(relative, local, check)
             yield room
 
     @contextlib.contextmanager
@@ -136,6 +138,40 @@ class Cache:
                 excess -= status.st_size
         return excess <= 0
 
+    def _fetch(self, relative: str, local: Path, check: Check) -> None:
+        """Put a good copy of `relative` at `local`, in place of what is there. The caller holds the lock of the folder. Raises DataError
+        naming the file, the remote and the last problem."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        problem: str | None = "is missing"
+        for _ in range(ATTEMPTS):
+            local.unlink(missing_ok=True)
+            problem = self._download(relative, local, check)
+            if problem is None:
+                return
+        where = f"cannot be fetched from {self.remote} ({problem}, {ATTEMPTS} attempts); check data.remote and {relative} there"
+        raise DataError(f"{local}: {where}")
+
+    def _download(self, relative: str, local: Path, check: Check) -> str | None:
+        """One attempt; what went wrong, or None."""
+        scratch = self.folder / SCRATCH
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        scratch.mkdir()
+        try:
+            target, remote = scratch / local.name, f"{self.remote.rstrip('/')}/{relative}"
+            try:
+                if self._client is None:
+                    self._client = import_streaming("streaming.base.storage.download").CloudDownloader.get(remote)
+                self._client.download(remote, str(target), TIMEOUT)
+            except Exception as error:  # every store's client raises its own kinds; the text reaches the user through DataError
+                self._client = None
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            problem = "nothing arrived" if not target.exists() else check(target)
+            if problem is None:
+                target.replace(local)
+            return problem
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
 
 def _manifest_problem(path: Path) -> str | None:
     try:
@@ -163,36 +199,3 @@ def _removed(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def fetch(remote: str, relative: str, local: Path, scratch: Path, check: Check) -> None:
-    """Put a good copy of `remote`/`relative` at `local`, in place of what is there. `scratch`: a folder to work in, made and removed here.
-    The caller holds the lock of the folder. Raises DataError naming the file, the remote and the last problem.
-    """
-    local.parent.mkdir(parents=True, exist_ok=True)
-    problem: str | None = "is missing"
-    for _ in range(ATTEMPTS):
-        local.unlink(missing_ok=True)
-        problem = _download(remote, relative, local, scratch, check)
-        if problem is None:
-            return
-    raise DataError(f"{local}: cannot be fetched from {remote} ({problem}, {ATTEMPTS} attempts); check data.remote and {relative} there")
-
-
-def _download(remote: str, relative: str, local: Path, scratch: Path, check: Check) -> str | None:
-    """One attempt; what went wrong, or None."""
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-    scratch.mkdir()
-    try:
-        target = scratch / local.name
-        downloader = import_streaming("streaming.base.storage.download").CloudDownloader
-        try:
-            downloader.direct_download(f"{remote.rstrip('/')}/{relative}", str(target), TIMEOUT)
-        except Exception as error:  # every store's client raises its own kinds; the text reaches the user through DataError
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        problem = "nothing arrived" if not target.exists() else check(target)
-        if problem is None:
-            target.replace(local)
-        return problem
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

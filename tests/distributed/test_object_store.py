@@ -1,19 +1,35 @@
-"""Data and checkpoints on a real S3 protocol server: moto's, on loopback (`pip install -e '.[s3]'`; skipped without it)."""
+"""Data and checkpoints on a real S3 protocol server: moto's, on loopback (`pip install -e '.[s3]'`; skipped without it).
+
+A store that answers wrongly (faulty_store.py) meets six readers here; `BD3_ALL_FAULTS=1` has a hundred of them, and the quickstart on two
+processes, killed twice (benchmarks/2026-11-27-object-store.md)."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pytest
 
+from bd3_scale.data import cache
+from bd3_scale.data.formats.row_reader import ShardReader
+from bd3_scale.data.tokenizer import ByteTokenizer
+from bd3_scale.errors import CheckpointError, DataError
 from bd3_scale.prepare import main as prepare
+from bd3_scale.saving import fetch
+from tests.distributed.faulty_store import ALWAYS, KINDS, Fault, FaultyStore
+from tests.distributed.launch import ROOT
 
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed; pip install -e '.[s3]'")
 pytest.importorskip("s3fs", reason="s3fs is not installed; pip install -e '.[s3]'")
@@ -63,13 +79,14 @@ def train(folder: Path, steps: int, *overrides: str) -> str:
 
 
 def losses(run: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    written = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in written.read_text().splitlines(True) if line.endswith("\n")] if written.exists() else []
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
-def upload(folder: Path) -> None:
+def upload(folder: Path, bucket: str = "corpus", under: str = "data") -> None:
     for file in (path for path in folder.rglob("*") if path.is_file()):
-        boto3.client("s3").upload_file(str(file), "corpus", f"data/{file.relative_to(folder)}")
+        boto3.client("s3").upload_file(str(file), bucket, f"{under}/{file.relative_to(folder)}")
 
 
 def test_a_run_from_s3_to_s3_is_the_local_run_also_on_a_new_machine(store: str, data: Path, tmp_path: Path) -> None:
@@ -96,3 +113,112 @@ def test_a_bucket_that_is_missing_is_said_and_never_made(store: str, data: Path,
     said = train(tmp_path, 3, f"data.path={data}", "run.dir=run", "checkpoint.remote=s3://wrong/run")
     assert "could not be uploaded to s3://wrong/run" in said and "does not exist" in said
     assert {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]} == {"corpus", "runs"}
+
+
+ALL = bool(os.environ.get("BD3_ALL_FAULTS"))
+CHECKPOINT = ROOT / "tests" / "golden" / "checkpoints" / "format_2"
+
+
+@pytest.fixture
+def faulty(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+    """Between the readers of this process and the server. What waits long, waits shortly."""
+    between = FaultyStore(store)
+    monkeypatch.setattr(cache, "TIMEOUT", 1.0)
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    patience = {"read_timeout": 1, "retries": {"max_attempts": 1}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": patience, "endpoint_url": between.endpoint})
+    yield between
+    between.shutdown()
+    between.server_close()
+
+
+def test_of_every_fault_of_a_store_there_is_the_right_content_or_an_error(
+    faulty: FaultyStore, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    """Rows of a prepared folder, read through a new cache, and a checkpoint, fetched to a new machine, are theirs to the bit, or the one
+    line of error names what cannot be had and where."""
+    upload(data)
+    (tmp_path / "one").mkdir()
+    shutil.copytree(CHECKPOINT, tmp_path / "one", dirs_exist_ok=True)
+    (tmp_path / "one" / "latest").write_text("step_00000003\n")
+    upload(tmp_path / "one", "runs", "one")
+    for name in ("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL"):
+        monkeypatch.setenv(name, faulty.endpoint)
+    with ShardReader(data, "train", context=32, tokenizer=ByteTokenizer()) as reader:
+        right = reader.rows(range(len(reader)))
+    checkpoint = {path.name: path.read_bytes() for path in (tmp_path / "one" / "step_00000003").iterdir() if path.name != "recipe.yaml"}
+    shards = [path.name for path in sorted((data / "train").glob("*.mds"))]
+
+    def rows(number: int) -> bool:
+        copy = cache.Cache(tmp_path / f"cache{number}", "s3://corpus/data")
+        manifest = copy.manifest()
+        with ShardReader(copy.folder, "train", context=32, tokenizer=ByteTokenizer(), cache=copy, manifest=manifest) as reader:
+            order = np.random.default_rng(number).permutation(len(reader))
+            return bool((reader.rows(order) == right[order]).all())
+
+    def state(number: int) -> bool:
+        found = fetch.fetch_latest("s3://runs/one", tmp_path / f"run{number}")
+        return found is not None and all((found / name).read_bytes() == content for name, content in checkpoint.items())
+
+    draw, outcomes, silent = random.Random(0), Counter[str](), []
+    for number in range(100 if ALL else len(KINDS)):
+        kind, of_data = KINDS[number % len(KINDS)], number % 5 < 3
+        suffix = draw.choice(["/manifest.json", "/train/index.json", *shards]) if of_data else draw.choice([*checkpoint, "/latest"])
+        times = draw.choice([1, 2, ALWAYS]) if ALL else (ALWAYS if kind in ("short", "replaced") else 1)
+        faulty.fault = Fault(kind, suffix, times)
+        began = time.monotonic()
+        try:
+            outcome = "right" if (rows if of_data else state)(number) else "WRONG"
+        except (DataError, CheckpointError) as error:
+            text = str(error)
+            outcome = "error" if "s3://" in text and "\n" not in text else f"UNCLEAR {text}"
+        if outcome not in ("right", "error") or not faulty.fault.met:
+            silent.append((kind, suffix, times, faulty.fault.met, outcome))
+        outcomes[f"{'data' if of_data else 'checkpoint'} {kind} {'always' if times == ALWAYS else 'once or twice'}: {outcome[:7]}"] += 1
+        print(f"{number}: {kind} {suffix} x{times} met {faulty.fault.met}: {outcome} {time.monotonic() - began:.1f} s")
+    for line, count in sorted(outcomes.items()):
+        record_property("table", f"{line} {count}")
+    assert not silent
+
+
+@pytest.mark.skipif(not ALL, reason="minutes; BD3_ALL_FAULTS=1")
+@pytest.mark.timeout(900)
+def test_the_quickstart_from_s3_on_two_processes_killed_twice_is_the_local_run(store: str, tmp_path: Path) -> None:
+    few = ["data.source_tokens=300000", "training.steps=60", "validation.every=30", "validation.rows=64", "checkpoint.every=10",
+           "tracking.every=1", "tracking.sample_tokens=0", "tracking.plots=false", "run.device=cpu", "data.window=2"]  # fmt: skip
+
+    def ranks(run: str, *more: str, kill_at: int | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "bd3_scale.train", str(ROOT / "recipes" / "quickstart.yaml"), *few, f"run.dir={run}", *more]
+        world = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+        log = tmp_path / f"{run}.log"
+        with log.open("ab") as said:
+            each = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+            both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said) for environment in each]
+        try:
+            if kill_at is not None:
+                while all(one.poll() is None for one in both) and max(losses(tmp_path / run), default=0) < kill_at:
+                    time.sleep(0.05)
+                for one in both:
+                    one.send_signal(signal.SIGKILL)
+            wanted = [0 if kill_at is None else -signal.SIGKILL] * 2
+            assert [one.wait(timeout=400) for one in both] == wanted, log.read_text()[-3000:]
+        finally:
+            for one in both:
+                one.kill()
+
+    ranks("local", "data.path=documentation")
+    upload(tmp_path / "documentation")
+    remote = ["data.path=cache", "data.remote=s3://corpus/data", "data.cache_bytes=1500000", "checkpoint.remote=s3://runs/quickstart"]
+    ranks("remote", *remote, kill_at=17)
+    shutil.rmtree(tmp_path / "cache")
+    ranks("remote", *remote, kill_at=43)
+    ranks("remote", *remote)
+    whole, killed = losses(tmp_path / "local"), losses(tmp_path / "remote")
+    assert len(whole) == 60 and killed == whole
+    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("local", "remote")]
+    held = [[line["nelbo"] for line in of_run if line["kind"] == "validation"] for of_run in lines]
+    assert len(held[0]) == 2 and held[0] == held[1]

@@ -65,18 +65,16 @@ def shards_of(folder: Path) -> set[str]:
 def peak(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of the folder at each moment when it is largest: when a file has arrived and its scratch copy is there, too."""
     seen: list[int] = []
-    original = module.fetch
+    original = Cache._fetch
 
-    def measured(remote: str, relative: str, local: Path, scratch: Path, check: Callable[[Path], str | None]) -> None:
-        folder = scratch.parent
-
+    def measured(self: Cache, relative: str, local: Path, check: Callable[[Path], str | None]) -> None:
         def checked(path: Path) -> str | None:
-            seen.append(size(folder))
+            seen.append(size(self.folder))
             return check(path)
 
-        original(remote, relative, local, scratch, checked)
+        original(self, relative, local, checked)
 
-    monkeypatch.setattr(module, "fetch", measured)
+    monkeypatch.setattr(Cache, "_fetch", measured)
     return seen
 
 
@@ -106,13 +104,13 @@ def test_shards_are_there_before_they_are_needed(
 ) -> None:
     remote, manifest = remotes["mds"]
     fetched: list[tuple[str, str]] = []
-    original = module.fetch
+    original = Cache._fetch
 
-    def noted(remote: str, relative: str, *rest: object) -> None:
+    def noted(self: Cache, relative: str, *rest: object) -> None:
         fetched.append((relative, threading.current_thread().name))
-        original(remote, relative, *rest)  # type: ignore[arg-type]
+        original(self, relative, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "fetch", noted)
+    monkeypatch.setattr(Cache, "_fetch", noted)
     with opened(tmp_path, "mds", remote, ahead=3) as data:
         names = [shard.file for shard in manifest.train.shards]
         order = data.order(5)
