@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     take.add_argument("out", type=Path, help="new run directory")
     take.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="keys of the recipe that goes on from it")
+    take.add_argument(
+        "--recipe", metavar="NAME", help="a recipe, by path or by name, from which all is taken that is not the network: fine_tune"
+    )
     take.add_argument("--tokenizer", help="gpt2 | bytes | a `tokenizers` JSON file; default: the source's own")
     take.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, where it does not lie beside the weights")
     take.add_argument("--data", metavar="FOLDER", help="prepared data to train on: makes a run that bd3 train continues")
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(options: argparse.Namespace) -> None:
     from bd3_scale.convert.detect import detect
-    from bd3_scale.convert.write import write
+    from bd3_scale.convert.write import under, write
 
     found, tokenizer = detect(
         options.source,
@@ -73,6 +76,8 @@ def _import(options: argparse.Namespace) -> None:
         block_size=options.block_size,
         config_file=options.config,
     )
+    if options.recipe is not None:
+        found = under(found, options.recipe, options.block_size)
     written = write(found, options.out, tokenizer=tokenizer, data=options.data, overrides=options.set)
     recipe = written.recipe
     masks = {rule.mask for rule in found.key_map.whole if rule.rows == "vocabulary"}

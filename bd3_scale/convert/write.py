@@ -69,6 +69,20 @@ def require_new(out: Path) -> None:
         raise CheckpointError(f"{out} exists and is not empty; name a new folder")
 
 
+def under(found: Import, recipe: str, block_size: int | None = None) -> Import:
+    """The same source with all of the recipe of this path or name that is not its network. `block_size`: what was asked for beside it.
+    Raises RecipeError."""
+    asked, own = recipes.load(recipe), found.recipe
+    if asked.objective.kind != own.objective.kind:
+        raise RecipeError(
+            f"objective.kind of {recipe} is {asked.objective.kind}, but what is imported goes on as {own.objective.kind}; "
+            f"give --objective {asked.objective.kind}, or another --recipe"
+        )
+    objective = replace(asked.objective, block_size=own.objective.block_size) if block_size is not None else asked.objective
+    network = replace(own.model, **{name: value for name, value in asdict(asked.model).items() if name in FREE})
+    return replace(found, recipe=replace(asked, model=network, objective=objective))
+
+
 def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrides: Sequence[str] = ()) -> Written:
     """Make `out`/checkpoints/step_00000000 and `out`/recipe.yaml. Raises UserError before anything is written, or CheckpointError."""
     require_new(out)

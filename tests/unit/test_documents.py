@@ -122,6 +122,9 @@ def _validate_recipe(module: str, options: argparse.Namespace, ranks: int) -> No
         path = ROOT / options.recipe
         if path.parts[-3] == "runs":  # the recipe of a run, which was trained by another command of the page
             path = ROOT / "recipes" / "quickstart.yaml"
+        if module == "bd3_scale.convert":  # of the network that is imported, which is not here
+            recipes.load(options.recipe)
+            return
         recipe = recipes.load(path, options.overrides)
         for device in ("cpu", "cuda") if module != "bd3_scale.doctor" else ():  # which looks at the machine, whatever the job's size
             validate(recipe, getattr(options, "world_size", ranks), device)

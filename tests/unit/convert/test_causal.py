@@ -114,6 +114,23 @@ def test_a_run_with_data_trains_from_them(transformers: Any, tmp_path: Path) -> 
     assert 0 < change.abs().max() < 1e-2, "it went on from the imported weights"
 
 
+def test_a_recipe_gives_all_but_the_network(transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped one for fine-tuning; a block size that is asked for beside it stays; another objective is refused."""
+    make(transformers, "qwen3", tmp_path / "hf")
+    for out, more, block_size in (("run", [], 16), ("small", ["--block-size", 8, "--set", "training.steps=7"], 8)):
+        assert convert("import", tmp_path / "hf", tmp_path / out, "--tokenizer", "bytes", "--recipe", "fine_tune", *more) == 0
+        found, asked = load(tmp_path / out / "recipe.yaml"), load("fine_tune")
+        validate(found)
+        assert found.objective.block_size == block_size and found.model.context == asked.model.context
+        assert found.model.hidden == 32 != asked.model.hidden and found.data.tokenizer == "bytes"
+        assert found.run.dir == str(tmp_path / out) and (found.training.tokens, found.training.steps) in ((50_000_000, None), (None, 7))
+        same = ("parallel", "checkpoint", "validation", "tuner", "tracking")
+        assert all(getattr(found, section) == getattr(asked, section) for section in same)
+        assert found.training.learning_rate == 2e-5
+    assert convert("import", tmp_path / "hf", tmp_path / "ar", "--tokenizer", "bytes", "--recipe", "fine_tune", "--objective", "ar") == 2
+    assert "objective.kind of fine_tune is bd3, but what is imported goes on as ar" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
