@@ -148,7 +148,7 @@ def main() -> None:
     os.dup2(2, 1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
-    import torch._dynamo  # noqa: F401 - torch's optimizers want it
+    import torch._inductor.compile_fx  # noqa: F401 - optimizers and DeepSpeed want it
 
     from bd3_scale.data.formats.streaming_compat import import_streaming
 
