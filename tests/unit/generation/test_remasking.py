@@ -68,7 +68,7 @@ def test_corrections_mend_what_was_drawn_blindly() -> None:
     probability = joint(3, 5)
 
     def likelihood(**options: Any) -> float:
-        result = sample(Table(tabular(probability)), blocks_of(6, 6, words=3), [[]] * 3000, 6, words=3, steps=1, **options)
+        result = sample(Table(tabular(probability)), blocks_of(6, 6, words=3), [[]] * 800, 6, words=3, steps=1, **options)
         return float(np.mean([np.log(probability[tuple(row[1:])]) for row in result.tokens]))
 
     found = [likelihood(sampler="remasking", corrections=count) for count in (0, 1, 4)]
