@@ -57,7 +57,8 @@ class _Traceable:
         return F.linear(input, weight, named["bias"])
 
     def _samples_alone(self: Any) -> bool:
-        return torch.is_inference_mode_enabled() and self.config.tensor_model_parallel_size == 1
+        # Compiled code, which trains, cannot ask for the mode.
+        return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and self.config.tensor_model_parallel_size == 1
 
     def _plain(self: Any, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
