@@ -6,7 +6,10 @@ Invariant: a verb is the module of its name, run as a program; nothing is import
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
+import select
+import signal
 import sys
 
 from bd3_scale import __version__
@@ -33,7 +36,12 @@ def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
         sys.argv = [f"bd3 {verb}", *sys.argv[2:]]
-        runpy.run_module(f"bd3_scale.{verb}", run_name="__main__", alter_sys=False)
+        try:
+            runpy.run_module(f"bd3_scale.{verb}", run_name="__main__", alter_sys=False)
+        except (BrokenPipeError, SystemExit):
+            if not _reader_left():
+                raise
+            return 128 + signal.SIGPIPE
         return 0
     if verb in ("--help", "-h", "help"):
         width = max(map(len, VERBS))
@@ -45,6 +53,16 @@ def main() -> int:
         return 0
     near = difflib.get_close_matches(verb, VERBS, 1) or ["--help"]
     return RecipeError(f"{verb!r} is no verb; name one of {', '.join(VERBS)}: bd3 {near[0]}, for example").say("bd3")
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the output any more (`bd3 plan ... | head`), which is no error of ours; the rest goes nowhere then."""
+    output = select.poll()
+    output.register(1, select.POLLOUT)
+    left = any(event & select.POLLERR for _, event in output.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return left
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_what_is_no_verb_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.endswith("bd3 train, for example\n")
     monkeypatch.setattr(sys, "argv", ["bd3", "--version"])
     assert main() == 0 and bd3_scale.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["recipe"], ["recipe", "data.path"]], ids=["more than a buffer", "less"])
+def test_a_reader_that_has_enough_is_no_error(words: list[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "bd3_scale", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_a_shipped_recipe_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
