@@ -115,6 +115,29 @@ def test_a_bucket_that_is_missing_is_said_and_never_made(store: str, data: Path,
     assert {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]} == {"corpus", "runs"}
 
 
+def test_wrong_credentials_and_a_missing_bucket_are_one_line(
+    store: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.core import responses
+
+    upload(data)
+
+    def said(read: Callable[[], object]) -> str:
+        with pytest.raises((DataError, CheckpointError)) as failed:
+            read()
+        text = str(failed.value)
+        assert "\n" not in text and ACCESS["AWS_SECRET_ACCESS_KEY"] not in text
+        return text
+
+    assert "s3://wrong/data" in said(cache.Cache(tmp_path / "one", "s3://wrong/data").manifest)
+    monkeypatch.setattr(responses.settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from here on keys are looked at
+    monkeypatch.setattr(responses.ActionAuthenticatorMixin, "request_count", 0)
+    text = said(cache.Cache(tmp_path / "two", "s3://corpus/data").manifest)
+    assert "s3://corpus/data" in text and "permission" in text
+    text = said(lambda: fetch.fetch_latest("s3://runs/one", tmp_path / "run"))
+    assert "s3://runs/one" in text and "PermissionError" in text
+
+
 ALL = bool(os.environ.get("BD3_ALL_FAULTS"))
 CHECKPOINT = ROOT / "tests" / "golden" / "checkpoints" / "format_2"
 
