@@ -207,8 +207,9 @@ def test_of_every_fault_of_a_store_there_is_the_right_content_or_an_error(
 @pytest.mark.skipif(not ALL, reason="minutes; BD3_ALL_FAULTS=1")
 @pytest.mark.timeout(900)
 def test_the_quickstart_from_s3_on_two_processes_killed_twice_is_the_local_run(store: str, tmp_path: Path) -> None:
-    few = ["data.source_tokens=300000", "training.steps=60", "validation.every=30", "validation.rows=64", "checkpoint.every=10",
-           "tracking.every=1", "tracking.sample_tokens=0", "tracking.plots=false", "run.device=cpu", "data.window=2"]  # fmt: skip
+    few = ["data.source_tokens=300000", "data.tokenizer=bytes", "training.steps=12", "validation.every=6", "validation.rows=16",
+           "checkpoint.every=3", "tracking.every=1", "tracking.sample_tokens=0", "tracking.plots=false", "run.device=cpu",
+           "data.window=2", "model.layers=2", "model.hidden=64"]  # fmt: skip
 
     def ranks(run: str, *more: str, kill_at: int | None = None) -> None:
         with socket.socket() as free:
@@ -233,15 +234,17 @@ def test_the_quickstart_from_s3_on_two_processes_killed_twice_is_the_local_run(s
             for one in both:
                 one.kill()
 
+    made = ["--context", "128", "--tokenizer", "bytes", "--tokens", "300000", "--shard-bytes", "40000", "--json"]
+    assert prepare(["--source", "documentation", "--path", str(tmp_path / "documentation"), *made]) == 0
     ranks("local", "data.path=documentation")
     upload(tmp_path / "documentation")
-    remote = ["data.path=cache", "data.remote=s3://corpus/data", "data.cache_bytes=1500000", "checkpoint.remote=s3://runs/quickstart"]
-    ranks("remote", *remote, kill_at=17)
+    remote = ["data.path=cache", "data.remote=s3://corpus/data", "data.cache_bytes=450000", "checkpoint.remote=s3://runs/quickstart"]
+    ranks("remote", *remote, kill_at=5)
     shutil.rmtree(tmp_path / "cache")
-    ranks("remote", *remote, kill_at=43)
+    ranks("remote", *remote, kill_at=9)
     ranks("remote", *remote)
     whole, killed = losses(tmp_path / "local"), losses(tmp_path / "remote")
-    assert len(whole) == 60 and killed == whole
+    assert len(whole) == 12 and killed == whole
     lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("local", "remote")]
     held = [[line["nelbo"] for line in of_run if line["kind"] == "validation"] for of_run in lines]
     assert len(held[0]) == 2 and held[0] == held[1]
