@@ -4,6 +4,8 @@
     # Dream go on as masked diffusion, or with --objective bd3
     bd3 convert import ~/gpt2 runs/from-gpt2 --data data/my-corpus --block-size 16
     bd3 train runs/from-gpt2/recipe.yaml
+    # a run that goes on with longer rows
+    bd3 convert import owt_1b.safetensors runs/owt_1b_32k --data data/long-gpt2-32768 --recipe owt_1b_32k
     # the paper's published weights (a Hugging Face directory, or a Lightning .ckpt), to sample from
     bd3 convert import ~/bd3lm-owt-block_size4 runs/paper-4
     # a checkpoint or a run for others: a Hugging Face directory with modelling code, or one safetensors file

@@ -37,6 +37,8 @@ STEPS = 10_000
 """training.steps of the recipe where no budget is asked for."""
 FREE = {"context", "dropout", "initial_std", *free_keys("model")}
 """Keys of `model` that are not part of the weights."""
+RAISED = {"rotary_base"}
+"""Those that may become larger: waves that are longer than those that the weights know, for rows that are."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def require_new(out: Path) -> None:
 
 
 def under(found: Import, recipe: str, block_size: int | None = None) -> Import:
-    """The same source with all of the recipe of this path or name that is not its network. `block_size`: what was asked for beside it.
-    Raises RecipeError."""
+    """The same source with all of the recipe of this path or name that is not its network; of the network, what may be raised (`RAISED`).
+    `block_size`: what was asked for beside it. Raises RecipeError.
+    """
     asked, own = recipes.load(recipe), found.recipe
     if asked.objective.kind != own.objective.kind:
         raise RecipeError(
@@ -79,7 +82,11 @@ def under(found: Import, recipe: str, block_size: int | None = None) -> Import:
             f"give --objective {asked.objective.kind}, or another --recipe"
         )
     objective = replace(asked.objective, block_size=own.objective.block_size) if block_size is not None else asked.objective
-    network = replace(own.model, **{name: value for name, value in asdict(asked.model).items() if name in FREE})
+    taken = {name: value for name, value in asdict(asked.model).items() if name in FREE}
+    for name in RAISED:
+        value, default = getattr(asked.model, name), getattr(Recipe().model, name)
+        taken |= {name: value} if value != default and value > getattr(own.model, name) else {}
+    network = replace(own.model, **taken)
     return replace(found, recipe=replace(asked, model=network, objective=objective))
 
 
@@ -139,13 +146,16 @@ def _recipe(found: Import, out: Path, tokenizer: str, data: str | None, override
         asked = recipes.load(file, list(overrides))
     before, after = asdict(recipe.model), asdict(asked.model)
     for key, value in after.items():
-        if key not in FREE and value != before[key]:
-            raise RecipeError(f"model.{key} is {value}, but the weights have {before[key]}; leave model.{key} out")
+        if key in FREE or value == before[key] or (key in RAISED and value > before[key]):
+            continue
+        more = ", or set more, for longer rows" if key in RAISED else ""
+        raise RecipeError(f"model.{key} is {value}, but the weights have {before[key]}; leave model.{key} out{more}")
     if found.longest is not None and asked.model.context > found.longest:
         raise RecipeError(f"model.context is {asked.model.context}, but the weights do rows of {found.longest} tokens; set at most that")
     if data and asked.data.path != section.path:
         raise RecipeError(f"data.path is {asked.data.path}, but --data names {data}; name one of the two")
-    validate(asked)
+    layout = asked.parallel
+    validate(asked, layout.tensor * layout.context * layout.pipeline * (layout.shard or 1))
     return asked
 
 

@@ -177,10 +177,9 @@ def run_stages(cluster: ClusterPlan, layout: Layout, built: list[Transformer]) -
         start += phase.steps
         if layout.rank > 0 and start < cluster.recipe.total_steps:
             continue
+        rows = cluster.shares(phase).micro_batch
+        inputs = _share(cluster, layout, cluster.device.type).of(_inputs(objective, rows, cluster.vocabulary, recipe.run.seed))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            rows = cluster.shares(phase).micro_batch
-            share = _share(cluster, layout, cluster.device.type)
-            inputs = share.of(_inputs(objective, rows, cluster.vocabulary, recipe.run.seed))
             tensors: dict[str, Any] = {name: mode.from_tensor(value) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
             fake = replace(inputs, **tensors)
             # As megatron-core's schedules have it: rows of the stream on this rank, micro-batch, hidden.

@@ -18,6 +18,8 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
 FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
+LONG = "owt_1b_32k"
+"""A recipe whose rows are so long that its rehearsal takes minutes."""
 MUON, CONTEXT, RING = "training.optimizer=muon", "parallel.context=2", "parallel.context_exchange=ring"
 ADALN = ["model.conditioning=adaln", "model.conditioning_size=32"]
 
@@ -101,7 +103,7 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     plan: list[tuple[str, str, str, int, list[str], int]] = [
         ("traffic", name, str(recipe), world, [*TINY, *overrides], rank) for name, (world, rank, overrides) in TRAFFIC.items()
     ]
-    plan += [("rehearse", path.stem, str(path), WORLD_SIZES.get(path.stem, 1), [], 0) for path in RECIPES]
+    plan += [("rehearse", path.stem, str(path), WORLD_SIZES.get(path.stem, 1), [], 0) for path in RECIPES if path.stem != LONG]
     plan += [
         ("rehearse", "512 ranks", str(LARGE), 512, [*WIDE, "parallel.zero=0", "training.precision=fp32"], 0),
         (
@@ -139,7 +141,7 @@ def test_a_step_of_fsdp_is_counted_exactly_and_reads_nothing(found: dict[str, An
     assert found[name]["reads"] == 0
 
 
-@pytest.mark.parametrize("name", [*(path.stem for path in RECIPES), "512 ranks", "copies"])
+@pytest.mark.parametrize("name", [*(path.stem for path in RECIPES if path.stem != LONG), "512 ranks", "copies"])
 def test_every_recipe_passes_its_rehearsal(found: dict[str, Any], name: str) -> None:
     lines = found[name].get("lines")
     assert lines, found[name]

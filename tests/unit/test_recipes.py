@@ -20,7 +20,7 @@ from bd3_scale.rules.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-WORLD_SIZES = {"owt_110m": 64, "lm1b_110m": 8, "owt_1b": 64, "owt_1b_stream": 64, "owt_7b": 64}
+WORLD_SIZES = {"owt_110m": 64, "lm1b_110m": 8, "owt_1b": 64, "owt_1b_stream": 64, "owt_1b_32k": 64, "owt_7b": 64}
 DAYS_AND_FLOPS = {"owt_1b": (1.25, 1.12), "owt_1b_stream": (1.25, 1.12), "owt_7b": (5.5, 1.15)}
 """On their 64 H100 at 40 % while they compute: at most so many days, and so many times the FLOPs of a next-token run."""
 CLUSTER = [
@@ -32,7 +32,7 @@ CLUSTER = [
     "parallel.engine=fsdp",
 ]
 SCHEDULE = ["objective.block_size=[[0,32],[10,8]]"]
-SHRUNK_FURTHER = {"owt_1b": CLUSTER, "owt_1b_stream": CLUSTER, "owt_7b": CLUSTER, "lm1b_110m": SCHEDULE, "owt_110m": SCHEDULE}
+SHRUNK_FURTHER = {"lm1b_110m": SCHEDULE, "owt_110m": SCHEDULE} | dict.fromkeys(("owt_1b", "owt_1b_stream", "owt_1b_32k", "owt_7b"), CLUSTER)
 """Their layouts are trained by tests/distributed/test_layouts.py."""
 SHRUNK = ["model.head_loss=eager", "model.layers=2", "model.hidden=48", "model.heads=4", "model.context=32", "model.conditioning_size=8"]
 

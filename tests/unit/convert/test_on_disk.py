@@ -104,6 +104,21 @@ def test_the_newer_key_of_the_rotary_base_wins(model: Path, tmp_path: Path) -> N
     assert load(tmp_path / "run" / "recipe.yaml").model.rotary_base == 77.0
 
 
+def test_longer_rows_come_with_longer_waves_and_never_with_shorter_ones(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer_with_holes(model, "</s>")
+    assert convert("import", model, tmp_path / "short", "--set", "model.rotary_base=400") == 2
+    assert (
+        "the weights have 500.0; leave model.rotary_base out, or set more" in capsys.readouterr().err and not (tmp_path / "short").exists()
+    )
+    assert convert("import", model, tmp_path / "long", "--recipe", "owt_1b_32k") == 0
+    made = load(tmp_path / "long" / "recipe.yaml").model
+    assert (made.context, made.rotary_base, made.layers) == (32768, 500_000, 1)
+    assert convert("import", model, tmp_path / "same", "--recipe", "fine_tune") == 0
+    assert load(tmp_path / "same" / "recipe.yaml").model.rotary_base == 500.0
+
+
 def test_a_single_file_wins_over_an_index_that_was_left(model: Path, tmp_path: Path) -> None:
     tokenizer_with_holes(model, "</s>")
     tensors = load_file(model / "model.safetensors")
