@@ -24,7 +24,7 @@ import yaml
 from bd3_scale import launch
 from bd3_scale.launching.node import UNFINISHED
 from tests.distributed.conftest import metrics
-from tests.distributed.launch import ROOT, give_turn, take_turn
+from tests.distributed.launch import ALL, ROOT, give_turn, take_turn
 
 COMMON = ["training.steps=200", "checkpoint.every=25", "validation.every=100", "parallel.micro_batch=1", "parallel.heartbeat=10"]
 
@@ -126,6 +126,7 @@ def test_evicted_pod_stops_the_run_and_new_pods_go_on(pods: Pods, recipe: Path, 
     assert np.isfinite([line["loss"] for line in metrics(run) if line["kind"] == "train"]).all()
 
 
+@pytest.mark.skipif(not ALL, reason="a minute; BD3_ALL_LAYOUTS=1")
 def test_lost_pod_costs_the_steps_since_the_last_checkpoint(pods: Pods, tmp_path: Path) -> None:
     """A pod is gone without a word; the other one, left alone, ends as one that is to be made anew, because the run got further."""
     run = tmp_path / "run"

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
+ALL = bool(os.environ.get("BD3_ALL_LAYOUTS"))
+"""Whether everything is run: also what says in another layout what others say, for a change of what it is about and before a release."""
 
 
 PLACES = 4

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.launch import ALL
+
 ROOT = Path(__file__).parents[2]
 RUN = [
     *("training.steps=12", "objective.block_size=4", "model.layers=2", "checkpoint.every=3", "validation.every=4", "validation.rows=24"),
@@ -38,7 +40,9 @@ def chaos(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     return go
 
 
-@pytest.mark.parametrize(("name", "rounds", "options"), [("KILL", 2, []), ("TERM", 2, ["--second", "--amend", "--seed", "5"])])
+@pytest.mark.parametrize(
+    ("name", "rounds", "options"), [("KILL", 2, []), ("TERM", 2, ["--second", "--amend", "--seed", "5"])][: 2 if ALL else 1]
+)
 def test_disturbed_run_is_the_undisturbed_one(chaos: Callable[..., dict[str, Any]], name: str, rounds: int, options: list[str]) -> None:
     result = chaos(name, rounds, *options)
     sent = [one for one in result["rounds"] if one["moment"] != "end"]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.forked import run_ranks
+from tests.distributed.launch import ALL
 
 LAYOUTS = {"zero 0": ["parallel.zero=0"], "copies of two": ["parallel.zero=3", "parallel.engine=fsdp", "parallel.shard=2"]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", list(LAYOUTS) if ALL else ["copies of two"])
 def test_one_bit_on_one_replica_is_found(recipe: Path, tmp_path: Path, layout: str) -> None:
     run = tmp_path / "run"
     often = ["training.steps=6", "checkpoint.every=2", "validation.every=0", "parallel.micro_batch=2"]

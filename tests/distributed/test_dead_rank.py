@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import Finished, Job, give_turn
+from tests.distributed.launch import ALL, Finished, Job, give_turn
 
 LAYOUTS = {
     "data, zero 3": (4, ["parallel.zero=3"], 2),
@@ -23,6 +23,7 @@ LAYOUTS = {
     "a middle stage": (4, ["parallel.pipeline=4", "model.layers=4"], 2),
 }
 """Processes, overrides, the rank that dies."""
+KILLED = LAYOUTS if ALL else {name: LAYOUTS[name] for name in ("a tensor peer", "a middle stage")}
 TWO = (2, ["parallel.heartbeat=4"])
 
 
@@ -95,9 +96,7 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if "bd3_scale: error:" in line]
 
 
-@pytest.mark.parametrize(
-    ("training", "rank"), [((n, keys), rank) for n, keys, rank in LAYOUTS.values()], ids=LAYOUTS, indirect=["training"]
-)
+@pytest.mark.parametrize(("training", "rank"), [((n, keys), rank) for n, keys, rank in KILLED.values()], ids=KILLED, indirect=["training"])
 def test_killed_rank_is_named(training: Training, rank: int) -> None:
     pid = training.send(rank, signal.SIGKILL)
     finished = training.finish(60)

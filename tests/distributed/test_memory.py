@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.forked import run_ranks
+from tests.distributed.launch import ALL
 
 MODEL = ["model.layers=4", "model.hidden=128", "model.heads=4", "model.key_value_heads=2", "model.conditioning=adaln",
          "model.conditioning_size=32", "parallel.micro_batch=2"]  # fmt: skip
@@ -61,10 +61,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 SAID_BY_OTHERS = {
     "data 2, zero 1, bf16, deepspeed", "pipeline 2, bf16, tied", "data 4, zero 1, deepspeed", "data 4, zero 3", "tensor 2, data 2, zero 3",
     "pipeline 4", "pipeline 2, data 2, bf16", "pipeline 2, data 2, zero 3", "data 4, fsdp, zero 2, bf16",
+    "tensor 4, shared key heads", "tensor 2, pipeline 2", "context 4, recomputed", "data 4, zero 1",
 }  # fmt: skip
 """Measured with `BD3_ALL_LAYOUTS=1` only."""
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
-MEASURED = {name: one for name, one in LAYOUTS.items() if os.environ.get("BD3_ALL_LAYOUTS") or name not in SAID_BY_OTHERS}
+MEASURED = {name: one for name, one in LAYOUTS.items() if ALL or name not in SAID_BY_OTHERS}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ not been: neither weights nor Adam's clock know of it, nor does a run that is co
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 from tests.distributed.conftest import metrics
 from tests.distributed.forked import run_ranks
+from tests.distributed.launch import ALL
 
 POISON = """
 import sys
@@ -64,10 +64,11 @@ LAYOUTS = {
 
 SAID_BY_OTHERS = {
     "zero 1, bf16", "deepspeed, zero 0", "deepspeed, zero 1", "zero 2, bf16", "zero 3, bf16", "zero 2", "tensor, bf16", "pipeline, bf16",
+    "deepspeed, zero 1, bf16", "fsdp, zero 2", "zero 1",
 }  # fmt: skip
 """Trained with `BD3_ALL_LAYOUTS=1` only."""
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
-TRAINED = {name: one for name, one in LAYOUTS.items() if os.environ.get("BD3_ALL_LAYOUTS") or name not in SAID_BY_OTHERS}
+TRAINED = {name: one for name, one in LAYOUTS.items() if ALL or name not in SAID_BY_OTHERS}
 
 
 @pytest.fixture(scope="module")

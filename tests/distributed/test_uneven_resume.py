@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.conftest import metrics, train_all
+from tests.distributed.launch import ALL
 
 TUNED = [
     "tuner.enabled=true",
@@ -20,6 +21,8 @@ TUNED = [
 DRAWS = ["objective.block_size=4", "objective.draws=2", "training.global_batch=16"]  # 8 rows of data
 COMMON = [*DRAWS, *TUNED, "validation.every=5"]
 LAYOUTS = {"zero_1": ["parallel.zero=1"], "zero_3": ["parallel.zero=3", "parallel.micro_batch=null"]}
+if not ALL:
+    del LAYOUTS["zero_3"]
 
 
 @pytest.fixture(scope="module")
