@@ -1,8 +1,8 @@
 """`python -m bd3_scale.evaluate likelihood|generation CHECKPOINT`: how good a checkpoint is, for people or as JSON.
 
-Under torchrun the processes share the work: each (or each group of `--tensor` of them) holds the network, the first one
-speaks and writes. Exit status: 0 when the result is written, 2 for options that cannot work, 1 for a checkpoint, data
-folder or tokenizer that cannot be used. Errors are one line each.
+Under torchrun the processes share the work: each (or each group of `--tensor` of them) holds the network and has rows of its own (or,
+with `--context`, positions of rows); the first one speaks and writes. Exit status: 0 when the result is written, 2 for options that
+cannot work, 1 for a checkpoint, data folder or tokenizer that cannot be used. Errors are one line each.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
 def _likelihood_options(parser: argparse.ArgumentParser) -> None:
     _common_options(parser)
     add = parser.add_argument
+    add("--context", type=int, metavar="C", help="networks that divide each row by positions, for long rows; default 1")
     add("--data", type=Path, metavar="FOLDER", help="a prepared data folder; default: the data that the checkpoint was trained on")
     add("--zero-shot", metavar="SET", help="a set of the paper's zero-shot table: ptb, wikitext103, lm1b, lambada, ag_news, pubmed, arxiv")
     add("--source", metavar="FILE", help="of --zero-shot: the file, folder or pattern that holds the text of the set")
@@ -60,6 +61,7 @@ def _likelihood_options(parser: argparse.ArgumentParser) -> None:
 
 def _generation_options(parser: argparse.ArgumentParser) -> None:
     _common_options(parser)
+    parser.set_defaults(context=None)  # a text is written token by token
     add = parser.add_argument
     add("--samples", type=int, required=True, metavar="N", help="texts")
     add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder for samples.jsonl, summary.json, lengths.png, page.html")
@@ -88,7 +90,12 @@ def _run(options: argparse.Namespace) -> None:
         from bd3_scale.fault_tolerance.rank_monitor import RankMonitor
 
         loaded, layout = load_replicas(
-            options.checkpoint, tensor=options.tensor, weights=options.weights, device=options.device, block_size=options.block_size
+            options.checkpoint,
+            tensor=options.tensor,
+            context=options.context,
+            weights=options.weights,
+            device=options.device,
+            block_size=options.block_size,
         )
         with RankMonitor(
             *rank_and_size(),

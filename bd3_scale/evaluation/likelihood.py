@@ -23,6 +23,7 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.generation.load_model import LoadedNetwork
+from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import row_losses
 from bd3_scale.tuning.estimates import per_token, perplexity
 
@@ -129,6 +130,7 @@ def evaluate_likelihood(
     total = len(rows) if count is None else min(count, len(rows))
     if total == 0:
         raise DataError("there are no rows to evaluate; name another split")
+    share = ContextShare(layout.context_rank, layout.context)
     mine = np.arange(layout.data_rank, total, layout.data, dtype=np.int64)
     values, counts = np.zeros(len(mine)), np.zeros(len(mine), np.int64)
     with tqdm(total=len(mine) * draws, unit="row", disable=None if progress and layout.is_main_rank else True) as bar:
@@ -137,12 +139,12 @@ def evaluate_likelihood(
             tokens = rows.rows(mine[part])
             for draw in range(draws):
                 inputs = objective.validation_inputs(tokens, mine[part], seed + draw)
-                nll = loaded.network(inputs.to(loaded.device))[1]
-                values[part] += row_losses(inputs, nll) / draws
+                nll = share.joined(inputs, loaded.network(share.of(inputs).to(loaded.device))[1])
+                values[part] += row_losses(inputs, layout.sum_of_context(nll)) / draws
                 counts[part] = inputs.counted
                 bar.update(len(tokens))
     losses, row_tokens = np.empty(total), np.empty(total, np.int64)
-    # Tensor peers score the same rows: one of them speaks for the replica.
+    # Tensor and context peers score the same rows: one of them speaks for the replica.
     for places, *share in layout.all_gather((mine, values, counts) if layout.reports_for_replica else (mine[:0], values[:0], counts[:0])):
         losses[places], row_tokens[places] = share
     return Likelihood(losses, row_tokens, draws, exact)

@@ -33,6 +33,8 @@ from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import ParallelConfig
+from bd3_scale.rules.across_keys import context_divides_rows
+from bd3_scale.rules.suggestions import Case, Problem
 from bd3_scale.rules.validate import validate
 from bd3_scale.tuning.interval_tuner import TunerState
 
@@ -76,12 +78,15 @@ class TensorPeers:
         dist.barrier(group=self._group)
 
 
-def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto", block_size: int | None = None) -> LoadedNetwork:
+def load_network(
+    path: str | Path, *, weights: str = "auto", device: str = "auto", block_size: int | None = None, context: int = 1
+) -> LoadedNetwork:
     """Load a checkpoint folder, or the latest of a run directory, into a network: on one device, or divided over the ranks
     of the tensor-parallel group that exists; collective among these, and no other rank need call.
 
     `weights`: auto (averaged where there are any) | ema | weight; `device`: auto (CUDA where there is one) | cpu | cuda.
     `block_size`: which one of a network that was trained with a mixture of them; default: the one with the largest share.
+    `context`: ranks that divide rows by positions, each with a network (the caller has made their groups).
     Unless the caller has joined a world, all processes that torchrun started become one tensor-parallel group (one process
     without torchrun). Raises CheckpointError for a checkpoint that is missing, damaged or of another tokenizer, DataError
     for a tokenizer that cannot be loaded, RecipeError for the options and for a number of processes that cannot divide it.
@@ -99,7 +104,7 @@ def load_network(path: str | Path, *, weights: str = "auto", device: str = "auto
     if kind not in checkpoint.kinds:
         raise CheckpointError(f"checkpoint {checkpoint.path} has no {kind}, only {', '.join(checkpoint.kinds)}; set weights to auto")
     tokenizer = _tokenizer(checkpoint, recipe.data.tokenizer)
-    objective = trained_objective(checkpoint, recipe, tokenizer, block_size)
+    objective = trained_objective(checkpoint, recipe, tokenizer, block_size, context)
     model = replace(recipe.model, attention="auto")  # a matter of the device, which may be another than that of the training
     network = Transformer(model, tokenizer.model_vocabulary_size, tokenizer.mask_id, TensorParallelFactory(tensor))
     parameters = network.named_parameters()
@@ -179,9 +184,13 @@ def _tokenizer(checkpoint: Checkpoint, name: str) -> Tokenizer:
     return tokenizer
 
 
-def trained_objective(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer, block_size: int | None = None) -> Objective:
+def trained_objective(
+    checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer, block_size: int | None = None, context: int = 1
+) -> Objective:
     """The objective that a checkpoint's last update had, on the tuned interval; of a mixture of block sizes that of `block_size`, or of the
-    largest share. Raises RecipeError for a size that it was not trained with."""
+    largest share; for rows that `context` ranks divide, however many did in training. Raises RecipeError for a size that it was not trained
+    with, and for rows that so many ranks cannot divide."""
+    recipe = replace(recipe, parallel=replace(recipe.parallel, context=context))
     schedule = ObjectiveSchedule.of(recipe, tokenizer.mask_id, tokenizer.end_of_text)
     # `step` counts updates done: the last of them was update step - 1.
     size = next(iter(schedule.shares)) if len(schedule.shares) > 1 else schedule.size_at(max(0, checkpoint.step - 1))
@@ -190,6 +199,7 @@ def trained_objective(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokeniz
         known = " or ".join(map(str, trained))
         raise RecipeError(f"the block size is {block_size}, but {checkpoint.path} was trained with {known}; set {known} or leave it out")
     size, saved = block_size or size, checkpoint.run.get("tuner")
+    _check_context_ranks(recipe, size, context)
     if saved is None:
         return schedule.of_size(size)
     return schedule.of_size(size, TunerState.from_dict(saved).at(size, recipe.objective.interval).interval)
@@ -221,6 +231,19 @@ def check_tensor_ranks(recipe: Recipe, count: int) -> None:
             reason = str(error).partition(";")[0]
             raise RecipeError(f"{count} processes cannot share this network: {reason}; start it with --nproc-per-node {fewer}") from None
         raise
+
+
+def _check_context_ranks(recipe: Recipe, size: int, count: int) -> None:
+    """Raise RecipeError where `count` ranks cannot divide rows in blocks of `size`; it names the largest part of them that can."""
+    if recipe.objective.traits.in_blocks:
+        recipe = replace(recipe, objective=replace(recipe.objective, block_size=size))
+
+    def problem(ranks: int) -> Problem | None:
+        return context_divides_rows(Case(replace(recipe, parallel=ParallelConfig(context=ranks)), ranks, None, None))
+
+    if (found := problem(count)) is not None:
+        fewer = next(ranks for ranks in range(count - 1, 0, -1) if count % ranks == 0 and problem(ranks) is None)
+        raise RecipeError(f"{count} processes cannot divide a row: {found.text}; set --context {fewer}")
 
 
 def _validate_divided(recipe: Recipe, tensor: int) -> None:

@@ -1,4 +1,4 @@
-"""Two processes evaluate what one does: likelihood and texts, each with other rows, and as one tensor-parallel group."""
+"""Two processes evaluate what one does: likelihood and texts, each with other rows, and as one group of tensor or context ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,15 @@ def by_two(log: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(finished.output[start : finished.output.rindex("}") + 1])
 
 
-@pytest.mark.parametrize(("name", "zero_shot", "options"), [("grouped", False, []), ("next_token", True, ["--tensor", "2"])])
+@pytest.mark.parametrize(
+    ("name", "zero_shot", "options"),
+    [
+        ("grouped", False, []),
+        ("grouped", False, ["--context", "2"]),
+        ("next_token", True, ["--tensor", "2"]),
+        ("next_token", True, ["--context", "2"]),
+    ],
+)
 def test_any_number_of_processes_gives_the_same_likelihood(
     name: str, zero_shot: bool, options: list[str], networks: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -47,11 +55,11 @@ def test_any_number_of_processes_gives_the_same_likelihood(
         rows = ["--zero-shot", "ptb", "--source", str(tmp_path / "valid.txt"), "--cache", str(tmp_path / "cache")]
     else:
         rows = ["--data", str(save_data(tmp_path / "data"))]
-    command = ["likelihood", str(networks[name]), *rows, "--rows", str(ROWS), "--micro-batch", "4"]
+    command = ["likelihood", str(networks[name]), *rows, "--rows", str(ROWS), "--micro-batch", "4", "--row-values"]
     two = by_two(tmp_path / "log", *command, *options)  # makes the cache, each rank after the other
     one = by_one(*command)
     assert (one["processes"], two["processes"], one["rows"], two["rows"]) == (1, 2, ROWS, ROWS)
-    for key in ("nelbo", "standard_error"):
+    for key in ("nelbo", "standard_error", "row_nelbo"):
         assert two[key] == pytest.approx(one[key], rel=1e-6), key
 
 

@@ -87,6 +87,7 @@ def test_a_model_without_likelihood_is_evaluated_by_its_texts(tmp_path: Path, da
         (["likelihood"], 2, "required: checkpoint"),
         (["likelihood", "RUN", "--data", "DATA", "--rows", "0"], 2, "rows is 0"),
         (["likelihood", "RUN", "--data", "DATA", "--tensor", "2"], 2, "--tensor 1"),
+        (["likelihood", "RUN", "--data", "DATA", "--context", "2"], 2, "--context 1"),
         (["likelihood", "RUN", "--data", "nowhere"], 1, "nowhere: holds no manifest"),
         (["likelihood", "nowhere", "--data", "DATA"], 1, "nowhere"),
         (["likelihood", "RUN", "--zero-shot", "ptb"], 2, "give both"),

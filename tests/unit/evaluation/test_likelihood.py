@@ -13,8 +13,10 @@ import torch
 from bd3_scale.data.tokenizer import GPT2Tokenizer
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
+from bd3_scale.evaluation import world
 from bd3_scale.evaluation.likelihood import evaluate_likelihood, open_rows
 from bd3_scale.evaluation.world import load_replicas
+from bd3_scale.generation import load_model
 from tests.unit.evaluation.conftest import save_data
 
 Checkpoints = Callable[..., Path]
@@ -57,6 +59,35 @@ def test_the_bound_of_small_blocks_lies_above_the_exact_likelihood_of_one_token_
             evaluate_likelihood(loaded, rows, layout, draws=2)
     np.testing.assert_array_equal(results[0].row_nelbo, results[1].row_nelbo)
     assert results[0].exact
+
+
+@pytest.mark.parametrize(
+    ("objective", "context", "reason"),
+    [
+        ({"block_size": 4}, 8, "a row of 4 blocks of objective.block_size = 4 in 16 equal pieces"),
+        ({"kind": "ar"}, 12, "a row of 16 positions in 24 equal pieces"),
+        ({"kind": "mdlm"}, 12, "must divide model.context = 16"),
+    ],
+)
+def test_rows_that_context_ranks_cannot_divide_are_refused_before_a_network_is_made(
+    objective: dict, context: int, reason: str, checkpoint: Checkpoints, world_of_one: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = checkpoint(**objective)
+    monkeypatch.delattr(load_model, "Transformer")
+    with pytest.raises(RecipeError, match=f"{context} processes cannot divide a row: .*{reason}.*; set --context 4$") as refused:
+        load_model.load_network(run, device="cpu", context=context)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_world_must_be_whole_groups_of_context_ranks(
+    checkpoint: Checkpoints, world_of_one: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = checkpoint(block_size=4)
+    monkeypatch.setattr(world.parallel_state, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(world.dist, "get_world_size", lambda: 6)
+    for context, tensor, reason in ((4, 1, "processes, 6; set"), (2, 2, "processes, 6, over tensor = 2; set"), (0, 1, "is 0 but must")):
+        with pytest.raises(RecipeError, match=f"context is .*{reason}"):
+            load_replicas(run, context=context, tensor=tensor, device="cpu")
 
 
 def test_rows_that_do_not_fit_the_checkpoint_are_refused(checkpoint: Checkpoints, data: Path, tmp_path: Path, world_of_one: Layout) -> None:
