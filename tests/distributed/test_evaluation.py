@@ -44,7 +44,7 @@ def by_two(log: Path, *arguments: str) -> dict[str, Any]:
         ("grouped", False, []),
         ("grouped", False, ["--context", "2"]),
         ("next_token", True, ["--tensor", "2"]),
-        ("next_token", True, ["--context", "2"]),
+        ("next_token", False, ["--context", "2"]),
     ],
 )
 def test_any_number_of_processes_gives_the_same_likelihood(

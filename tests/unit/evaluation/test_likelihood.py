@@ -85,8 +85,8 @@ def test_a_world_must_be_whole_groups_of_context_ranks(
     run = checkpoint(block_size=4)
     monkeypatch.setattr(world.parallel_state, "model_parallel_is_initialized", lambda: False)
     monkeypatch.setattr(world.dist, "get_world_size", lambda: 6)
-    for context, tensor, reason in ((4, 1, "processes, 6; set"), (2, 2, "processes, 6, over tensor = 2; set"), (0, 1, "is 0 but must")):
-        with pytest.raises(RecipeError, match=f"context is .*{reason}"):
+    for context, tensor, reason in ((4, 1, "processes, 6; set"), (2, 2, "processes, 6, over tensor = 2; set"), (0, 1, "processes, 6; set")):
+        with pytest.raises(RecipeError, match=f"context is {context} .*{reason}"):
             load_replicas(run, context=context, tensor=tensor, device="cpu")
 
 
