@@ -36,9 +36,9 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
     from benchmark_measure import kept_and_peak_bytes
 
     from bd3_scale.distributed import layout
+    from bd3_scale.distributed.context_share import ContextShare
     from bd3_scale.engines.build import build_engine
     from bd3_scale.launcher import launched
-    from bd3_scale.objectives.context_share import ContextShare
     from bd3_scale.objectives.table import ObjectiveSchedule
     from bd3_scale.recipe import Recipe
 

@@ -25,7 +25,7 @@ from benchmark import machine, write_report
 from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.distributed import layout
-from bd3_scale.model.initialise import initialise
+from bd3_scale.engines.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import BlockDiffusion
 from bd3_scale.recipe.schema import CheckpointConfig, ModelConfig, ParallelConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 from bd3_scale.convert import bd3_export, causal, deepspeed, diffusion, published
 from bd3_scale.convert.source import Source, open_source, read_json
-from bd3_scale.convert.tokenizer_files import UNCHANGED
 from bd3_scale.convert.write import Import
+from bd3_scale.data.tokenizer_files import UNCHANGED
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import KINDS, block_sizes

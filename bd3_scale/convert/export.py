@@ -26,9 +26,9 @@ from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.shard_files import CHUNK
 from bd3_scale.checkpoint.store import CURES, locate
 from bd3_scale.convert import bd3_export
-from bd3_scale.convert.tokenizer_files import write_tokenizer
 from bd3_scale.convert.universal import write_universal
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer_files import write_tokenizer
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.load_model import WEIGHTS, read_recipe, trained_objective
 from bd3_scale.objectives.table import Objective

@@ -20,7 +20,7 @@ from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.convert.causal import llama_map
 from bd3_scale.convert.export import HUB, Exported, Opened, Tensors, open_checkpoint, whole, write_tensors
 from bd3_scale.convert.key_map import Rule, full_name, separate
-from bd3_scale.convert.tokenizer_files import write_tokenizer
+from bd3_scale.data.tokenizer_files import write_tokenizer
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.schema import ModelConfig
 

@@ -21,10 +21,10 @@ from bd3_scale import recipe as recipes
 from bd3_scale.checkpoint import store
 from bd3_scale.convert.key_map import KeyMap, LazyFragment, Sizes, makers
 from bd3_scale.convert.source import Source
-from bd3_scale.convert.tokenizer_files import keep_what_is_told
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.data.manifest import MANIFEST, Manifest
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer_files import keep_what_is_told
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.recipe import Recipe

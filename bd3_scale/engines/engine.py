@@ -24,7 +24,7 @@ from torch import Tensor
 from bd3_scale.checkpoint.fragments import Fragment, share
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.model.initialise import fill
+from bd3_scale.engines.initialise import fill
 from bd3_scale.model.layers import full_shape
 from bd3_scale.optimizers.adamw import SkippingAdamW
 from bd3_scale.optimizers.matrix_owners import Piece

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.evaluation.likelihood import require_likelihood
 from bd3_scale.generation.load_model import LoadedNetwork
-from bd3_scale.objectives.network_inputs import shortened
+from bd3_scale.objectives.network_inputs import NetworkInputs
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,33 @@ def _sums(loaded: LoadedNetwork, rows: Sequence[_Row], draws: np.ndarray, seed: 
     if not asked.any():
         return found
     kept, place = row[asked].unique(return_inverse=True)
-    inputs = shortened(inputs, kept, int(stop[kept].max()))
+    inputs = _shortened(inputs, kept, int(stop[kept].max()))
     selected = place * inputs.pattern.length + position[asked]
     inputs = replace(inputs, selected=selected, targets=inputs.targets[asked], weights=inputs.weights[asked], sparse=True)
     nll = loaded.network(inputs.to(loaded.device))[1].cpu().double()
     found[kept.numpy()] = np.bincount(place.numpy(), (nll * inputs.weights.double()).numpy())
     return found
+
+
+def _shortened(inputs: NetworkInputs, rows: Tensor, needed: int) -> NetworkInputs:
+    """Inputs of one draw: of some rows, int64 [m'], without positions that their first `needed` ones do not see. L is halved, so that few
+    lengths occur, while those fit into whole blocks, two or more; rows that are denoised as a whole are left. The selected positions, their
+    targets and weights are the caller's to choose."""
+    pattern = inputs.pattern
+    length, size = pattern.length, pattern.block_size if pattern.kind == "block_diffusion" else 1
+    while pattern.kind != "full" and length % (2 * size) == 0 and length // 2 >= max(needed, 2 * size):
+        length //= 2
+    short = replace(pattern, length=length, block_size=min(pattern.block_size, length))
+    row = torch.arange(length)
+    kept = torch.cat([row, pattern.length + row[: short.clean_rows]])
+    return replace(
+        inputs,
+        tokens=inputs.tokens[rows][:, kept],
+        positions=inputs.positions[kept],
+        dropout_keys=inputs.dropout_keys[rows],
+        pattern=short,
+        denoised=inputs.denoised[rows.numpy(), : inputs.denoised.shape[1] * length // pattern.length],
+        counted=inputs.counted[rows.numpy()],
+        segments=None if inputs.segments is None else inputs.segments[rows][:, kept],
+        noise_levels=None if inputs.noise_levels is None else inputs.noise_levels[rows],
+    )

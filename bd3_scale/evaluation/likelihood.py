@@ -19,11 +19,11 @@ from tqdm import tqdm
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.loader import Rows
 from bd3_scale.data.manifest import MANIFEST, SPLITS, Manifest
+from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import DataError, RecipeError
 from bd3_scale.files import expanded
 from bd3_scale.generation.load_model import LoadedNetwork
-from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import row_losses
 from bd3_scale.tuning.estimates import per_token, perplexity
 

@@ -1,7 +1,7 @@
 """The parts of a layer: megatron-core's tensor-parallel linears and embedding, norms, MLPs, conditioning, dropout.
 
 The linears come from a `TensorParallelFactory` factory, which holds the tensor-parallel group: the modules here read like
-single-device code and are divided by whoever makes the factory. Every weight is made empty; `initialise.py` fills it
+single-device code and are divided by whoever makes the factory. Every weight is made empty; `engines/initialise.py` fills it
 as a function of (seed, canonical name), so that the values do not depend on the layout.
 """
 
@@ -210,7 +210,7 @@ class TensorParallelFactory:
 
 
 def _unused(weight: Tensor) -> None:
-    raise AssertionError("weights are filled by bd3_scale.model.initialise")
+    raise AssertionError("weights are filled by bd3_scale.engines.initialise")
 
 
 class Norm(nn.Module):

@@ -174,30 +174,6 @@ def scored_rows(inputs: NetworkInputs, real: int) -> NetworkInputs:
     )
 
 
-def shortened(inputs: NetworkInputs, rows: Tensor, needed: int) -> NetworkInputs:
-    """Inputs of one draw: of some rows, int64 [m'], without positions that their first `needed` ones do not see. L is halved, so that few
-    lengths occur, while those fit into whole blocks, two or more; rows that are denoised as a whole are left. The selected positions, their
-    targets and weights are the caller's to choose."""
-    pattern = inputs.pattern
-    length, size = pattern.length, pattern.block_size if pattern.kind == "block_diffusion" else 1
-    while pattern.kind != "full" and length % (2 * size) == 0 and length // 2 >= max(needed, 2 * size):
-        length //= 2
-    short = replace(pattern, length=length, block_size=min(pattern.block_size, length))
-    row = torch.arange(length)
-    kept = torch.cat([row, pattern.length + row[: short.clean_rows]])
-    return replace(
-        inputs,
-        tokens=inputs.tokens[rows][:, kept],
-        positions=inputs.positions[kept],
-        dropout_keys=inputs.dropout_keys[rows],
-        pattern=short,
-        denoised=inputs.denoised[rows.numpy(), : inputs.denoised.shape[1] * length // pattern.length],
-        counted=inputs.counted[rows.numpy()],
-        segments=None if inputs.segments is None else inputs.segments[rows][:, kept],
-        noise_levels=None if inputs.noise_levels is None else inputs.noise_levels[rows],
-    )
-
-
 @dataclass(frozen=True)
 class BlockSamples:
     """Single blocks as one validation pass shows them, m rows of k draws: what the interval tuner lives on."""

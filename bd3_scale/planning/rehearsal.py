@@ -32,6 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.distributed import layout as layouts
+from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.errors import TrainingError, one_line
@@ -39,7 +40,6 @@ from bd3_scale.model import attention_kernels
 from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule, selected_multiple
 from bd3_scale.optimizers.ema import ExponentialAverage

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bd3_scale.data.loader import MicroBatch
-from bd3_scale.objectives.context_share import ContextShare
+from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs, scored_rows
 from bd3_scale.objectives.table import Objective, selected_multiple
 

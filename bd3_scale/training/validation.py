@@ -16,9 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from bd3_scale.data.loader import Rows, validation_rows
+from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.errors import RecipeError
-from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_losses
 from bd3_scale.objectives.table import Objective
 from bd3_scale.rules.objective import interval_candidates

@@ -21,10 +21,10 @@ from bd3_scale.costs.parameter_shapes import units_of, whole
 from bd3_scale.costs.sizes import PERSISTENT
 from bd3_scale.costs.state_memory import state_bytes
 from bd3_scale.distributed import layout
+from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.engines.build import build_engine
 from bd3_scale.engines.engine import Engine
 from bd3_scale.launcher import launched
-from bd3_scale.objectives.context_share import ContextShare
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import ObjectiveSchedule, selected_multiple
 from bd3_scale.optimizers.ema import ExponentialAverage

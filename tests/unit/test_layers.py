@@ -59,6 +59,14 @@ def test_imports_run_down_only() -> None:
     assert seen > 300, "the imports are not found"
 
 
+def test_rooms_and_files_stay_small_enough_to_be_read() -> None:
+    """Only `data` is larger, whose rooms are its own folders."""
+    lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > 450}
+    rooms = {path.name: sum(count for file, count in lines.items() if path in file.parents) for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not {name: count for name, count in rooms.items() if count > 2000 and name != "data"}
+
+
 def test_the_ground_imports_nothing() -> None:
     """`import bd3_scale` names where its public names lie, for type checkers, and imports none of it."""
     assert {name for _, name in imports(PACKAGE / "__init__.py")} == set(LAZY.values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bd3_scale import recipe as recipes
-from bd3_scale.model.initialise import initialise
+from bd3_scale.engines.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.planning.cluster_plan import cluster_plan

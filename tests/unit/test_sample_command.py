@@ -18,10 +18,10 @@ from bd3_scale.checkpoint.fragments import Fragment
 from bd3_scale.checkpoint.reader import Checkpoint
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.engines.initialise import initialise
 from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.generation.generate import generate_tokens
 from bd3_scale.generation.load_model import _that_of_the_first, check_tensor_ranks, load_network
-from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, ModelConfig, ObjectiveConfig

@@ -166,7 +166,7 @@ def test_text_ends_where_the_end_is_drawn(transformers: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_tokenizer_files_give_our_ids(name: str, transformers: Any, tmp_path: Path) -> None:
-    from bd3_scale.convert.tokenizer_files import write_tokenizer
+    from bd3_scale.data.tokenizer_files import write_tokenizer
 
     ours = load_tokenizer(name)
     write_tokenizer(ours, tmp_path, 16)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_scale.convert.tokenizer_files import keep_what_is_told, write_tokenizer
 from bd3_scale.data.chat import ChatTemplate
 from bd3_scale.data.counted import ids
 from bd3_scale.data.formats.row_reader import ShardReader
 from bd3_scale.data.preparation.prepare import Packing
 from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
 from bd3_scale.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_scale.data.tokenizer_files import keep_what_is_told, write_tokenizer
 from bd3_scale.errors import DataError, RecipeError
 
 CHATML = (

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale import recipe as recipes
 from bd3_scale.costs.state_memory import state_bytes
+from bd3_scale.engines.initialise import initialise
 from bd3_scale.errors import RecipeError
-from bd3_scale.model.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import BlockDiffusion
 from bd3_scale.planning.cluster_plan import ClusterPlan, cluster_plan

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bd3_scale.checkpoint.region import Region
-from bd3_scale.model import initialise as module
-from bd3_scale.model.initialise import fill, initial_rows, initialise
+from bd3_scale.engines import initialise as module
+from bd3_scale.engines.initialise import fill, initial_rows, initialise
 from bd3_scale.model.layers import ColumnLinear, Embedding, RowLinear, TensorParallelFactory, full_shape, parameter_partition
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.recipe.schema import ModelConfig
