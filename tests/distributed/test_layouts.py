@@ -258,7 +258,7 @@ SAID_BY_OTHERS = {
     "adaln: pipeline 2 x 2 interleaved, data 2, zero 3", "ssdlm: data 2, zero 3", "bf16: data 4, zero 3", "ar: context 4",
     "muon: tensor 4, sequence, shared key heads", "compiled: tensor 2, context 2, sequence", "draws: context 4, zero 3",
     "gpt2: tensor 2, data 2, sequence, fsdp, zero 3", "ssdlm: tensor 2, pipeline 2, sequence", "tied: tensor 2, sequence, zero 2",
-    "7 rows: data 4, zero 3", "data 3, zero 3", "data 4, zero 1", "pipeline 2 x 2 interleaved", "L'=16: pipeline 2", "mdlm: pipeline 2",
+    "7 rows: data 4, zero 3", "data 3, zero 3", "data 4, zero 1", "pipeline 2 x 2 interleaved", "mdlm: pipeline 2",
     "muon: data 3", "compiled: data 4, zero 3, recomputed", "uneven: data 4, fsdp, zero 2", "block sizes that change: pipeline 2, zero 3",
     "sedd: tensor 2, pipeline 2, sequence", "bf16: tensor 2, pipeline 2, sequence",
 }  # fmt: skip
