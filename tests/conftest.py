@@ -24,10 +24,8 @@ settings.load_profile("repeatable")
 def world_of_one() -> Iterator[object]:
     """A `Layout` of one CPU process (gloo, no port)."""
     from bd3_scale.distributed import layout
-    from bd3_scale.megatron_core import parallel_state
     from bd3_scale.recipe.schema import ParallelConfig
 
-    parallel_state.destroy_model_parallel()  # of a test before that made some of the groups by itself
     yield layout.start(ParallelConfig(), "cpu")
     layout.stop()
 

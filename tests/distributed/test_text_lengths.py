@@ -35,7 +35,7 @@ tracking: {every: 100, plots: false, sample_tokens: 0}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(world_of_one: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a run on each packing of the same documents."""
     folder, tokenizer, random = tmp_path_factory.mktemp("lengths"), load_tokenizer("bytes"), np.random.Generator(np.random.Philox(1))
     documents = [
