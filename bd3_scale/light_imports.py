@@ -15,7 +15,6 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 
 class _Empty(types.ModuleType):
@@ -47,8 +46,11 @@ def uncompiled() -> Iterator[None]:
     """While the block imports something: torch.compile, as a decorator, leaves functions as they are."""
     import torch
 
-    with mock.patch.object(torch, "compile", _same):
+    compile, torch.compile = torch.compile, _same  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        torch.compile = compile
 
 
 def _same(function: Any = None, **options: Any) -> Any:

@@ -145,6 +145,6 @@ def evaluate_likelihood(
                 bar.update(len(tokens))
     losses, row_tokens = np.empty(total), np.empty(total, np.int64)
     # Tensor and context peers score the same rows: one of them speaks for the replica.
-    for places, *share in layout.all_gather((mine, values, counts) if layout.reports_for_replica else (mine[:0], values[:0], counts[:0])):
-        losses[places], row_tokens[places] = share
+    for places, *found in layout.all_gather((mine, values, counts) if layout.reports_for_replica else (mine[:0], values[:0], counts[:0])):
+        losses[places], row_tokens[places] = found
     return Likelihood(losses, row_tokens, draws, exact)

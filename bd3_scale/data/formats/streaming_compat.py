@@ -29,8 +29,10 @@ _declared: Any = None
 
 def import_streaming(module: str = "streaming") -> types.ModuleType:
     """The module `streaming` or one below it, e.g. "streaming.base.hashing"."""
-    with left_out(*UNUSED):
-        return importlib.import_module(module)
+    if "streaming" not in sys.modules:  # only then: beside a stand-in another thread could not import the real one
+        with left_out(*UNUSED):
+            importlib.import_module("streaming")
+    return importlib.import_module(module)
 
 
 def prepare_torchvision() -> None:

@@ -173,7 +173,6 @@ def _checked(foreign: Foreign, tokenizer: Tokenizer, seen: _Seen) -> list[Piece]
     pieces = []
     for path, said in zip(foreign.files, foreign.said, strict=True):
         content = _content(path, said)
-        seen.column = chosen(path, NAMES[foreign.kind](content, path), seen.column)
         rows = _rows(content, path, _column(foreign.kind, content, path, seen, tokenizer), tokenizer, seen)
         if said and len(rows) != said.get("samples"):
             raise DataError(f"{path}: holds {len(rows)} rows, its index says {said.get('samples')}; restore it")
@@ -203,7 +202,8 @@ def _content(path: Path, said: dict[str, Any]) -> bytes:
 
 def _column(kind: str, content: bytes, path: Path, seen: _Seen, tokenizer: Tokenizer) -> Column:
     """The column of ids, whose type is that of all files."""
-    assert seen.column is not None
+    names = NAMES[kind](content, path)
+    seen.column = chosen(path, names, seen.column)
     column = COLUMNS[kind](content, path, seen.column)
     dtype = column.dtype
     if dtype is None:
@@ -211,7 +211,7 @@ def _column(kind: str, content: bytes, path: Path, seen: _Seen, tokenizer: Token
     if seen.dtype is not None and dtype != seen.dtype:
         raise DataError(f"{path}: its ids are {dtype.name}, those of the files before are {seen.dtype.name}; write the folder again")
     seen.dtype = dtype
-    if "attention_mask" in NAMES[kind](content, path):
+    if "attention_mask" in names:
         mask = COLUMNS[kind](content, path, "attention_mask")
         for row, (start, size) in enumerate(zip(mask.offsets.tolist(), mask.sizes.tolist(), strict=True)):
             if mask.dtype is not None and not np.frombuffer(content, mask.dtype, size // mask.dtype.itemsize, start).all():
