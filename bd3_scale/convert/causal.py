@@ -1,4 +1,4 @@
-"""Causal language models in Hugging Face form: GPT-2, and the family of Llama (Llama, Mistral, Qwen2, Qwen3, SmolLM3).
+"""Causal language models in Hugging Face form: GPT-2, and the family of Llama (Llama, Mistral, OLMo 2, Qwen2, Qwen3, SmolLM3).
 
 A row of `FAMILIES` reads config.json into our `ModelConfig` and the table of names. Whatever a config says that our network does not
 compute (other activations, rotary positions scaled otherwise than Llama's) is refused by its name, and families that differ throughout
@@ -85,17 +85,19 @@ def llama_map(config: ModelConfig, mask: int | None = None) -> KeyMap:
         Rule(f"blocks.{{}}.attention.{ours}_norm.weight", (Piece(f"{attention}.{theirs}_norm.weight"),))
         for ours, theirs in (("query", "q"), ("key", "k"))
     )
+    before, after = "input_layernorm", "post_attention_layernorm"
+    attention_norm, mlp_norm = (before, after) if config.norm_place == "before" else (after, "post_feedforward_layernorm")
     head = () if config.tied_head else (Rule("head.weight", (Piece("/lm_head.weight"),), rows="vocabulary", mask=mask),)
     embedding = Rule("embedding.weight", (Piece("embed_tokens.weight"),), rows="vocabulary", mask=mask)
     return KeyMap(
         whole=(embedding, *weights_of("final_norm", "norm", False), *head),
         layer=(
-            *weights_of("blocks.{}.attention_norm", "layers.{}.input_layernorm", False),
+            *weights_of("blocks.{}.attention_norm", f"layers.{{}}.{attention_norm}", False),
             *weights_of("blocks.{}.attention.query", f"{attention}.q_proj", qkv),
             *key_values,
             *weights_of("blocks.{}.attention.output", f"{attention}.o_proj", config.attention_bias == "all"),
             *(norms if config.query_key_norm else ()),
-            *weights_of("blocks.{}.mlp_norm", "layers.{}.post_attention_layernorm", False),
+            *weights_of("blocks.{}.mlp_norm", f"layers.{{}}.{mlp_norm}", False),
             *ups,
             *weights_of("blocks.{}.mlp.down", "layers.{}.mlp.down_proj", mlp),
         ),
@@ -149,12 +151,14 @@ def llama(config: dict[str, Any]) -> Described:
         key_value_heads=config.get("num_key_value_heads"),
         head_width=width if width and width * heads != hidden else None,
         norm="rmsnorm",
+        norm_place="after" if kind == "olmo2" else "before",
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         mlp="swiglu",
         mlp_hidden=int(value_of(config, "intermediate_size")),
         mlp_bias=bool(config.get("mlp_bias", False)) and kind in ("llama", "smollm3"),
         attention_bias=biases,
-        query_key_norm=kind == "qwen3",
+        query_key_norm=kind in ("qwen3", "olmo2"),
+        query_key_norm_width="heads" if kind == "olmo2" else "head",
         rotary_base=rotary_base(config),
         rotary_scaling=_rotary_scaling(config),
         unrotated_every=_unrotated_every(config, layers) if kind == "smollm3" else None,
@@ -167,6 +171,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
     "gpt2": _gpt2,
     "llama": llama,
     "mistral": llama,
+    "olmo2": llama,
     "qwen2": llama,
     "qwen3": llama,
     "smollm3": llama,
@@ -177,8 +182,7 @@ REFUSED = {
     "gemma2": "caps its logits (attn_logit_softcapping, final_logit_softcapping) and norms behind attention and MLP",
     "gemma3": "has images; of the text models, too, layers differ in rotary base and window (layer_types)",
     "gemma3_text": "norms behind attention and MLP, and its layers differ in rotary base and window (layer_types)",
-    "olmo2": "norms behind attention and MLP instead of before, and queries and keys over all heads (q_norm)",
-    "olmo3": "norms behind attention and MLP instead of before, and queries and keys over all heads (q_norm)",
+    "olmo3": "has layers that differ in window and rotary scaling (layer_types)",
     "phi3": "has fused projections of its own (qkv_proj, gate_up_proj) and longrope scaling",
 }
 """model_type -> what its network has and ours does not compute."""

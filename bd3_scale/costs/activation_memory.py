@@ -145,13 +145,15 @@ def mlp_half_bytes(batch: Batch, last: bool) -> int:
 
 def _input_side_bytes(batch: Batch, rows: int, last: bool = False) -> int:
     copies = (2 if batch.config.conditioning == "adaln" else 1) + _repeated(batch, last)
-    return norm_bytes(batch, rows) + batch.weight * batch.config.hidden * rows * copies
+    norm = norm_bytes(batch, rows) if batch.config.norm_place == "before" else 0
+    return norm + batch.weight * batch.config.hidden * rows * copies
 
 
 def _output_side_bytes(batch: Batch, rows: int, last: bool) -> int:
     dropout = 1 if batch.config.dropout else 0
     gate = batch.weight if batch.config.conditioning == "adaln" else 0
-    return (dropout + gate + batch.weight * _repeated(batch, last)) * rows * batch.config.hidden
+    norm = norm_bytes(batch, rows) if batch.config.norm_place == "after" else 0
+    return norm + (dropout + gate + batch.weight * _repeated(batch, last)) * rows * batch.config.hidden
 
 
 def _repeated(batch: Batch, last: bool) -> int:
@@ -198,10 +200,10 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     if batch.kernel == "dense":
         total += w * (pattern.scored_rows if last else pattern.rows) * pattern.key_rows  # the mask, in numbers
     if normed:
-        total += rms_bytes(batch, (selected or queries) * heads, config.head_size) + rms_bytes(
-            batch, everything * key_heads, config.head_size
-        )
-        total -= 4 * key if w == 4 else 0  # k before the norm is part of the fused output
+        together = config.query_key_norm_width == "heads"
+        for rows, count in ((selected or queries, heads), (everything, key_heads)):
+            total += rms_bytes(batch, rows if together else rows * count, config.head_size * (count if together else 1))
+        total -= 4 * key if w == 4 and not together else 0  # k before the norm is part of the fused output
     return total
 
 
@@ -217,7 +219,7 @@ def kept_bytes(batch: Batch, layers: range, vocabulary: int, *, recompute: str, 
     masked = 9 * pattern.rows * batch.rows if first and batch.tensor > 1 else 0  # the ids of other ranks
     chosen = 24 * batch.selected if last and batch.sparse else 0  # where the selected rows lie
     # The schedule holds what came from the stage before, which autograd keeps as it is, or in fp32 only, for the first norm.
-    kept_as_it_is = w == 4 or recompute in ("attention", "layer")
+    kept_as_it_is = w == 4 or recompute in ("attention", "layer") or config.norm_place == "after"
     received = batch.hidden_states if pipeline and not first and not kept_as_it_is else 0
     sent = batch.hidden_states if interleaved and not last else 0
     return Kept(sum(each) + rotary + masked + chosen, head_bytes(batch, vocabulary) if last else 0, received + sent)

@@ -26,15 +26,16 @@ it known to some per cent only, since what it prefetches stays, too.)
 Tensor, per micro-batch, X = w x rows x hidden (in the last layer of the scored rows, but for keys and values): a row-parallel linear
 sums its output in the forward (embedding, attention output, MLP down), a column-parallel one its input's gradient in the backward
 (query, key/value, MLP up). Under sequence parallelism each such sum is a reduce-scatter of X and has a gather of X as its other pass;
-column-parallel linears gather their input once more for the gradient of the weight; and the rows that the last layer computes are
-divided anew by such a sum. Context, per micro-batch and layer: what travels of keys and values of all context ranks (of block diffusion
-the clean half, b L rows of the rank's kv heads) is gathered in the forward, and once more where the attention is recomputed, and its
-gradient is reduce-scattered; in a ring a rank's share of it makes C - 1 steps in every forward and in the backward, its gradient too. The
-data-parallel ranks above are then those of data and context together. The head sums the gradient of the
-selected positions, the cross-entropy three numbers of each (the score entropy one). Gradients of parameters that tensor ranks hold whole
-but know in part are summed for each micro-batch (DeepSpeed) or once, FSDP's as shards. Recomputation makes the forward collectives of its
-part of a layer again, up to the last tensor that is needed. Expected embeddings (ssdlm) sum one number of each noisy position. Pipeline:
-hidden states forwards, their gradients backwards; conditions and tied embeddings are summed once (FSDP's as shards).
+column-parallel linears gather their input once more for the gradient of the weight; and the rows that the last layer computes are divided
+anew by such a sum. Norms over all heads sum four bytes of each row, forwards and backwards, for queries and for keys. Context, per
+micro-batch and layer: what travels of keys and values of all context ranks (of block diffusion the clean half, b L rows of the rank's kv
+heads) is gathered in the forward, and once more where the attention is recomputed, and its gradient is reduce-scattered; in a ring a
+rank's share of it makes C - 1 steps in every forward and in the backward, its gradient too. The data-parallel ranks above are then those
+of data and context together. The head sums the gradient of the selected positions, the cross-entropy three numbers of each (the score
+entropy one). Gradients of parameters that tensor ranks hold whole but know in part are summed for each micro-batch (DeepSpeed) or once,
+FSDP's as shards. Recomputation makes the forward collectives of its part of a layer again, up to the last tensor that is needed. Expected
+embeddings (ssdlm) sum one number of each noisy position. Pipeline: hidden states forwards, their gradients backwards; conditions and tied
+embeddings are summed once (FSDP's as shards).
 
 Left out are numbers of a few bytes (norms, losses, the tuner's choice) and what only checkpoints and validations move.
 Invariant: a test counts the collectives of the real engines, call by call, and finds exactly these bytes.
@@ -185,8 +186,11 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
     taken = scored if batch.sequence and batch.sparse else 0
     first, last = layers.start == 0, layers.stop == config.layers
     shared = config.kv_heads % batch.tensor != 0
-    after = config.dropout > 0 or config.conditioning == "adaln"  # something behind the MLP keeps a tensor of it
-    sums = gathers = 0
+    # Something behind the MLP keeps a tensor of it.
+    after = config.dropout > 0 or config.conditioning == "adaln" or config.norm_place == "after"
+    over_heads = config.query_key_norm and config.query_key_norm_width == "heads"
+    passes = (3 if recompute in ("attention", "layer") else 2) if over_heads else 0
+    sums = gathers = squares = 0
     for index in layers:
         rows = scored if index + 1 == config.layers else whole
         inputs, outputs = 2 * rows + whole, 2 * rows  # query, MLP up, key/value; attention output, MLP down
@@ -197,6 +201,7 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
             again += taken if recompute in ("attention", "layer") else 0
             sums += taken
             gathers += taken
+        squares += passes * 4 * (batch.computed(index + 1 == config.layers) + batch.computed(False))
         sums += inputs + outputs + again
         gathers += inputs + outputs + (inputs - (whole if shared else 0)) + gathered_again
     sums += whole if first else 0
@@ -204,9 +209,9 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
     # The head is the same with sequence parallelism and without: its input is gathered before.
     head = batch.selected * (w * config.hidden + 4 * (3 if batch.kind.uses_cross_entropy else 1)) if last else 0
     if not batch.sequence:
-        return {"all_reduce": sums + head}
+        return {"all_reduce": sums + squares + head}
     condition = w * config.conditioning_size * conditions_of(batch) if config.conditioning == "adaln" else 0
-    return {"reduce_scatter": sums, "all_gather": gathers, "all_reduce": head + condition}
+    return {"reduce_scatter": sums, "all_gather": gathers, "all_reduce": squares + head + condition}
 
 
 def context_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:

@@ -57,12 +57,14 @@ def layer_parameters(config: ModelConfig, tensor: int = 1, sequence: bool = Fals
     hidden, head, bias = config.hidden, config.head_size, config.attention_bias
     width, up = config.heads * head, config.mlp_size * (2 if config.mlp == "swiglu" else 1)
     shared = config.kv_heads % tensor != 0  # fewer key heads than ranks: each holds the weight of all, and computes one
-    norms = tensor > 1  # every rank norms its own heads, with one weight
     found = _norm("attention_norm", config, sequence)
     found |= _linear("attention.query", width, hidden, bias != "none", 0)
     found |= _linear("attention.key_value", 2 * config.kv_heads * head, hidden, bias != "none", -1 if shared else 0, shared)
-    if config.query_key_norm:
-        found |= {f"attention.{name}_norm.weight": Parameter((head,), partial=norms) for name in ("query", "key")}
+    if config.query_key_norm and config.query_key_norm_width == "heads":
+        found["attention.query_norm.weight"] = Parameter((width,), 0)
+        found["attention.key_norm.weight"] = Parameter((config.kv_heads * head,), -1 if shared else 0, shared)
+    elif config.query_key_norm:  # every rank norms its own heads, with one weight
+        found |= {f"attention.{name}_norm.weight": Parameter((head,), partial=tensor > 1) for name in ("query", "key")}
     found |= _linear("attention.output", hidden, width, bias == "all", 1, sequence)
     found |= _norm("mlp_norm", config, sequence)
     found |= _linear("mlp.up", up, hidden, config.mlp_bias, 0) | _linear("mlp.down", hidden, config.mlp_size, config.mlp_bias, 1, sequence)

@@ -21,7 +21,9 @@ class BD3Config(PretrainedConfig):
         positions: str = "rotary",
         attention_bias: str = "none",
         query_key_norm: bool = False,
+        query_key_norm_width: str = "head",
         norm: str = "layernorm",
+        norm_place: str = "before",
         norm_bias: bool = False,
         norm_epsilon: float = 1e-5,
         mlp: str = "gelu",
@@ -44,8 +46,9 @@ class BD3Config(PretrainedConfig):
     ) -> None:
         self.context, self.layers, self.hidden, self.heads = context, layers, hidden, heads
         self.key_value_heads, self.head_width, self.positions = key_value_heads, head_width, positions
-        self.attention_bias, self.query_key_norm = attention_bias, query_key_norm
-        self.norm, self.norm_bias, self.norm_epsilon = norm, norm_bias, norm_epsilon
+        self.attention_bias, self.query_key_norm, self.query_key_norm_width = attention_bias, query_key_norm, query_key_norm_width
+        self.norm, self.norm_place = norm, norm_place
+        self.norm_bias, self.norm_epsilon = norm_bias, norm_epsilon
         self.mlp, self.mlp_hidden, self.mlp_bias = mlp, mlp_hidden, mlp_bias
         self.conditioning, self.conditioning_size = conditioning, conditioning_size
         self.tied_head, self.head_bias, self.dropout, self.rotary_base = tied_head, head_bias, dropout, rotary_base

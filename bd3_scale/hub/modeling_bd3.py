@@ -67,8 +67,10 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(config.hidden, 2 * config.key_value_heads * config.head_width, bias)
         self.output = nn.Linear(config.heads * config.head_width, config.hidden, config.attention_bias == "all")
         if config.query_key_norm:
-            self.query_norm = Norm(config.head_width, True, False, config.norm_epsilon)
-            self.key_norm = Norm(config.head_width, True, False, config.norm_epsilon)
+            self.together = config.query_key_norm_width == "heads"
+            heads, key_heads = (config.heads, config.key_value_heads) if self.together else (1, 1)
+            self.query_norm = Norm(heads * config.head_width, True, False, config.norm_epsilon)
+            self.key_norm = Norm(key_heads * config.head_width, True, False, config.norm_epsilon)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: Past) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [batch, rows, hidden], mask bool [rows, past rows + rows] -> (output, K and V of all rows so far)."""
@@ -76,7 +78,10 @@ class Attention(nn.Module):
         q = self.query(x).unflatten(-1, (-1, config.head_width))
         k, v = self.key_value(x).unflatten(-1, (-1, 2, config.head_width)).unbind(-2)
         if config.query_key_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+            if self.together:
+                q, k = self.query_norm(q.flatten(2)).view_as(q), self.key_norm(k.flatten(2)).view_as(k)
+            else:
+                q, k = self.query_norm(q), self.key_norm(k)
         if self.rotated:
             q, k = rotate(q, positions, config), rotate(k, positions, config)
         if past is not None:
@@ -115,10 +120,12 @@ class NoiseCondition(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with adaLN each branch is shifted, scaled and gated."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or x + norm(attention(x)) and so on; with adaLN each branch is shifted, scaled and
+    gated."""
 
     def __init__(self, config: BD3Config, index: int) -> None:
         super().__init__()
+        self.norms_after = config.norm_place == "after"
         self.dropout = config.dropout
         self.attention_norm = norm_of(config)
         self.attention = Attention(config, index)
@@ -128,9 +135,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Any, positions: Tensor, mask: Tensor, past: Past) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         parts = [None] * 6 if self.modulation is None else self.modulation(condition).chunk(6, -1)
-        y, kept = self.attention(modulate(self.attention_norm(x), *parts[:2]), positions, mask, past)
-        x = self._add(x, y, parts[2])
-        return self._add(x, self.mlp(modulate(self.mlp_norm(x), *parts[3:5])), parts[5]), kept
+        y, kept = self.attention(modulate(x if self.norms_after else self.attention_norm(x), *parts[:2]), positions, mask, past)
+        x = self._add(x, self.attention_norm(y) if self.norms_after else y, parts[2])
+        y = self.mlp(modulate(x if self.norms_after else self.mlp_norm(x), *parts[3:5]))
+        return self._add(x, self.mlp_norm(y) if self.norms_after else y, parts[5]), kept
 
     def _add(self, x: Tensor, y: Tensor, gate: Any) -> Tensor:
         y = F.dropout(y, self.dropout, self.training)

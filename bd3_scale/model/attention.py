@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend
 
 from bd3_scale.model.attention_kernels import attend
 from bd3_scale.model.context_keys import all_keys
-from bd3_scale.model.layers import HeadNorm, TensorParallelFactory
+from bd3_scale.model.layers import TensorParallelFactory
+from bd3_scale.model.norms import HeadNorm, HeadsNorm
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -64,8 +65,9 @@ class Attention(nn.Module):
         bias = config.attention_bias != "none"
         self.query = factory.column(config.hidden, config.heads * config.head_size, bias)
         self.key_value = factory.key_value(config.hidden, config.kv_heads, config.head_size, bias)
-        self.query_norm = HeadNorm(config) if config.query_key_norm else None
-        self.key_norm = HeadNorm(config) if config.query_key_norm else None
+        whole, normed = config.query_key_norm_width == "heads", config.query_key_norm
+        self.query_norm = (HeadsNorm(config.heads, config, factory) if whole else HeadNorm(config)) if normed else None
+        self.key_norm = (HeadsNorm(config.kv_heads, config, factory) if whole else HeadNorm(config)) if normed else None
         self.output = factory.row(config.heads * config.head_size, config.hidden, config.attention_bias == "all")
 
     def project(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The parts of a layer: megatron-core's tensor-parallel linears and embedding, norms, MLPs, conditioning, dropout.
+"""The parts of a layer: megatron-core's tensor-parallel linears and embedding, MLPs, conditioning, dropout.
 
 The linears come from a `TensorParallelFactory` factory, which holds the tensor-parallel group: the modules here read like
 single-device code and are divided by whoever makes the factory. Every weight is made empty; `engines/initialise.py` fills it
@@ -211,37 +211,6 @@ class TensorParallelFactory:
 
 def _unused(weight: Tensor) -> None:
     raise AssertionError("weights are filled by bd3_scale.engines.initialise")
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the hidden size, computed in fp32."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden))
-        self.bias = nn.Parameter(torch.empty(config.hidden)) if config.norm_bias else None
-        self.rms, self.epsilon = config.norm == "rmsnorm", config.norm_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape, weight = self.weight.shape, self.weight.float()
-        if self.rms:
-            return F.rms_norm(x.float(), shape, weight, self.epsilon).to(x.dtype)
-        return F.layer_norm(x.float(), shape, weight, None if self.bias is None else self.bias.float(), self.epsilon).to(x.dtype)
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm over the last dimension of x [rows, batch, heads of this rank, d], computed in fp32, one weight for all heads.
-
-    The weight's gradient on a tensor rank is that of the rank's heads: whoever trains must sum it over the tensor ranks.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.head_size))
-        self.epsilon = config.norm_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(x.dtype)
 
 
 class LearnedPositions(nn.Module):

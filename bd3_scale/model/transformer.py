@@ -1,4 +1,4 @@
-"""The network: embedding, pre-norm blocks, head. Reads like single-device code; parallelism is applied from outside.
+"""The network: embedding, blocks, head. Reads like single-device code; parallelism is applied from outside.
 
 Hidden states are [rows, batch, hidden], sequence first. Training rows are the two stream halves [x_t ; x_0], both with
 positions 0..L-1. Any contiguous slice of the layers is a stage: the first embeds, the last has the head, and in between
@@ -29,7 +29,6 @@ from bd3_scale.model.layers import (
     LearnedPositions,
     Modulation,
     NoiseCondition,
-    Norm,
     RowGroups,
     TensorParallelFactory,
     dropout_channels,
@@ -37,6 +36,7 @@ from bd3_scale.model.layers import (
     modulate,
 )
 from bd3_scale.model.loss_head import Head
+from bd3_scale.model.norms import Norm
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.objectives.network_inputs import NetworkInputs
@@ -85,10 +85,12 @@ class ForwardContext:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with adaLN each branch is shifted, scaled and gated."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or, `model.norm_place: after`, x + norm(attention(x)) and so on. With adaLN each
+    branch is shifted, scaled and gated."""
 
     def __init__(self, config: ModelConfig, factory: TensorParallelFactory, index: int) -> None:
         super().__init__()
+        self.norms_after = config.norm_place == "after"
         self.attention_norm = Norm(config)
         self.attention = Attention(config, factory, index)
         self.mlp_norm = Norm(config)
@@ -107,31 +109,39 @@ class Block(nn.Module):
     def attention_half(
         self, x: Tensor, modulation: tuple[Tensor, ...], shared: ForwardContext, last: bool, words: DropoutWords | None
     ) -> Tensor:
-        """x -> x + attention(norm(x)); `modulation`: (shift, scale, gate), or nothing without adaLN."""
+        """The first sum; `modulation`: (shift, scale, gate), or nothing without adaLN."""
         rows = shared.handed_on(last)
-        normed = modulated(self.attention_norm(x), modulation, shared.every.groups)
+        normed = modulated(self._before(self.attention_norm, x), modulation, shared.every.groups)
         if rows.selected is None:
             x, asking = x[: rows.count], normed[: rows.count]
         else:
             # Normed once more: to take them from the normed rows, too, would move them among the ranks a second time.
             x = rows.selected.take(x)
-            asking = modulated(self.attention_norm(x), modulation, rows.selected)
+            asking = modulated(self._before(self.attention_norm, x), modulation, rows.selected)
         y = self.attention(asking, normed, shared, shared.scored_mask if last else shared.mask, rows.selected)
-        return gated_add(x, self.attention_dropout(y, words), modulation, rows.conditioned)
+        y = self.attention_dropout(self._after(self.attention_norm, y), words)
+        return gated_add(x, y, modulation, rows.conditioned)
 
     def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows | None, words: DropoutWords | None) -> Tensor:
-        """x -> x + mlp(norm(x)); without `rows` (decoding) all rows of a sample are conditioned alike."""
+        """The second; without `rows` (decoding) all rows of a sample are conditioned alike."""
         conditioned = rows.conditioned if rows is not None else None
-        y = self.mlp(modulated(self.mlp_norm(x), modulation, conditioned))
+        y = self._after(self.mlp_norm, self.mlp(modulated(self._before(self.mlp_norm, x), modulation, conditioned)))
         return gated_add(x, self.mlp_dropout(y, words), modulation, conditioned)
+
+    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return x if self.norms_after else norm(x)
+
+    def _after(self, norm: nn.Module, y: Tensor) -> Tensor:
+        return norm(y) if self.norms_after else y
 
     def decode(
         self, x: Tensor, rotary: Rotary, condition: Tensor | None, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same on rows that attend to a cache: (x, rotated k, v)."""
         modulation = self._modulation(condition)
-        y, k, v = self.attention.decode(modulated(self.attention_norm(x), modulation[:3]), rotary, mask, past)
-        return self.mlp_half(gated_add(x, y, modulation[:3]), modulation[3:], None, None), k, v
+        y, k, v = self.attention.decode(modulated(self._before(self.attention_norm, x), modulation[:3]), rotary, mask, past)
+        x = gated_add(x, self._after(self.attention_norm, y), modulation[:3])
+        return self.mlp_half(x, modulation[3:], None, None), k, v
 
     def _modulation(self, condition: Tensor | None) -> tuple[Tensor, ...]:
         """(shift, scale, gate) of each half; nothing without adaLN."""

@@ -62,11 +62,12 @@ def attention_half(batch: Batch, last: bool, compiled: bool) -> Passes:
     queries = batch.pattern.scored_rows * batch.rows if last else everything
     query = queries * config.heads * config.head_size // batch.tensor
     key = everything * max(1, config.kv_heads // batch.tensor) * config.head_size
-    total = _norm(held, w, compiled, residual_terms=0)
+    before = config.norm_place == "before"
+    total = _norm(held if before else asking, w, compiled, residual_terms=0)
     if last and batch.sparse:
         # Taken, normed once more; queries spread and attention's output collected, and the same backwards.
         moved = 2 * w * (2 * asking + 2 * batch.selected * config.heads * config.head_size // batch.tensor + query)
-        total += _norm(asking, w, compiled, residual_terms=0) + Passes(moved / 2, moved / 2, 4, 6)
+        total += Passes(moved / 2, moved / 2, 4, 6) + (_norm(asking, w, compiled, residual_terms=0) if before else Passes())
     if config.positions == "rotary":
         total += _rotary(query, w, compiled) + _rotary(key, w, compiled)
     if config.query_key_norm:

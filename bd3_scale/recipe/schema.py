@@ -61,9 +61,13 @@ class ModelConfig:
     attention_bias: str = key("none", choices=("none", "query_key_value", "all"))
     """Biases of the attention's linears; all: of its output, too."""
     query_key_norm: bool = False
-    """RMSNorm over the width of every head of query and key, before they are rotated."""
+    """RMSNorm of query and key, before they are rotated."""
+    query_key_norm_width: str = key("head", choices=("head", "heads"))
+    """What one of these norms goes over: head, each head by itself (Qwen3); heads, all heads together (OLMo 2)."""
     norm: str = key("layernorm", choices=("layernorm", "rmsnorm"))
     """Kind of every norm; computed in fp32."""
+    norm_place: str = key("before", choices=("before", "after"))
+    """Where attention and MLP have theirs: x + f(norm(x)), or x + norm(f(x)) (OLMo 2)."""
     norm_bias: bool = False
     """A bias beside the weight of every LayerNorm."""
     norm_epsilon: float = key(1e-5, above=0)
@@ -96,7 +100,6 @@ class ModelConfig:
     attention: str = key("auto", choices=("auto", "flex", "flex_triton", "flex_flash", "tiled", "dense"), change="free")
     """The kernel. auto: flex on CUDA, tiled on CPU; flex_triton, flex_flash: FlexAttention by the backend named (Triton, or FlashAttention
     4, which must be installed), tried before the run; dense: a reference with four times the work. Changes no result."""
-
     head_loss: str = key("eager", choices=("eager", "fused"), change="free")
     """The cross-entropy of the logits. eager: megatron-core's; fused: compiled, which moves a sixth of the memory (on an H200 a step of
     110M parameters takes 10 % less, one of 1.3B 1 %). Changes no result."""

@@ -17,6 +17,7 @@ TINY = ["model.layers=4", "model.hidden=128", "model.key_value_heads=null", "mod
         "model.context=128", "parallel.micro_batch=2"]  # fmt: skip
 BF16, SEQUENCE, RECOMPUTE = "training.precision=bf16", "parallel.sequence=true", "training.recompute=layer"
 SHARED = ["model.key_value_heads=2", "model.query_key_norm=true", "model.attention_bias=all", "model.mlp_bias=true", "model.norm_bias=true"]
+OLMO = ["model.key_value_heads=2", "model.query_key_norm=true", "model.query_key_norm_width=heads", "model.norm_place=after"]
 FSDP, DEEPSPEED = "parallel.engine=fsdp", "parallel.engine=deepspeed"
 LONG = "owt_1b_32k"
 """A recipe whose rows are so long that its rehearsal takes minutes."""
@@ -53,6 +54,10 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "tensor 2, sequence, ssdlm": (2, 0, layout(2, 1, 1, SEQUENCE, "objective.kind=ssdlm", "objective.block_size=16", *ADALN)),
     "tensor 4, shared key heads": (4, 3, layout(4, 1, 1, *SHARED)),
     "tensor 4, sequence, shared key heads, learned": (4, 1, layout(4, 1, 1, SEQUENCE, "model.positions=learned", *SHARED)),
+    "tensor 4, shared key heads, norms over heads and behind, attention recomputed": (
+        4, 1, layout(4, 1, 1, "training.recompute=attention", *OLMO)
+    ),
+    "tensor 2, sequence, norms over heads and behind": (2, 1, layout(2, 1, 1, SEQUENCE, *OLMO)),
     "tensor 2, data 4, sequence, adaln, dropout, recomputed": (
         8, 1, layout(2, 1, 1, SEQUENCE, RECOMPUTE, "model.dropout=0.1", *ADALN)
     ),

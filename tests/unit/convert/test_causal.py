@@ -1,4 +1,4 @@
-"""GPT-2, Llama and Qwen from Hugging Face directories: our network of the imported weights computes their logits."""
+"""GPT-2, Llama, Qwen and OLMo 2 from Hugging Face directories: our network of the imported weights computes their logits."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window": ("Mistral", {**SMALL, "num_key_value_heads": 1, "sliding_window": 32}),
     "llama 3": ("Llama", {**ODD, "rope_theta": 20.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    "olmo2": ("Olmo2", {**ODD, "tie_word_embeddings": False, "rope_theta": 500.0, "rms_norm_eps": 1e-4}),
     "smollm3": ("SmolLM3", {**ODD, "num_hidden_layers": 5, "no_rope_layer_interval": 2, "rope_theta": 500.0, "pad_token_id": 0}),
 }  # fmt: skip
 
@@ -139,7 +140,7 @@ def test_a_recipe_gives_all_but_the_network(transformers: Any, tmp_path: Path, c
         ("qwen2, padded ids", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1]}, "no_rope_layers = [1, 0, 0, 1, 1]"),
         ("llama, grouped", {"model_type": "gemma2"}, "gemma2 caps its logits (attn_logit_softcapping"),
-        ("llama, grouped", {"model_type": "olmo2"}, "olmo2 norms behind attention and MLP"),
+        ("llama, grouped", {"model_type": "olmo3"}, "olmo3 has layers that differ in window"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
         ("gpt2", {"n_layer": 1}, "h.1."),
         ("gpt2", {"n_layer": 3}, "h.2.attn.c_attn.bias is missing"),

@@ -41,6 +41,8 @@ NETWORKS: dict[str, list[str]] = {
     "gpt2, ar": ["model.positions=learned", "model.attention_bias=all", "model.norm_bias=true", "objective.kind=ar", "model.tied_head=true",
                  "model.head_bias=true"],
     "mdlm": ["objective.kind=mdlm"],
+    "olmo2": ["model.norm=rmsnorm", "model.mlp=swiglu", "model.key_value_heads=2", "model.query_key_norm=true",
+              "model.query_key_norm_width=heads", "model.norm_place=after", "objective.block_size=4"],
 }  # fmt: skip
 
 

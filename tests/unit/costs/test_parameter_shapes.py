@@ -7,6 +7,7 @@ test_rehearsal.py); that the gradients called partial are those which are, by th
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
     "positions": ("rotary", "learned"),
     "attention_bias": ("query_key_value", "all"),
     "query_key_norm": (False, True),
+    "query_key_norm_width": ("head", "heads"),
     "norm_bias": (False, True),
     "mlp": ("gelu", "swiglu"),
     "mlp_bias": (False, True),
@@ -65,8 +67,8 @@ def test_units_have_the_padding_of_the_network(tied: bool, world_of_one: object)
 
 
 def test_tensor_ranks_know_in_part_what_acts_on_their_rows_and_heads() -> None:
-    def partial(tensor: int, sequence: bool) -> set[str]:
-        found = parameter_shapes(ALL, V, range(1), tensor, sequence)
+    def partial(tensor: int, sequence: bool, config: ModelConfig = ALL) -> set[str]:
+        found = parameter_shapes(config, V, range(1), tensor, sequence)
         assert all(one.divided < 0 for one in found.values() if one.partial), "who holds a part has the whole gradient of it"
         return {name.removeprefix("blocks.0.") for name, one in found.items() if one.partial}
 
@@ -78,3 +80,6 @@ def test_tensor_ranks_know_in_part_what_acts_on_their_rows_and_heads() -> None:
     assert partial(4, False) == heads | shared
     assert partial(2, True) == heads | rows
     assert partial(4, True) == heads | shared | rows
+    over_heads = replace(ALL, query_key_norm_width="heads")
+    assert partial(2, False, over_heads) == set()
+    assert partial(4, False, over_heads) == {"attention.key_norm.weight"} | shared

@@ -16,7 +16,6 @@ from bd3_scale.model.layers import (
     KeyedDropout,
     Modulation,
     NoiseCondition,
-    Norm,
     SharedKeyValue,
     TensorParallelFactory,
     dropout_channels,
@@ -24,6 +23,7 @@ from bd3_scale.model.layers import (
     full_shape,
     parameter_partition,
 )
+from bd3_scale.model.norms import Norm
 from bd3_scale.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("world_of_one")

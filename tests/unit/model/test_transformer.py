@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {"positions": "learned", "attention_bias": "all", "norm_bias": True, "mlp_bias": True, "tied_head": True},
     "qwen3": {"norm": "rmsnorm", "norm_epsilon": 1e-6, "mlp": "swiglu", "key_value_heads": 2, "head_width": 12, "query_key_norm": True,
               "attention_bias": "query_key_value"},
+    "olmo2": {"norm": "rmsnorm", "mlp": "swiglu", "key_value_heads": 2, "query_key_norm": True, "query_key_norm_width": "heads",
+              "norm_place": "after"},
 }  # fmt: skip
 
 
