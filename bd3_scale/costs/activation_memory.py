@@ -169,9 +169,10 @@ def norm_bytes(batch: Batch, rows: int, width: int | None = None) -> int:
     return 4 * rows * width + 8 * rows
 
 
-def rms_bytes(batch: Batch, rows: int, width: int) -> int:
-    """CUDA has one kernel for it; on CPU it is composed, and the normed rows are kept before the weight multiplies them."""
-    return (4 if batch.device == "cuda" else 8) * rows * width + 4 * rows
+def rms_bytes(batch: Batch, rows: int, width: int, composed: bool = False) -> int:
+    """CUDA has one kernel for it; on CPU, or over tensor ranks, it is `composed`, and the normed rows are kept before the weight multiplies
+    them."""
+    return (4 if batch.device == "cuda" and not composed else 8) * rows * width + 4 * rows
 
 
 def attention_bytes(batch: Batch, last: bool) -> int:
@@ -202,7 +203,8 @@ def attention_bytes(batch: Batch, last: bool) -> int:
     if normed:
         together = config.query_key_norm_width == "heads"
         for rows, count in ((selected or queries, heads), (everything, key_heads)):
-            total += rms_bytes(batch, rows if together else rows * count, config.head_size * (count if together else 1))
+            vectors, width = (rows, count * config.head_size) if together else (rows * count, config.head_size)
+            total += rms_bytes(batch, vectors, width, composed=together and batch.tensor > 1)
         total -= 4 * key if w == 4 and not together else 0  # k before the norm is part of the fused output
     return total
 
