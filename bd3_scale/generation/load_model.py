@@ -29,7 +29,7 @@ from bd3_scale.errors import CheckpointError, RecipeError
 from bd3_scale.launcher import launched
 from bd3_scale.megatron_core import parallel_state
 from bd3_scale.model.layers import TensorParallelFactory, full_shape
-from bd3_scale.model.norms import HeadNorm, HeadsNorm, Norm
+from bd3_scale.model.norms import AllHeadsNorm, HeadNorm, Norm
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import Objective, ObjectiveSchedule
 from bd3_scale.recipe import Recipe
@@ -113,7 +113,7 @@ def load_network(
     precision = torch.bfloat16 if recipes.resolve_precision(recipe.training, place.type) == "bf16" else torch.float32
     network = network.to(device=place, dtype=precision).eval().requires_grad_(False)
     for module in network.modules():
-        if isinstance(module, (Norm, HeadNorm, HeadsNorm)):  # which compute in fp32: rounded as in training, converted once
+        if isinstance(module, (Norm, HeadNorm, AllHeadsNorm)):  # which compute in fp32: rounded as in training, converted once
             module.float()
     return LoadedNetwork(recipe, tokenizer, network, objective, checkpoint, kind, place, peers)
 

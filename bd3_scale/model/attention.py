@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 from bd3_scale.model.attention_kernels import attend
 from bd3_scale.model.context_keys import all_keys
 from bd3_scale.model.layers import TensorParallelFactory
-from bd3_scale.model.norms import HeadNorm, HeadsNorm
+from bd3_scale.model.norms import AllHeadsNorm, HeadNorm
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.recipe.schema import ModelConfig
 
@@ -66,8 +66,8 @@ class Attention(nn.Module):
         self.query = factory.column(config.hidden, config.heads * config.head_size, bias)
         self.key_value = factory.key_value(config.hidden, config.kv_heads, config.head_size, bias)
         whole, normed = config.query_key_norm_width == "heads", config.query_key_norm
-        self.query_norm = (HeadsNorm(config.heads, config, factory) if whole else HeadNorm(config)) if normed else None
-        self.key_norm = (HeadsNorm(config.kv_heads, config, factory) if whole else HeadNorm(config)) if normed else None
+        self.query_norm = (AllHeadsNorm(config.heads, config, factory) if whole else HeadNorm(config)) if normed else None
+        self.key_norm = (AllHeadsNorm(config.kv_heads, config, factory) if whole else HeadNorm(config)) if normed else None
         self.output = factory.row(config.heads * config.head_size, config.hidden, config.attention_bias == "all")
 
     def project(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

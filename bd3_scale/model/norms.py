@@ -52,7 +52,7 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(x.dtype)
 
 
-class HeadsNorm(nn.Module):
+class AllHeadsNorm(nn.Module):
     """RMSNorm over all heads together: x [rows, batch, heads of this rank, d], computed in fp32, a weight for each of `heads` x d.
 
     A rank has the weights of its heads; where it shares its only one (`SharedKeyValue`) it holds all, and knows the gradient in part.

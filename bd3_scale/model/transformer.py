@@ -111,14 +111,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """The first sum; `modulation`: (shift, scale, gate), or nothing without adaLN."""
         rows = shared.handed_on(last)
-        normed = modulated(self._before(self.attention_norm, x), modulation, shared.every.groups)
+        entering = modulated(self._before(self.attention_norm, x), modulation, shared.every.groups)
         if rows.selected is None:
-            x, asking = x[: rows.count], normed[: rows.count]
+            x, asking = x[: rows.count], entering[: rows.count]
         else:
-            # Normed once more: to take them from the normed rows, too, would move them among the ranks a second time.
+            # Normed once more: to take them from the entering rows, too, would move them among the ranks a second time.
             x = rows.selected.take(x)
             asking = modulated(self._before(self.attention_norm, x), modulation, rows.selected)
-        y = self.attention(asking, normed, shared, shared.scored_mask if last else shared.mask, rows.selected)
+        y = self.attention(asking, entering, shared, shared.scored_mask if last else shared.mask, rows.selected)
         y = self.attention_dropout(self._after(self.attention_norm, y), words)
         return gated_add(x, y, modulation, rows.conditioned)
 
