@@ -53,7 +53,8 @@ class _Traceable:
         if named["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=named["tp_group"])
         elif named["allreduce_dgrad"]:
-            input = copy_to_tensor_model_parallel_region(input, group=named["tp_group"])
+            # Of a copy, which the compiler fuses: Dynamo refuses an input of the layer that is a view, handed through as it is.
+            input = copy_to_tensor_model_parallel_region(input.clone(), group=named["tp_group"])
         return F.linear(input, weight, named["bias"])
 
     def _samples_alone(self: Any) -> bool:

@@ -79,5 +79,5 @@ class AllHeadsNorm(nn.Module):
         # not contiguous.
         group = parallel_state.get_tensor_model_parallel_group()  # by name, as in `selected`
         means = reduce_from_tensor_model_parallel_region(row.square().mean(-1).flatten(), group=group)
-        mean = copy_to_tensor_model_parallel_region(means, group=group).unflatten(0, row.shape[:-1]) / self.tensor
+        mean = copy_to_tensor_model_parallel_region(means / self.tensor, group=group).unflatten(0, row.shape[:-1])
         return (row * torch.rsqrt(mean + self.epsilon)[..., None] * weight).to(x.dtype).unflatten(-1, x.shape[-2:])
