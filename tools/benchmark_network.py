@@ -25,6 +25,7 @@ from torch import Tensor
 from bd3_scale.costs import sizes
 from bd3_scale.costs.flops import count_flops, peak_flops
 from bd3_scale.distributed import layout
+from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.engines.initialise import initialise
 from bd3_scale.engines.kernel_probe import Shape, probe
 from bd3_scale.errors import TrainingError
@@ -32,7 +33,6 @@ from bd3_scale.model import attention_kernels
 from bd3_scale.model.attention import rotary_table
 from bd3_scale.model.attention_kernels import BACKENDS
 from bd3_scale.model.compiling import RECOMPUTED, wrap_blocks
-from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.transformer import ForwardContext, Rows, Transformer
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import NetworkInputs

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3_scale.costs.sizes import SINUSOIDS, padded_vocabulary
+from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.keyed_random import hash32
 from bd3_scale.megatron_core import (
     ColumnParallelLinear,
@@ -32,7 +33,6 @@ from bd3_scale.megatron_core import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.simplex_embedding import SMALLEST, expected_embedding
 from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.simplex import SimplexNoise

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_scale.model.context_keys import hop
+from bd3_scale.distributed.context_keys import hop
 from bd3_scale.objectives.attention_mask import AttentionPattern, tile_mask
 
 HIDDEN = -1e30

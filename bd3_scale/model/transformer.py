@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
+from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.model.attention import DECODING, Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_table
 from bd3_scale.model.attention_kernels import block_mask_of
 from bd3_scale.model.compiling import of_any_size
@@ -38,7 +39,6 @@ from bd3_scale.model.layers import (
 from bd3_scale.model.loss_head import Head
 from bd3_scale.model.norms import Norm
 from bd3_scale.model.selected import SelectedRows
-from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.simplex import SimplexNoise
 from bd3_scale.recipe.schema import ModelConfig

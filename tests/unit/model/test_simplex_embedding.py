@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bd3_scale.costs.flops import count_flops
+from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.keyed_random import normals
 from bd3_scale.model import simplex_embedding as module
 from bd3_scale.model.layers import RowGroups
-from bd3_scale.model.sequence_shards import Stream
 from bd3_scale.model.simplex_embedding import expected_embedding
 from bd3_scale.model.transformer import Transformer, _of_groups
 from bd3_scale.objectives.attention_mask import decoding_mask

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from bd3_scale.distributed.context_keys import in_order
 from bd3_scale.model import attention_kernels, tiled_attention
 from bd3_scale.model.attention_kernels import attend, block_mask, document_block_mask
-from bd3_scale.model.context_keys import in_order
 from bd3_scale.objectives.attention_mask import AttentionPattern, dense
 from tests.unit.model.test_attention_kernels import TOLERANCE, documents, reference, tensors
 

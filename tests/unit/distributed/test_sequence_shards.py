@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.model.sequence_shards import Stream
+from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.objectives.attention_mask import AttentionPattern
 
 LENGTH = 24
