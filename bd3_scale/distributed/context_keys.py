@@ -12,6 +12,8 @@ Invariant: rank r's rows lie in its pieces' order, those of all ranks in the ord
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,3 +47,31 @@ def hop(x: Tensor, pattern: AttentionPattern) -> Tensor:
     sent, received = ([len(x) if one == other % ranks else 0 for one in range(ranks)] for other in (rank + 1, rank - 1))
     dist.all_to_all_single(arrived, x.contiguous(), received, sent, group=parallel_state.get_context_parallel_group())
     return arrived
+
+
+def travelling(k: Tensor, v: Tensor, pattern: AttentionPattern) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(step, k, v [batch, kv_heads, n, d]) of what travels of every other rank, `pattern.before(step)`'s; k, v as this rank holds them."""
+    both = torch.stack([k[pattern.own_keys :], v[pattern.own_keys :]])
+    for step in range(1, pattern.context_ranks):
+        both = hop(both, pattern)
+        yield step, *both.permute(0, 2, 3, 1, 4)
+
+
+def travelling_with_gradients(
+    k: Tensor, v: Tensor, grad_k: Tensor, grad_v: Tensor, pattern: AttentionPattern
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """The same, each with the fp32 gradients of what is there, to be added to; at the end `grad_k` and `grad_v` have got theirs.
+
+    They are those of this rank's own keys and values, and of the layout of what travels.
+    """
+    away = None
+    for step, other_k, other_v in travelling(k, v, pattern):
+        # Those before have added theirs; the rank after the owner begins.
+        away = other_k.new_zeros(2, *other_k.shape) if away is None else hop(away, pattern)
+        grads = away.float()
+        yield step, other_k, other_v, grads[0], grads[1]
+        away = grads.to(k.dtype)
+    if away is not None:
+        away = hop(away, pattern)
+        grad_k += away[0]
+        grad_v += away[1]

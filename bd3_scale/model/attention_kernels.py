@@ -4,11 +4,11 @@ All take q [query_rows, batch, heads, d] and k, v [pattern.key_rows, batch, kv_h
 heads = groups x kv_heads (head h reads kv head h // groups; K and V are never repeated), and return
 [query_rows, batch, heads, d]. `query_rows` is all rows, or the scored half alone (the last layer needs no more).
 `segments` int [batch, key_rows], where given, keeps rows of different segments apart on top of the pattern (see `mask`).
-Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `attention_mask`); in a ring the
-tiled form is given those that it holds, and meets the others one rank at a time.
+Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `attention_mask`); in a ring a
+kernel is given those that it holds, and meets the others one rank at a time.
 
-The tiled form has a file of its own, `tiled_attention.py`. Segments become masks that are made where they are needed (forward and
-backward) and nowhere else.
+The tiled form has a file of its own, `tiled_attention.py`, and so has FlexAttention in a ring, `flex_ring.py`. Segments become masks
+that are made where they are needed (forward and backward) and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from bd3_scale.errors import RecipeError
 from bd3_scale.model.compiling import compiled_whole
+from bd3_scale.model.flex_ring import FlexRing, heads_first
 from bd3_scale.model.tiled_attention import TiledAttention, additive_tile_mask, same_segments
 from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices, dense, tile_length, visible
 from bd3_scale.recipe.environment import resolve_attention
@@ -88,27 +89,35 @@ def flex_attention(
     """
     if _needs_no_mask(pattern, segments):
         return _one_stream(q, k, v, pattern)
-    run = _flex(q.is_cuda, backend)
     mask = _block_mask(pattern, q.shape[0], q.device, segments) if block_mask is None else block_mask
-    heads_first = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    options = None if backend is None else {"BACKEND": backend}
-    return run(*heads_first, block_mask=mask, enable_gqa=q.shape[2] != k.shape[2], kernel_options=options).permute(2, 0, 1, 3)
+    options: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2], "kernel_options": None if backend is None else {"BACKEND": backend}}
+    if pattern.ring:
+        run = _flex(_with_lse, q.is_cuda, backend)
+        return FlexRing.apply(q, k, v, pattern, lambda *given: run(*given, **options), mask)
+    run = _flex(torch_flex_attention, q.is_cuda, backend)
+    return run(*(heads_first(t) for t in (q, k, v)), block_mask=mask, **options).permute(2, 0, 1, 3)
 
 
 def block_mask_of(kernel: str, pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
-    """The `BlockMask` that `attend` needs where `kernel` is FlexAttention's; None where it needs none."""
+    """The `BlockMask` that `attend` needs where `kernel` is FlexAttention's, in a ring one of every step; None where it needs none."""
     if resolve_attention(kernel, device.type) not in BACKENDS or _needs_no_mask(pattern, segments):
         return None
     return _block_mask(pattern, query_rows, device, segments)
 
 
 def _block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device, segments: Tensor | None) -> Any:
-    return block_mask(pattern, query_rows, device) if segments is None else document_block_mask(pattern, query_rows, segments)
+    def of(step: int | None) -> BlockMask:
+        if segments is None:
+            return block_mask(pattern, query_rows, device, step)
+        return document_block_mask(pattern, query_rows, segments, step)
+
+    return tuple(of(step) for step in range(pattern.context_ranks)) if pattern.ring else of(None)
 
 
 def _needs_no_mask(pattern: AttentionPattern, segments: Tensor | None) -> bool:
     """Whether every row sees all of its stream, or all before it."""
-    return segments is None and (pattern.kind == "full" or (pattern.kind == "causal" and pattern.context_ranks == 1))
+    alone = pattern.kind == "full" or (pattern.kind == "causal" and pattern.context_ranks == 1)
+    return segments is None and alone and not pattern.ring
 
 
 BACKENDS = {"flex": None, "flex_triton": "TRITON", "flex_flash": "FLASH"}
@@ -156,42 +165,65 @@ def _dense_mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
 # -- FlexAttention -----------------------------------------------------------------------------------------------------
 
 
-def _flex(compiled: bool, backend: str | None) -> Callable[..., Any]:
+def _with_lse(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **options: Any) -> tuple[Tensor, Tensor]:
+    out, more = torch_flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **options)
+    return out, more.lse
+
+
+def _flex(function: Callable[..., Any], compiled: bool, backend: str | None) -> Callable[..., Any]:
+    """`function`, which calls FlexAttention, as it runs here."""
     if backend is not None and not compiled:  # uncompiled, it would be taken and do nothing
         raise RecipeError(f"the backend {backend} of FlexAttention needs CUDA; set model.attention=auto")
     if torch.compiler.is_compiling() or not compiled:
-        return torch_flex_attention
-    return _compiled_flex()
+        return function
+    return _compiled_flex(function)
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Any]:
-    return compiled_whole(torch_flex_attention)
+@lru_cache(maxsize=2)
+def _compiled_flex(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled_whole(function)
 
 
-@lru_cache(maxsize=32)
-def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device) -> Any:
-    """The `BlockMask` of a pattern, built once from closed-form indices (never from a dense mask)."""
-    indices = block_sparse_indices(pattern, query_rows, tile=128)
+@lru_cache(maxsize=256)
+def block_mask(pattern: AttentionPattern, query_rows: int, device: torch.device, step: int | None = None) -> Any:
+    """The `BlockMask` of a pattern (of a ring: of what is met in a `step`), built once from closed-form indices, never from a dense one."""
+    indices = block_sparse_indices(pattern, query_rows, 128, step)
     tensors: dict[str, Any] = {name: torch.from_numpy(value)[None, None].to(device) for name, value in indices.items()}
-
-    # A copy, which is never the very object that the stream has: compiled code would look at that, too.
-    own = replace(pattern)
+    sees, keys = _visibility(pattern, query_rows, device, step)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(own, query, key)
+        return sees(query, key)
 
-    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.key_rows))
+    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(query_rows, keys))
 
 
-def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Tensor) -> Any:
+def _visibility(
+    pattern: AttentionPattern, query_rows: int, device: torch.device, step: int | None
+) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """`visible` of the rows of a pattern and its keys, or those that are met in a `step`; and how many keys there are."""
+    if step is None:
+        # A copy, which is never the very object that the stream has: compiled code would look at that, too.
+        own = replace(pattern)
+        return lambda query, key: visible(own, query, key), pattern.key_rows
+    # By numbers that are data, of the undivided row: one kernel does the parts of all ranks.
+    whole = pattern.undivided
+    rows = pattern.undivided_rows(torch.arange(query_rows, device=device)).int()
+    keys = pattern.before(step).undivided_rows(pattern.met(step, device)).int()
+    return lambda query, key: visible(whole, rows[query], keys[key]), len(keys)
+
+
+def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Tensor, step: int | None = None) -> Any:
     """The `BlockMask` of a pattern and the segments of each sample, int [batch, key_rows], without waiting for the device.
 
+    `step`: as in `block_mask`; the segments are those of all ranks.
     A tile of pairs is visited where the ranges of its segments meet, and needs no mask where both are one and the same segment.
     """
     tile, batch = 128, len(segments)
-    partly, wholly = _tile_tables(pattern, query_rows, tile, segments.device)
+    partly, wholly = _tile_tables(pattern, query_rows, tile, segments.device, step)
     asking = _of_queries(segments, pattern, query_rows)
+    sees, keys = _visibility(pattern, query_rows, segments.device, step)
+    if step is not None:
+        segments = segments[:, pattern.before(step).keys_of_rows(pattern.met(step, segments.device))]
     (q_low, q_high), (low, high) = _ranges(asking, tile), _ranges(segments, tile)
     meets = (q_low[:, :, None] <= high[:, None]) & (low[:, None] <= q_high[:, :, None])
     one = (q_low == q_high)[:, :, None] & (low == high)[:, None] & (q_low[:, :, None] == low[:, None])
@@ -203,10 +235,10 @@ def document_block_mask(pattern: AttentionPattern, query_rows: int, segments: Te
         tensors[f"{name}_indices"] = (~table).to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)[:, None]
 
     def mask_mod(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(pattern, query, key) & (asking[sample, query] == segments[sample, key])
+        return sees(query, key) & (asking[sample, query] == segments[sample, key])
 
     assert tensors["kv_indices"].shape[0] == batch
-    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(query_rows, pattern.key_rows))
+    return BlockMask.from_kv_blocks(**tensors, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(query_rows, keys))
 
 
 def _ranges(segments: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -216,10 +248,12 @@ def _ranges(segments: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return tiles.amin(-1), tiles.amax(-1)
 
 
-@lru_cache(maxsize=32)
-def _tile_tables(pattern: AttentionPattern, query_rows: int, tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=256)
+def _tile_tables(
+    pattern: AttentionPattern, query_rows: int, tile: int, device: torch.device, step: int | None = None
+) -> tuple[Tensor, Tensor]:
     """bool [query tiles, key tiles] each: tiles of pairs that are visible in part, and those that are wholly."""
-    indices = block_sparse_indices(pattern, query_rows, tile)
+    indices = block_sparse_indices(pattern, query_rows, tile, step)
     tables = []
     for name in ("kv", "full_kv"):
         counts, order = indices[f"{name}_num_blocks"], indices[f"{name}_indices"]

@@ -15,14 +15,13 @@ Segments become masks of these calls, made where they are needed (forward and ba
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bd3_scale.distributed.context_keys import hop
+from bd3_scale.distributed.context_keys import travelling, travelling_with_gradients
 from bd3_scale.objectives.attention_mask import AttentionPattern, tile_mask
 
 HIDDEN = -1e30
@@ -159,33 +158,21 @@ class Tiles:
         pattern = self.pattern
         own = pattern.pieces if pattern.ring else [range(pattern.context_ranks * pattern.length)]
         yield own, self.clean(k), self.clean(v)
-        if not pattern.ring:
-            return
-        both = torch.stack([k[pattern.own_keys :], v[pattern.own_keys :]])
-        for step in range(1, pattern.context_ranks):
-            both = hop(both, pattern)
-            whose = replace(pattern, context_rank=(pattern.context_rank - step) % pattern.context_ranks)
-            yield whose.pieces, *both.permute(0, 2, 3, 1, 4)
+        if pattern.ring:
+            for step, clean_k, clean_v in travelling(k, v, pattern):
+                yield pattern.before(step).pieces, clean_k, clean_v
 
     def visits_with_gradients(
         self, k: Tensor, v: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> Iterator[tuple[list[range], Tensor, Tensor, Tensor, Tensor]]:
         """The same, each with the fp32 gradients of what is there, to be added to; at the end `grad_k` and `grad_v` have theirs."""
+        pattern = self.pattern
+        own = pattern.pieces if pattern.ring else [range(pattern.context_ranks * pattern.length)]
         home_k, home_v = self.clean(grad_k), self.clean(grad_v)
-        away = None
-        for step, (pieces, clean_k, clean_v) in enumerate(self.visits(k, v)):
-            if step == 0:
-                yield pieces, clean_k, clean_v, home_k, home_v
-                continue
-            # Those before have added theirs; the rank after the owner begins.
-            away = clean_k.new_zeros(2, *clean_k.shape) if away is None else hop(away, self.pattern)
-            grads = away.float()
-            yield pieces, clean_k, clean_v, grads[0], grads[1]
-            away = grads.to(k.dtype)
-        if away is not None:
-            away = hop(away, self.pattern)
-            home_k += away[0]
-            home_v += away[1]
+        yield own, self.clean(k), self.clean(v), home_k, home_v
+        if pattern.ring:
+            for step, clean_k, clean_v, away_k, away_v in travelling_with_gradients(k, v, home_k, home_v, pattern):
+                yield pattern.before(step).pieces, clean_k, clean_v, away_k, away_v
 
     def earlier(self, pieces: list[range]) -> list[tuple[int, int, slice]]:
         """(tile, part, which of the keys at the positions of `pieces` it sees) for all tiles that see any outside of themselves."""

@@ -110,6 +110,14 @@ class AttentionPattern:
         size = self.length // 2
         return [range(piece * size, (piece + 1) * size) for piece in (rank, 2 * ranks - 1 - rank)]
 
+    def before(self, step: int) -> AttentionPattern:
+        """The share of the context rank so many before this one, in a ring: whose keys come in that step."""
+        return replace(self, context_rank=(self.context_rank - step) % self.context_ranks)
+
+    def met(self, step: int, device: torch.device | str = "cpu") -> Tensor:
+        """The rows of `before(step)` whose keys this share meets in that step, int64: of itself all, of the others those that travel."""
+        return torch.arange(self.own_keys if step else 0, self.rows, device=device)
+
     def undivided_rows(self, rows: Tensor) -> Tensor:
         """Rows that this rank holds, int64 of any shape -> which rows of the undivided stream they are."""
         if self.context_ranks == 1:
@@ -211,26 +219,32 @@ def decoding_mask(query_positions: Tensor, key_positions: Tensor, block_size: in
     return (distance >= 0) & (distance * block_size < context)
 
 
-def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int = 128) -> dict[str, np.ndarray]:
+def block_sparse_indices(pattern: AttentionPattern, query_rows: int, tile: int = 128, step: int | None = None) -> dict[str, np.ndarray]:
     """Closed form of the tiles that a block-sparse kernel visits, without ever making the dense mask.
 
     Returns int32 arrays for `BlockMask.from_kv_blocks`: `kv_num_blocks` [q] and `kv_indices` [q, k] of partly visible
-    tiles, `full_kv_num_blocks` and `full_kv_indices` of wholly visible ones, for the first `query_rows` rows.
+    tiles, `full_kv_num_blocks` and `full_kv_indices` of wholly visible ones, for the first `query_rows` rows. Keys are all that they ask
+    for or, in a ring, those that are met in a `step`.
     """
-    query_tiles, key_tiles = -(-query_rows // tile), -(-pattern.key_rows // tile)
-    some = np.zeros((query_tiles, key_tiles), bool)
-    every = np.ones((query_tiles, key_tiles), bool)
     # A tile may straddle streams: judge it by segments of neighbouring positions that lie in one stream each.
     own, row = pattern.own_keys // pattern.length, range(pattern.context_ranks * pattern.length)
     runs = [(stream, piece) for stream in range(pattern.streams) for piece in pattern.pieces]
-    asked = [(stream, piece) for stream, piece in runs if stream < own] + [(stream, row) for stream in range(own, pattern.streams)]
-    query_segments, key_segments = _segments(runs, query_rows, tile), _segments(asked, pattern.key_rows, tile)
+    if step is None:
+        asked = [(stream, piece) for stream, piece in runs if stream < own] + [(stream, row) for stream in range(own, pattern.streams)]
+        key_rows = pattern.key_rows
+    else:
+        asked = [(stream, piece) for stream in range(own if step else 0, pattern.streams) for piece in pattern.before(step).pieces]
+        key_rows = len(pattern.met(step))
+    query_tiles, key_tiles = -(-query_rows // tile), -(-key_rows // tile)
+    some = np.zeros((query_tiles, key_tiles), bool)
+    every = np.ones((query_tiles, key_tiles), bool)
+    query_segments, key_segments = _segments(runs, query_rows, tile), _segments(asked, key_rows, tile)
     any_visible, all_visible = _segment_visibility(pattern, query_segments, key_segments)
     where = np.ix_(query_segments["tile"], key_segments["tile"])
     np.logical_or.at(some, where, any_visible)
     np.logical_and.at(every, where, all_visible)
     # Rows beyond the end do not exist; a tile that reaches over the end cannot be taken as full.
-    if pattern.key_rows % tile:
+    if key_rows % tile:
         every[:, -1] = False
     if query_rows % tile:
         every[-1, :] = False

@@ -386,7 +386,7 @@ class ParallelConfig:
     a layer. The blocks of a row must be a multiple of twice as many (or as many); ZeRO divides over these ranks, too."""
     context_exchange: str = key("gather", choices=("gather", "ring"))
     """How these keys travel. gather: a layer has all at once, and keeps them for its backward; ring: those of one rank after another,
-    and again in the backward, so that activations fall with the ranks (CPU). Changes no result."""
+    and again in the backward, so that activations fall with the ranks (on CUDA without training.compile). Changes no result."""
     zero: int = key(1, choices=(0, 1, 2, 3))
     """ZeRO stage: what is divided over the data-parallel ranks. 0: nothing; 1: the optimizer; 2: gradients, too; 3: weights, too."""
     engine: str = key("auto", choices=("auto", "deepspeed", "megatron", "fsdp"))

@@ -29,11 +29,19 @@ def kernel_suits_the_device(case: Case) -> Problem | None:
 
 
 def ring_has_a_kernel(case: Case) -> Problem | None:
-    parallel, kernel = case.parallel, resolve_attention(case.recipe.model.attention, case.device or "cpu")
+    """Its parts are merged by their log-sum-exp, and in the backward each is differentiated by itself."""
+    parallel, device, compile = case.parallel, case.device or "cpu", case.recipe.training.compile
+    kernel, gather = resolve_attention(case.recipe.model.attention, device), "set parallel.context_exchange=gather"
     if parallel.context == 1 or parallel.context_exchange == "gather" or kernel == "tiled":
         return None
-    text = f"parallel.context_exchange = ring is done by the CPU kernel tiled alone, and model.attention is {kernel} here"
-    return Problem(text, lambda: ["set parallel.context_exchange=gather"])
+    if kernel not in FLEX[:2]:
+        text = f"parallel.context_exchange = ring needs a log-sum-exp that has gradients; of model.attention = {kernel} it has none"
+        auto = ["set model.attention=auto"] if compile == "none" or device == "cpu" else []
+        return Problem(text, lambda: [*auto, gather])
+    if compile == "none":
+        return None
+    text = f"parallel.context_exchange = ring asks autograd in its backward on CUDA, which training.compile = {compile} cannot trace"
+    return Problem(text, lambda: ["set training.compile=none", gather])
 
 
 def backend_is_used(case: Case) -> Problem | None:

@@ -6,14 +6,16 @@ half alone, context ranks and precision; each is a kernel of its own to compile,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bd3_scale.model import flex_ring, tiled_attention
 from bd3_scale.model.attention_kernels import attend
 from bd3_scale.objectives.attention_mask import AttentionPattern, dense, document_segments
 from tests.gpu.device import DEVICE, KERNEL, REHEARSAL, needs_gpu
@@ -46,12 +48,14 @@ class Case:
     draws: int = 1
     rank: int | None = None
     """Which of four context ranks; None: there is one."""
+    ring: bool = False
+    """Whether it meets the keys of the others one rank at a time."""
 
     def __str__(self) -> str:
         words = [f"d{self.head_size}", f"L{self.length}", f"block{self.block_size}", f"heads{self.heads[0]}over{self.heads[1]}"]
         words += [name for name in ("documents", "scored") if getattr(self, name)]
         words += ["fp32"] * (self.dtype == FP32) + ["cut"] * (not self.last_clean) + [self.kind] * (self.kind != "block_diffusion")
-        words += [] if self.rank is None else [f"rank{self.rank}of4"]
+        words += [] if self.rank is None else [f"rank{self.rank}of4"] + ["ring"] * self.ring
         return "-".join(words + [f"{self.draws}draws"] * (self.draws > 1))
 
     @property
@@ -83,6 +87,10 @@ CASES = [
     Case(64, 2048, 16, rank=1),
     Case(128, 2080, 4, heads=(4, 2), documents=True, scored=True, rank=2),
     Case(64, 2048, 1, heads=(4, 2), kind="causal", rank=3),
+    Case(64, 2048, 16, rank=1, ring=True),
+    Case(128, 2080, 4, heads=(4, 2), documents=True, scored=True, rank=2, ring=True),
+    Case(64, 2048, 1, heads=(4, 2), kind="causal", rank=3, ring=True),
+    Case(64, 2048, 2048, kind="full", rank=0, ring=True),
 ]
 
 
@@ -98,7 +106,8 @@ def test_flex_is_dense_attention(case: Case, record_property: Callable[[str, obj
         segments = torch.from_numpy(document_segments(tokens.numpy(), case.undivided))[:, asked].to(DEVICE)
         assert segments.max() > 0
     expected = reference(*inputs, pattern, segments)
-    flex = by(KERNEL, inputs, pattern, segments)
+    run = in_a_ring if case.ring else by
+    flex = run(KERNEL, inputs, pattern, segments)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # one yardstick for all: others lack masks or head sizes
         plain = by("dense", inputs, pattern, segments, repeated=True)
     seen = []
@@ -115,10 +124,10 @@ def test_flex_is_dense_attention(case: Case, record_property: Callable[[str, obj
     if not REHEARSAL:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        by(KERNEL, inputs, pattern, segments)
+        run(KERNEL, inputs, pattern, segments)
         grown, scores = torch.cuda.max_memory_allocated() - before, BATCH * case.heads[0] * inputs[0].shape[0] * pattern.key_rows * 4
         assert grown < scores, f"{grown / 2**20:.0f} MiB; scores would be {scores / 2**20:.0f}"
-    else:
+    elif not case.ring:
         with torch.no_grad():  # Flex as it is, not compiled: what its masks say
             right, made = expected[0], attend(*inputs[:3], pattern, "flex", segments)
         assert float((made.double() - right).abs().max() / right.abs().max()) < LARGEST[case.dtype]
@@ -152,3 +161,32 @@ def by(kernel: str, inputs: list[Tensor], pattern: AttentionPattern, segments: T
     groups = q.shape[2] // k.shape[2] if repeated else 1
     out = attend(q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), pattern, kernel, segments)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+
+
+def in_a_ring(kernel: str, inputs: list[Tensor], pattern: AttentionPattern, segments: Tensor | None) -> list[Tensor]:
+    """As `by`, of a share that holds its own keys; what would travel is at hand here, and what is added to it is counted in."""
+    share, (q, k, v, gradient) = replace(pattern, ring=True), inputs
+    places = [share.before(step).keys_of_rows(share.met(step, q.device)) for step in range(share.context_ranks)]
+    others = [torch.zeros_like(t, dtype=torch.float32) for t in (k, v)]
+
+    def travelling(own_k: Tensor, own_v: Tensor, share: AttentionPattern) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for step in range(1, share.context_ranks):
+            yield step, *(t.detach()[places[step]].permute(1, 2, 0, 3) for t in (k, v))
+
+    def with_gradients(own_k: Tensor, own_v: Tensor, grad_k: Tensor, grad_v: Tensor, share: AttentionPattern) -> Iterator[tuple[Any, ...]]:
+        for step, other_k, other_v in travelling(own_k, own_v, share):
+            grads = [torch.zeros_like(t, dtype=torch.float32) for t in (other_k, other_v)]
+            yield step, other_k, other_v, *grads
+            for total, part in zip(others, grads, strict=True):
+                total[places[step]] = part.permute(2, 0, 1, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (flex_ring, tiled_attention):
+            patch.setattr(module, "travelling", travelling)
+            patch.setattr(module, "travelling_with_gradients", with_gradients)
+        given = [t.detach().requires_grad_() for t in (q, k[places[0]], v[places[0]])]
+        out = attend(*given, share, kernel, segments)
+        of_q, *own = torch.autograd.grad(out, given, gradient)
+    for total, part in zip(others, own, strict=True):
+        total[places[0]] += part
+    return [out.detach(), of_q, *(total.to(k.dtype) for total in others)]

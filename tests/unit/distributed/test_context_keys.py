@@ -11,9 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as torch_flex
 
+<<<<<<< HEAD:tests/unit/distributed/test_context_keys.py
 from bd3_scale.distributed.context_keys import in_order
 from bd3_scale.model import attention_kernels, tiled_attention
+=======
+from bd3_scale.model import attention_kernels, context_keys
+>>>>>>> fb29374 (A ring by FlexAttention: parts merged by log-sum-exp, each differentiated once more in the backward):tests/unit/model/test_context_keys.py
 from bd3_scale.model.attention_kernels import attend, block_mask, document_block_mask
 from bd3_scale.objectives.attention_mask import AttentionPattern, dense
 from tests.unit.model.test_attention_kernels import TOLERANCE, documents, reference, tensors
@@ -68,11 +73,13 @@ def test_shares_are_the_undivided_attention(pattern: AttentionPattern, target: i
                     assert (made - right).abs().max() < TOLERANCE * max(1.0, float(right.abs().max())), message
 
 
-@pytest.mark.parametrize("target", [4, 128])
+@pytest.mark.parametrize(("kernel", "target"), [("tiled", 4), ("tiled", 128), ("flex", 128)])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: f"{pattern.kind}-{pattern.length}-{pattern.block_size}")
-def test_a_ring_is_the_undivided_attention(pattern: AttentionPattern, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_is_the_undivided_attention(pattern: AttentionPattern, kernel: str, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here. Each is given its own rows alone, and the segments of all."""
     monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    # Its dense form has a backward on CPU, too, and what torch says is that its kernel has none.
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     for (whole, ranks), of_documents, scored in itertools.product(everywhere(pattern), (False, True), (False, True)):
         if of_documents and whole.kind == "full":
             continue
@@ -89,10 +96,10 @@ def test_a_ring_is_the_undivided_attention(pattern: AttentionPattern, target: in
             every = share.undivided_rows(torch.arange(share.rows))
             seen = None if data[4] is None else data[4][:, share.undivided_keys(torch.arange(share.key_rows))]
             given = [t[index].requires_grad_() for t, index in zip(data[:3], (rows, every, every), strict=True)]
-            out = attend(*given, share, "tiled", seen)
+            out = attend(*given, share, kernel, seen)
             return [rows, every, out.detach(), *torch.autograd.grad(out, given, data[3][rows])]
 
-        monkeypatch.setattr(tiled_attention, "hop", hop)
+        monkeypatch.setattr(context_keys, "hop", hop)
         found = [torch.zeros_like(each) for each in (q, q, k, v)]
         with ThreadPoolExecutor(ranks) as pool:
             data = [q, k, v, gradient, segments]
@@ -125,3 +132,22 @@ def test_flex_mask_of_a_share_covers_what_is_visible_and_no_more_tiles(pattern: 
         assert torch.equal(block_mask(share, query_rows, torch.device("cpu")).to_dense()[0, 0].bool(), needed)
         one_text = torch.zeros(1, share.key_rows, dtype=torch.int32)
         assert torch.equal(document_block_mask(share, query_rows, one_text).to_dense()[0, 0].bool(), needed)
+
+
+@pytest.mark.parametrize("pattern", [AttentionPattern("block_diffusion", 1024, 16), AttentionPattern("causal", 1024, 1)])
+def test_flex_masks_of_a_ring_are_the_parts_of_the_dense_one(pattern: AttentionPattern) -> None:
+    """Of every step: the tiles that are visited, and what is seen in them; rows that see nothing are among them."""
+    nothing = False
+    for rank, step in itertools.product(range(2), range(2)):
+        share = pattern.share(rank, 2, ring=True)
+        keys = share.before(step).undivided_rows(share.met(step))
+        for query_rows in (share.rows, share.scored_rows):
+            seen = dense(pattern)[share.undivided_rows(torch.arange(query_rows))][:, keys]
+            needed = seen.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(3).any(1)
+            nothing |= not bool(seen.any(1).all())
+            one_text = torch.zeros(1, share.key_rows, dtype=torch.int32)
+            for mask in (block_mask(share, query_rows, torch.device("cpu"), step), document_block_mask(share, query_rows, one_text, step)):
+                assert torch.equal(mask.to_dense()[0, 0].bool(), needed)
+                zero = torch.tensor(0)
+                assert torch.equal(mask.mask_mod(zero, zero, torch.arange(query_rows)[:, None], torch.arange(len(keys))), seen)
+    assert nothing

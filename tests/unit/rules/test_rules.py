@@ -18,6 +18,8 @@ from bd3_scale.recipe.schema import ModelConfig, ParallelConfig, TrainingConfig
 from bd3_scale.rules.validate import validate
 from tests.unit.refusing import refused
 
+RING = "parallel.context=2 parallel.context_exchange=ring"
+
 
 def cures(message: str) -> list[tuple[list[str], int | None]]:
     """What a message says to do: (overrides to set, ranks to start), one for each alternative."""
@@ -69,7 +71,9 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("model.attention=flex_triton", 1, "cpu", "set model.attention=auto"),
         ("model.attention=flex_flash training.precision=fp32", 1, "cuda", "set training.precision=bf16, or set model.attention=auto"),
         ("model.attention=flex_triton objective.kind=mdlm objective.block_size=null", 1, "cuda", "set model.attention=auto"),
-        ("parallel.context=2 parallel.context_exchange=ring", 2, "cuda", "set parallel.context_exchange=gather"),
+        (f"{RING} model.attention=dense", 2, "cpu", "set model.attention=auto, or set parallel.context_exchange=gather"),
+        (f"{RING} model.attention=flex_flash", 2, "cuda", "set model.attention=auto, or set parallel.context_exchange=gather"),
+        (f"{RING} training.compile=blocks", 2, "cuda", "set training.compile=none, or set parallel.context_exchange=gather"),
         ("training.compile=max-autotune", 1, "cpu", "set training.compile=none, or set training.compile=blocks"),
         # Tensor parallelism: heads, key/value heads, MLP.
         ("parallel.tensor=2", 1, "cpu", "start 2 ranks, or set parallel.tensor=1"),
