@@ -92,7 +92,7 @@ def flex_attention(
     mask = _block_mask(pattern, q.shape[0], q.device, segments) if block_mask is None else block_mask
     options: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2], "kernel_options": None if backend is None else {"BACKEND": backend}}
     if pattern.ring:
-        run = _flex(_with_lse, q.is_cuda, backend)
+        run = _flex(flex_with_lse, q.is_cuda, backend)
         return FlexRing.apply(q, k, v, pattern, lambda *given: run(*given, **options), mask)
     run = _flex(torch_flex_attention, q.is_cuda, backend)
     return run(*(heads_first(t) for t in (q, k, v)), block_mask=mask, **options).permute(2, 0, 1, 3)
@@ -165,7 +165,8 @@ def _dense_mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
 # -- FlexAttention -----------------------------------------------------------------------------------------------------
 
 
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **options: Any) -> tuple[Tensor, Tensor]:
+def flex_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **options: Any) -> tuple[Tensor, Tensor]:
+    """Heads first, [batch, heads, rows, d]: the output and its natural log-sum-exp, -inf of a row that sees nothing."""
     out, more = torch_flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **options)
     return out, more.lse
 

@@ -73,6 +73,8 @@ class Tiles:
         self.streams = pattern.streams
         self.asking = -(-q.shape[0] // pattern.length)
         own = pattern.keys_of_rows(torch.arange(pattern.rows, device=q.device)) if pattern.context_ranks > 1 else None
+        self.at_hand = pattern.pieces if pattern.ring else [range(pattern.context_ranks * pattern.length)]
+        """The positions of the clean keys that are given."""
         self.own = None if pattern.ring else own
         """Where the keys of the rows that a share holds lie among those that are given; None: they are all."""
         if segments is not None:
@@ -156,8 +158,7 @@ class Tiles:
     def visits(self, k: Tensor, v: Tensor) -> Iterator[tuple[list[range], Tensor, Tensor]]:
         """(positions, k, v [batch, kv_heads, n, d]) of clean keys, until all have been there: at once, or in a ring from rank to rank."""
         pattern = self.pattern
-        own = pattern.pieces if pattern.ring else [range(pattern.context_ranks * pattern.length)]
-        yield own, self.clean(k), self.clean(v)
+        yield self.at_hand, self.clean(k), self.clean(v)
         if pattern.ring:
             for step, clean_k, clean_v in travelling(k, v, pattern):
                 yield pattern.before(step).pieces, clean_k, clean_v
@@ -167,9 +168,8 @@ class Tiles:
     ) -> Iterator[tuple[list[range], Tensor, Tensor, Tensor, Tensor]]:
         """The same, each with the fp32 gradients of what is there, to be added to; at the end `grad_k` and `grad_v` have theirs."""
         pattern = self.pattern
-        own = pattern.pieces if pattern.ring else [range(pattern.context_ranks * pattern.length)]
         home_k, home_v = self.clean(grad_k), self.clean(grad_v)
-        yield own, self.clean(k), self.clean(v), home_k, home_v
+        yield self.at_hand, self.clean(k), self.clean(v), home_k, home_v
         if pattern.ring:
             for step, clean_k, clean_v, away_k, away_v in travelling_with_gradients(k, v, home_k, home_v, pattern):
                 yield pattern.before(step).pieces, clean_k, clean_v, away_k, away_v

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from bd3_scale.model.attention_kernels import block_mask, document_block_mask, flex_with_lse
 from bd3_scale.model.compiling import COMPILE_MODES, compiled_whole, wrap_blocks
 from bd3_scale.model.transformer import Transformer
+from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import BlockDiffusion
 from bd3_scale.recipe.schema import ModelConfig
@@ -121,6 +124,19 @@ def test_flex_attention_is_inside_of_the_graph(documents: bool) -> None:
         for one in given:
             torch.testing.assert_close(model(one)[1], plain(one)[1], rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["texts", "documents"])
+def test_parts_of_a_ring_are_two_graphs_for_all_ranks(documents: bool) -> None:
+    """What a rank holds, and what any other sends; each graph is a kernel that takes seconds to compile."""
+    run = compiled_whole(flex_with_lse, backend="eager")
+    for rank, step in itertools.product(range(4), range(4)):
+        share = AttentionPattern("block_diffusion", LENGTH, 4).share(rank, 4, ring=True)
+        segments = torch.arange(share.key_rows)[None] // 20 + rank
+        mask = document_block_mask(share, share.rows, segments, step) if documents else block_mask(share, share.rows, segments.device, step)
+        q, k = torch.ones(1, 2, share.rows, 8), torch.ones(1, 2, len(share.met(step)), 8)
+        run(q, k, k, mask, enable_gqa=False, kernel_options=None)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_what_cannot_be_one_graph_is_an_error() -> None:
