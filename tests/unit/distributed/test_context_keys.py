@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -80,6 +81,7 @@ def test_a_ring_is_the_undivided_attention(pattern: AttentionPattern, kernel: st
     monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
     # Its dense form has a backward on CPU, too, and what torch says is that its kernel has none.
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    turn = threading.Lock()  # of whoever computes: torch's tracing is of one thread at a time
     for (whole, ranks), of_documents, scored in itertools.product(everywhere(pattern), (False, True), (False, True)):
         if of_documents and whole.kind == "full":
             continue
@@ -89,15 +91,20 @@ def test_a_ring_is_the_undivided_attention(pattern: AttentionPattern, kernel: st
 
         def hop(x: torch.Tensor, share: AttentionPattern, wires: list[queue.Queue[torch.Tensor]] = wires) -> torch.Tensor:
             wires[share.context_rank].put(x.clone())
-            return wires[share.context_rank - 1].get(timeout=10)
+            turn.release()
+            try:
+                return wires[share.context_rank - 1].get(timeout=60)
+            finally:
+                turn.acquire()
 
         def attended(share: AttentionPattern, scored: bool, data: list[torch.Tensor | None]) -> list[torch.Tensor]:
             rows = share.undivided_rows(torch.arange(share.scored_rows if scored else share.rows))
             every = share.undivided_rows(torch.arange(share.rows))
             seen = None if data[4] is None else data[4][:, share.undivided_keys(torch.arange(share.key_rows))]
             given = [t[index].requires_grad_() for t, index in zip(data[:3], (rows, every, every), strict=True)]
-            out = attend(*given, share, kernel, seen)
-            return [rows, every, out.detach(), *torch.autograd.grad(out, given, data[3][rows])]
+            with turn:
+                out = attend(*given, share, kernel, seen)
+                return [rows, every, out.detach(), *torch.autograd.grad(out, given, data[3][rows])]
 
         monkeypatch.setattr(context_keys, "hop", hop)
         found = [torch.zeros_like(each) for each in (q, q, k, v)]
