@@ -90,7 +90,7 @@ def flex_attention(
     if _needs_no_mask(pattern, segments):
         return _one_stream(q, k, v, pattern)
     mask = _block_mask(pattern, q.shape[0], q.device, segments) if block_mask is None else block_mask
-    options: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2], "kernel_options": None if backend is None else {"BACKEND": backend}}
+    options: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2], "kernel_options": _kernel_options(q, backend)}
     if pattern.ring:
         run = _flex(flex_with_lse, q.is_cuda, backend)
         return FlexRing.apply(q, k, v, pattern, lambda *given: run(*given, **options), mask)
@@ -169,6 +169,17 @@ def flex_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **options: A
     """Heads first, [batch, heads, rows, d]: the output and its natural log-sum-exp, -inf of a row that sees nothing."""
     out, more = torch_flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **options)
     return out, more.lse
+
+
+KEY_TILE = {64: 64}
+"""Keys of a forward tile by head size in 16 bits, where torch's own choice is slower: 128 takes 0.210 ms of an H200 where 64 take 0.152."""
+
+
+def _kernel_options(q: Tensor, backend: str | None) -> dict[str, Any] | None:
+    options: dict[str, Any] = {} if backend is None else {"BACKEND": backend}
+    if q.is_cuda and q.element_size() == 2 and q.shape[-1] in KEY_TILE and backend != "FLASH":
+        options["fwd_BLOCK_N"] = KEY_TILE[q.shape[-1]]
+    return options or None
 
 
 def _flex(function: Callable[..., Any], compiled: bool, backend: str | None) -> Callable[..., Any]:
