@@ -347,8 +347,8 @@ def attention(recipe: Recipe) -> Finding:
     """The kernel of the device, forwards and backwards, against the dense reference."""
     import torch
 
-    from bd3_scale.model.attention_kernels import attend
-    from bd3_scale.objectives.attention_mask import AttentionPattern
+    from bd3_scale.attention.kernels import attend
+    from bd3_scale.attention.mask import AttentionPattern
 
     cuda = torch.cuda.is_available() and recipe.run.device != "cpu"
     kernel, place = ("flex", "cuda") if cuda else ("tiled", "cpu")

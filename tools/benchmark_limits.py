@@ -20,13 +20,13 @@ from benchmark_measure import alternate
 from megatron.core import parallel_state
 from torch import Tensor
 
+from bd3_scale.attention.kernels import attend
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed import layout
-from bd3_scale.model.attention_kernels import attend
 from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.loss_head import Head
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.devices import DEVICES, Device
 from bd3_scale.planning.limits import TILE, half_products, visited_tiles
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig

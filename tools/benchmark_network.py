@@ -22,6 +22,10 @@ from benchmark_measure import alternate, paired_ratio, peak_bytes, split_of_time
 from megatron.core import parallel_state
 from torch import Tensor
 
+from bd3_scale.attention import kernels
+from bd3_scale.attention.kernels import BACKENDS
+from bd3_scale.attention.mask import AttentionPattern
+from bd3_scale.compiling import RECOMPUTED, wrap_blocks
 from bd3_scale.costs import sizes
 from bd3_scale.costs.flops import count_flops, peak_flops
 from bd3_scale.distributed import layout
@@ -29,12 +33,8 @@ from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.engines.initialise import initialise
 from bd3_scale.engines.kernel_probe import Shape, probe
 from bd3_scale.errors import TrainingError
-from bd3_scale.model import attention_kernels
 from bd3_scale.model.attention import rotary_table
-from bd3_scale.model.attention_kernels import BACKENDS
-from bd3_scale.model.compiling import RECOMPUTED, wrap_blocks
 from bd3_scale.model.transformer import ForwardContext, Rows, Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig
@@ -411,7 +411,7 @@ def attention_ratio(made: Bench, rounds: int, kernel: str) -> float | str:
     q, k, v = (torch.randn(shape, device=made.device, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def side(what: AttentionPattern, chosen: str) -> Step:
-        return lambda: attention_kernels.attend(q, k, v, what, chosen).sum().backward()
+        return lambda: kernels.attend(q, k, v, what, chosen).sum().backward()
 
     seconds = alternate({"ours": side(pattern, kernel), "causal": side(causal, "auto")}, rounds, made.device)
     return paired_ratio(seconds["causal"], seconds["ours"]) * pattern.visible_pairs / causal.visible_pairs

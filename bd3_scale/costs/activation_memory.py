@@ -31,9 +31,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.pipeline_stages import micro_batch_group
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE, padded_vocabulary, positions_per_chunk
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe.environment import resolve_attention
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig

@@ -17,8 +17,8 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from math import prod
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.parameter_shapes import parameter_shapes
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe.schema import ModelConfig
 
 

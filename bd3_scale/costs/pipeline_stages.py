@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.flops import count_flops
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.noise import schedule_named
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.objectives.time_density import TimeDensity, time_density

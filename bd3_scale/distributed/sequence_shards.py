@@ -2,7 +2,7 @@
 
 Without sequence parallelism every rank holds all rows and everything here is the identity. With it, each of the R tensor
 ranks holds an equal part of *both* stream halves: rank r has the r-th part of the noisy half (rows [r L/R, (r+1) L/R) of one
-draw), then its R-th of the clean half (which may be shorter, see `attention_mask`). So the ranks stay equally busy where only the noisy
+draw), then its R-th of the clean half (which may be shorter, see `attention.mask`). So the ranks stay equally busy where only the noisy
 half goes on (last layer, head), and gathering the noisy rows alone gives them in order. What the linears gather from all ranks lies rank
 by rank ("gathered order"): `together` puts it half by half, as the mask and the rotary positions have it, and `apart` is its inverse.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.attention.mask import AttentionPattern
 
 
 @dataclass(frozen=True)

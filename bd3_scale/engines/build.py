@@ -11,12 +11,12 @@ from contextlib import nullcontext
 
 import torch
 
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.optimizers.settings import OptimizerSettings

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_scale.attention.kernels import BACKENDS, attend, block_mask_of
+from bd3_scale.attention.mask import AttentionPattern
+from bd3_scale.compiling import COMPILE_MODES, compiled_whole
 from bd3_scale.costs.pipeline_stages import phases_of
 from bd3_scale.errors import TrainingError, one_line
-from bd3_scale.model.attention_kernels import BACKENDS, attend, block_mask_of
-from bd3_scale.model.compiling import COMPILE_MODES, compiled_whole
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe import Recipe, resolve_precision
 
 OPTIONS = (("model.attention", "flex_triton"), ("model.attention", "flex_flash"), ("training.compile", "max-autotune"))

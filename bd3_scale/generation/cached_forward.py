@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives.attention_mask import decoding_mask
+from bd3_scale.attention.mask import decoding_mask
 from bd3_scale.objectives.base import Objective
 from bd3_scale.objectives.sedd import noise_levels
 from bd3_scale.objectives.simplex import SimplexNoise, conditioning_times
@@ -184,7 +184,7 @@ class CachedForward:
 
 
 def segments_of(tokens: np.ndarray, noisy_from: int, document_end: int) -> np.ndarray:
-    """int [B, stop]: the document of each position (`attention_mask.document_segments`); a noisy block's is the one before it."""
+    """int [B, stop]: the document of each position (`attention.mask.document_segments`); a noisy block's is the one before it."""
     ends = tokens == document_end
     ends[:, 0] = ends[:, noisy_from:] = False
     return np.cumsum(ends, axis=1)

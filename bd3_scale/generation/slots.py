@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_scale.attention.mask import decoding_mask
 from bd3_scale.generation.cached_forward import Network, Request, Steps, one_block, segments_of
 from bd3_scale.generation.sampler import Texts, Until, begin
 from bd3_scale.generation.token_sampling import SamplingOptions
-from bd3_scale.objectives.attention_mask import decoding_mask
 from bd3_scale.objectives.base import Objective
 from bd3_scale.objectives.sedd import noise_levels
 from bd3_scale.objectives.simplex import SimplexNoise, conditioning_times

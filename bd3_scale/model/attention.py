@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from bd3_scale.distributed.context_keys import all_keys
-from bd3_scale.model.attention_kernels import attend
+from bd3_scale.attention.context_keys import all_keys
+from bd3_scale.attention.kernels import attend
 from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.norms import AllHeadsNorm, HeadNorm
 from bd3_scale.model.selected import SelectedRows

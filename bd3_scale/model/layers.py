@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.sizes import SINUSOIDS, padded_vocabulary
 from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.keyed_random import hash32
@@ -34,7 +35,6 @@ from bd3_scale.megatron_core import (
     set_tensor_model_parallel_attributes,
 )
 from bd3_scale.model.simplex_embedding import SMALLEST, expected_embedding
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.simplex import SimplexNoise
 from bd3_scale.recipe.schema import ModelConfig
 

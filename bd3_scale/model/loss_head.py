@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bd3_scale.compiling import compiled_whole, of_any_size
 from bd3_scale.costs.sizes import positions_per_chunk
 from bd3_scale.megatron_core import parallel_state, reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
-from bd3_scale.model.compiling import compiled_whole, of_any_size
 from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.recipe.schema import ModelConfig
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3_scale.compiling import of_any_size
 from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.megatron_core import parallel_state, reduce_scatter_to_sequence_parallel_region
-from bd3_scale.model.compiling import of_any_size
 
 
 @dataclass(frozen=True)

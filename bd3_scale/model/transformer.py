@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
+from bd3_scale.attention.kernels import block_mask_of
+from bd3_scale.compiling import of_any_size
 from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.model.attention import DECODING, Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_table
-from bd3_scale.model.attention_kernels import block_mask_of
-from bd3_scale.model.compiling import of_any_size
 from bd3_scale.model.layers import (
     MLP,
     DropoutWords,
@@ -72,7 +72,7 @@ class ForwardContext:
     scored: Rows
     """What is left of them behind the last layer."""
     kernel: str = "auto"
-    """Of attention (see `attention_kernels.attend`)."""
+    """Of attention (see `attention.kernels.attend`)."""
     mask: Any = None
     """FlexAttention's of all rows; None where the kernel needs none."""
     scored_mask: Any = None

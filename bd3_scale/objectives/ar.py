@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.objectives import noise
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.base import ObjectiveBase, check_padding
 from bd3_scale.objectives.network_inputs import (
     BlockSamples,

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Protocol, cast
 import numpy as np
 from torch import Tensor
 
-from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import BlockSamples, NetworkInputs
 from bd3_scale.recipe.objective_kinds import KINDS, Kind
 from bd3_scale.rules.objective import check_clean_half, check_shape

@@ -12,8 +12,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.objectives import noise
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.base import ObjectiveBase, block_pattern, check_padding
 from bd3_scale.objectives.control_variate import control
 from bd3_scale.objectives.draws import NoisyRows, fold
@@ -172,7 +172,7 @@ class BlockDiffusion(AbsorbingDiffusion):
     masked_nll: tuple[float, ...] = ()
     """For the control variate; (): there is none."""
     document_end: int | None = None
-    """Documents that share a row and end with this token do not see each other (see `attention_mask`)."""
+    """Documents that share a row and end with this token do not see each other (see `attention.mask`)."""
     row_multiple: int = 1
     """The clean half is cut where nothing is seen of it if it stays a multiple of this."""
     draws: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.objectives.bd3 import AbsorbingDiffusion
 from bd3_scale.recipe.objective_kinds import KINDS, VALIDATION_INTERVAL, Kind
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern, document_segments
 from bd3_scale.data.counted import counted, ids
 from bd3_scale.errors import DataError
-from bd3_scale.objectives.attention_mask import AttentionPattern, document_segments
 from bd3_scale.objectives.simplex import SimplexNoise
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.objectives.mdlm import MaskedDiffusion
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.noise import Schedule

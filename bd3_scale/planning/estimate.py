@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.activation_memory import exchange_bytes, kept_bytes, logits_bytes, most_bytes, working_bytes
 from bd3_scale.costs.communication import Transfer, step_traffic
@@ -23,7 +24,6 @@ from bd3_scale.costs.parameter_shapes import whole
 from bd3_scale.costs.pipeline_stages import Phase
 from bd3_scale.costs.sizes import LARGEST_BUCKET, bucket_elements
 from bd3_scale.costs.state_memory import state_bytes
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import EFFICIENCY
 from bd3_scale.planning.limits import StageLimits, layer_limits, product_seconds, stage_limits

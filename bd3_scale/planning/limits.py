@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from bd3_scale.attention.mask import AttentionPattern, block_sparse_indices
 from bd3_scale.costs.activation_memory import Batch
 from bd3_scale.costs.orthogonal_step import orthogonal_flops
-from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices
 from bd3_scale.planning.cluster_plan import ClusterPlan
 from bd3_scale.planning.devices import Device
 from bd3_scale.planning.passes import Passes, attention_half, embedding_passes, final_norm, head_passes, mlp_half

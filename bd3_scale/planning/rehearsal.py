@@ -29,6 +29,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bd3_scale.attention import kernels
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.parameter_shapes import parameter_shapes
 from bd3_scale.distributed import layout as layouts
@@ -36,8 +38,6 @@ from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.build import build_engine
 from bd3_scale.errors import TrainingError, one_line
-from bd3_scale.model import attention_kernels
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.layers import TensorParallelFactory, full_shape
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
@@ -189,7 +189,7 @@ def run_stages(cluster: ClusterPlan, layout: Layout, built: list[Transformer]) -
             for chunk in built if layout.rank == 0 else _own(layout, built):
                 received = None if chunk.first else (torch.empty(shape) if handed is None else handed.detach()).requires_grad_()
                 handed = _forward_backward(chunk, fake, received, shape, recipe.training.recompute)
-        attention_kernels.forget_masks()  # they were made without data
+        kernels.forget_masks()  # they were made without data
     return shape
 
 

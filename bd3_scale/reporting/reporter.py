@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.flops import peak_flops, training_flops_per_token
 from bd3_scale.costs.pipeline_stages import selected_share
 from bd3_scale.data.preparation.packing import texts_end_at
@@ -25,7 +26,6 @@ from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.kernel_probe import Probed, as_line, as_text
 from bd3_scale.errors import TrainingError
 from bd3_scale.messages import log
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe import Recipe, resolve_precision, to_yaml
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig, TrainingConfig
 from bd3_scale.recipe.text import as_yaml

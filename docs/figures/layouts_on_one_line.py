@@ -100,7 +100,7 @@ def _draw_mask(axis: Any) -> None:
     import torch
     from matplotlib.colors import ListedColormap
 
-    from bd3_scale.objectives.attention_mask import AttentionPattern, visible
+    from bd3_scale.attention.mask import AttentionPattern, visible
 
     pattern = AttentionPattern("block_diffusion", 16, 4)
     row = torch.arange(pattern.rows)

@@ -2,7 +2,7 @@
 
 `python -m tests.fake_cuda.ahead_worker OUT.json [REPORT.md]` in an environment with torch's CUDA build. What torch would ask the driver
 is answered as by an H100; the graph of one attention, forward or backward, is given to Inductor as Dynamo and autograd would, with the
-BlockMask of `model/attention_kernels.py`; nothing runs. Of each kernel: registers, bytes that are spilled, shared memory, and whether its
+BlockMask of `attention/kernels.py`; nothing runs. Of each kernel: registers, bytes that are spilled, shared memory, and whether its
 products are wgmma.
 """
 
@@ -33,8 +33,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bd3_scale.model import attention_kernels
-from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.attention import kernels
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.objectives.table import ObjectiveSchedule
 from bd3_scale.recipe.objective_kinds import ROW_MULTIPLE
 from bd3_scale.recipe.schema import ObjectiveConfig
@@ -109,9 +109,9 @@ def graph(case: Case, backward: bool) -> tuple[fx.GraphModule, list[Tensor]]:
     segments = torch.zeros(BATCH, pattern.rows, dtype=torch.int32)
     block_mask: Any
     if case.documents:
-        block_mask = attention_kernels.document_block_mask(pattern, queries, segments)
+        block_mask = kernels.document_block_mask(pattern, queries, segments)
     else:
-        block_mask = attention_kernels.block_mask(pattern, queries, torch.device("cpu"))
+        block_mask = kernels.block_mask(pattern, queries, torch.device("cpu"))
     places = [torch.zeros((), dtype=torch.int32) for _ in range(4)]
     number = torch.zeros(())
     root, lines = torch.nn.Module(), fx.Graph()
@@ -158,7 +158,7 @@ def masked_documents(pattern: AttentionPattern) -> Callable[..., Tensor]:
     from torch._dynamo._trace_wrapped_higher_order_op import mod_index
 
     def mask(sample: Tensor, head: Tensor, query: Tensor, key: Tensor, segments: Tensor) -> Tensor:
-        return attention_kernels.visible(pattern, query, key) & (mod_index(segments, [sample, query]) == mod_index(segments, [sample, key]))
+        return kernels.visible(pattern, query, key) & (mod_index(segments, [sample, query]) == mod_index(segments, [sample, key]))
 
     return mask
 
@@ -230,7 +230,7 @@ def report(results: list[dict[str, Any]]) -> str:
         "# FlexAttention's kernels for an H100, compiled ahead of time",
         "",
         f"{datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, for sm_90a, bf16. Nothing ran: the kernels that",
-        "Inductor writes for the BlockMasks of `model/attention_kernels.py`, without autotuning, and what ptxas says of them.",
+        "Inductor writes for the BlockMasks of `attention/kernels.py`, without autotuning, and what ptxas says of them.",
         "With L' = L a row is one stream, which plain attention computes: there is no kernel of ours.",
         "",
         "| attention | pass | warps | stages | registers | spilled, bytes | shared, KiB | wgmma |",

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_iter
 
-from bd3_scale.model import attention_kernels
+from bd3_scale.attention import kernels
 from tests.distributed.reads_worker import BY_MASK, READING, Reads, _by_mask
 
 DEVICE = torch.device("cuda", 0)
@@ -263,6 +263,6 @@ def fake_cuda(answer: float | None = None) -> Iterator[Operators]:
 
 def forget_masks() -> None:
     """Let go of masks that were made without data: others must not find them."""
-    for cached in vars(attention_kernels).values():
+    for cached in vars(kernels).values():
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()

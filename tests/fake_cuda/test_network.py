@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.costs.sizes import VOCABULARY_MULTIPLE
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.generation.sampler import generate
 from bd3_scale.generation.token_sampling import SamplingOptions
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.layers import TensorParallelFactory
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs

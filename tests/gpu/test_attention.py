@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bd3_scale.model import flex_ring, tiled_attention
-from bd3_scale.model.attention_kernels import attend
-from bd3_scale.objectives.attention_mask import AttentionPattern, dense, document_segments
+from bd3_scale.attention import flex_ring, tiled
+from bd3_scale.attention.kernels import attend
+from bd3_scale.attention.mask import AttentionPattern, dense, document_segments
 from tests.gpu.device import DEVICE, KERNEL, REHEARSAL, needs_gpu
 
 pytestmark = needs_gpu
@@ -181,7 +181,7 @@ def in_a_ring(kernel: str, inputs: list[Tensor], pattern: AttentionPattern, segm
                 total[places[step]] = part.permute(2, 0, 1, 3)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (flex_ring, tiled_attention):
+        for module in (flex_ring, tiled):
             patch.setattr(module, "travelling", travelling)
             patch.setattr(module, "travelling_with_gradients", with_gradients)
         given = [t.detach().requires_grad_() for t in (q, k[places[0]], v[places[0]])]

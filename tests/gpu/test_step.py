@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.model.compiling import wrap_blocks
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import ObjectiveSchedule

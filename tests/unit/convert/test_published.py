@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern, dense
 from bd3_scale.generation.load_model import LoadedNetwork, load_network
-from bd3_scale.objectives.attention_mask import AttentionPattern, dense
 from bd3_scale.objectives.table import BlockDiffusion
 from tools import convert_checkpoint
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.costs import activation_memory
 from bd3_scale.costs.activation_memory import Batch, kept_bytes, most_bytes, under_way
 from bd3_scale.engines.initialise import initialise
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, ScoreEntropy
 from bd3_scale.recipe.schema import ModelConfig, ParallelConfig

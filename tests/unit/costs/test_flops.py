@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bd3_scale.attention.mask import AttentionPattern
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.costs.flops import count_flops, count_parameters, peak_flops, training_flops_per_token
 from bd3_scale.costs.sizes import SINUSOIDS
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.table import BlockDiffusion, NetworkInputs
 from bd3_scale.recipe.schema import ModelConfig
 

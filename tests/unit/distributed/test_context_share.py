@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bd3_scale.attention.mask import AttentionPattern, dense
 from bd3_scale.distributed.context_share import ContextShare
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern, dense
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion, Objective, ScoreEntropy, SimplexDiffusion
 from bd3_scale.recipe.schema import ModelConfig
 

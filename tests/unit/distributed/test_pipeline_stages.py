@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs import pipeline_stages
 from bd3_scale.costs.flops import count_flops
 from bd3_scale.costs.pipeline_stages import micro_batch_group
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe.schema import ModelConfig
 
 COSTS = st.lists(st.integers(1, 9).map(float), min_size=1, max_size=9)

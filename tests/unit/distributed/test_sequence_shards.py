@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.distributed.sequence_shards import Stream
-from bd3_scale.objectives.attention_mask import AttentionPattern
 
 LENGTH = 24
 PATTERNS = [

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bd3_scale import compiling
+from bd3_scale.attention import kernels
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.engines import kernel_probe
 from bd3_scale.engines.kernel_probe import OPTIONS, Shape, as_line, probe_recipe, survey
 from bd3_scale.errors import RecipeError, TrainingError
-from bd3_scale.model import attention_kernels, compiling
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.recipe import KEYS, Recipe
 
 CPU = torch.device("cpu")
@@ -39,9 +40,9 @@ def test_a_backend_reaches_the_kernel(kernel: str, options: dict[str, str] | Non
         seen.append(keywords)
         return q
 
-    monkeypatch.setattr(attention_kernels, "_flex", lambda compiled_, backend: compiled)
+    monkeypatch.setattr(kernels, "_flex", lambda function, compiled_, backend: compiled)
     q = torch.zeros(PATTERN.rows, 1, 2, 16)
-    attention_kernels.attend(q, q, q, PATTERN, kernel)
+    kernels.attend(q, q, q, PATTERN, kernel)
     assert [one["kernel_options"] for one in seen] == [options]
     if options is not None:
         assert "BACKEND" in FlexKernelOptions.__annotations__ and options["BACKEND"] in _Backend.__args__
@@ -50,7 +51,7 @@ def test_a_backend_reaches_the_kernel(kernel: str, options: dict[str, str] | Non
 def test_a_backend_without_cuda_is_an_error_and_not_another_kernel() -> None:
     q = torch.zeros(PATTERN.rows, 1, 2, 16)
     with pytest.raises(RecipeError, match=r"needs CUDA; set model\.attention=auto"):
-        attention_kernels.attend(q, q, q, PATTERN, "flex_flash")
+        kernels.attend(q, q, q, PATTERN, "flex_flash")
 
 
 def test_defaults_are_not_probed_and_what_is_asked_for_is() -> None:
@@ -70,8 +71,8 @@ def test_a_probe_compares_with_the_reference(kind: Any, documents: bool, monkeyp
     shape = replace(SHAPE, pattern=replace(PATTERN, kind=kind), documents=documents)
     found = kernel_probe.probe(shape, CPU)
     assert found.difference < 1e-5 and as_line(found)["kind"] == "probe"
-    right = attention_kernels.KERNELS["tiled"]
-    monkeypatch.setitem(attention_kernels.KERNELS, "tiled", lambda q, k, v, *rest: right(q, k, v * 1.01, *rest))
+    right = kernels.KERNELS["tiled"]
+    monkeypatch.setitem(kernels.KERNELS, "tiled", lambda q, k, v, *rest: right(q, k, v * 1.01, *rest))
     with pytest.raises(TrainingError, match=r"differs from the reference by .*; set model\.attention=auto"):
         kernel_probe.probe(shape, CPU)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3_scale.model import attention_kernels
+from bd3_scale.attention import kernels
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import BlockDiffusion, NetworkInputs, row_nelbo
 from bd3_scale.recipe.schema import ModelConfig
@@ -110,7 +110,7 @@ def _rows(count: int, length: int, vocabulary: int) -> np.ndarray:
 @pytest.fixture(params=[4, 128], ids=["small_tiles", "one_tile"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU kernel cuts a row into tiles; sequences here are short, so that its usual tile would hold all of one."""
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", request.param)
+    monkeypatch.setattr(kernels, "CPU_TILE", request.param)
 
 
 SHAPES = [(12, 1), (16, 4), (24, 12), (9, 9), (16, 2)]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bd3_scale import recipe as recipes
+from bd3_scale.attention.mask import AttentionPattern
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.distributed.sequence_shards import Stream
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.selected import SelectedRows
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.table import (
     Autoregressive,
     BlockDiffusion,

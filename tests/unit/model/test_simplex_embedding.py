@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bd3_scale.attention.mask import decoding_mask
 from bd3_scale.costs.flops import count_flops
 from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.keyed_random import normals
@@ -18,7 +19,6 @@ from bd3_scale.model import simplex_embedding as module
 from bd3_scale.model.layers import RowGroups
 from bd3_scale.model.simplex_embedding import expected_embedding
 from bd3_scale.model.transformer import Transformer, _of_groups
-from bd3_scale.objectives.attention_mask import decoding_mask
 from bd3_scale.objectives.simplex import K, SimplexNoise, conditioning_times, remaining_signal
 from bd3_scale.objectives.table import NetworkInputs, SimplexDiffusion
 from bd3_scale.recipe.schema import ModelConfig

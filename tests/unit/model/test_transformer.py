@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern, decoding_mask
+from bd3_scale.compiling import wrap_blocks
 from bd3_scale.engines.initialise import initialise
-from bd3_scale.model.compiling import wrap_blocks
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern, decoding_mask
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, NetworkInputs
 from bd3_scale.recipe.schema import ModelConfig
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.table import Autoregressive, BlockDiffusion, MaskedDiffusion
 from bd3_scale.recipe.schema import ModelConfig

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bd3_scale import messages, plot
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.costs.flops import training_flops_per_token
 from bd3_scale.costs.pipeline_stages import expected_masked
 from bd3_scale.distributed.layout import Layout
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.time_density import TimeDensity
 from bd3_scale.recipe import Recipe, load
 from bd3_scale.reporting import plots

@@ -4,10 +4,10 @@ All take q [query_rows, batch, heads, d] and k, v [pattern.key_rows, batch, kv_h
 heads = groups x kv_heads (head h reads kv head h // groups; K and V are never repeated), and return
 [query_rows, batch, heads, d]. `query_rows` is all rows, or the scored half alone (the last layer needs no more).
 `segments` int [batch, key_rows], where given, keeps rows of different segments apart on top of the pattern (see `mask`).
-Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `attention_mask`); in a ring a
+Keys are as many as rows, but for the share of a context rank, which asks for more than it holds (see `mask`); in a ring a
 kernel is given those that it holds, and meets the others one rank at a time.
 
-The tiled form has a file of its own, `tiled_attention.py`, and so has FlexAttention in a ring, `flex_ring.py`. Segments become masks
+The tiled form has a file of its own, `tiled.py`, and so has FlexAttention in a ring, `flex_ring.py`. Segments become masks
 that are made where they are needed (forward and backward) and nowhere else.
 """
 
@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
+from bd3_scale.attention.flex_ring import FlexRing, heads_first
+from bd3_scale.attention.mask import AttentionPattern, block_sparse_indices, dense, tile_length, visible
+from bd3_scale.attention.tiled import TiledAttention, additive_tile_mask, same_segments
+from bd3_scale.compiling import compiled_whole
 from bd3_scale.errors import RecipeError
-from bd3_scale.model.compiling import compiled_whole
-from bd3_scale.model.flex_ring import FlexRing, heads_first
-from bd3_scale.model.tiled_attention import TiledAttention, additive_tile_mask, same_segments
-from bd3_scale.objectives.attention_mask import AttentionPattern, block_sparse_indices, dense, tile_length, visible
 from bd3_scale.recipe.environment import resolve_attention
 
 CPU_TILE = 128

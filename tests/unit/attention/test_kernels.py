@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bd3_scale.model import attention_kernels
-from bd3_scale.model.attention_kernels import BACKENDS, KERNELS, attend, block_mask, document_block_mask
-from bd3_scale.model.tiled_attention import Tiles
-from bd3_scale.objectives.attention_mask import AttentionPattern, dense, document_segments, tile_length
+from bd3_scale.attention import kernels
+from bd3_scale.attention.kernels import BACKENDS, KERNELS, attend, block_mask, document_block_mask
+from bd3_scale.attention.mask import AttentionPattern, dense, document_segments, tile_length
+from bd3_scale.attention.tiled import Tiles
 
 SHAPES = [(2, 1), (13, 1), (13, 13), (12, 4), (30, 5), (35, 7), (48, 3), (64, 64), (72, 12)]
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)]
@@ -83,7 +83,7 @@ def test_tiled_form_is_exact_forward_and_backward(
     length: int, block: int, clean_half: str, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles of one block (where the halves are kept apart), of several, and of the whole row."""
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    monkeypatch.setattr(kernels, "CPU_TILE", target)
     for last_clean in (True, False)[: 2 if block < length else 1]:
         pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=last_clean)  # type: ignore[arg-type]
         for (heads, kv_heads), batch in zip(HEADS, (1, 2, 1, 2, 2), strict=True):
@@ -105,7 +105,7 @@ def test_both_ways_to_arrange_a_tile_are_tested(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("target", [4, 64])
 @pytest.mark.parametrize("draws", [2, 3])
 def test_several_draws_attend_as_the_mask_says(draws: int, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    monkeypatch.setattr(kernels, "CPU_TILE", target)
     for (length, block), clean_half, last_clean in itertools.product(
         [(12, 4), (24, 1), (66, 11)], ["block_causal", "causal"], [True, False]
     ):
@@ -140,7 +140,7 @@ def test_other_patterns_on_every_kernel(kind: str) -> None:
 @pytest.mark.parametrize(("length", "block"), [(13, 1), (48, 3), (72, 12)])
 def test_bf16_loses_no_more_than_its_rounding(length: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative to the largest value, errors stay at a few units of 2^-8."""
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", 12)
+    monkeypatch.setattr(kernels, "CPU_TILE", 12)
     pattern = AttentionPattern("block_diffusion", length, block)
     inputs = tensors(pattern, 4, 2, 2, pattern.rows, torch.bfloat16)
     for made, right in zip(by_kernel("tiled", *inputs, pattern), reference(*inputs, pattern), strict=True):
@@ -172,7 +172,7 @@ def documents(pattern: AttentionPattern, batch: int) -> Tensor:
 def test_documents_are_kept_apart_by_every_kernel(
     length: int, block: int, clean_half: str, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    monkeypatch.setattr(kernels, "CPU_TILE", target)
     whole, draws = clean_half == "causal" or block == length, 2 if target == 16 else 1
     pattern = AttentionPattern("block_diffusion", length, block, clean_half, last_clean=whole, draws=draws)  # type: ignore[arg-type]
     for (heads, kv_heads), query_rows in itertools.product([(1, 1), (4, 2)], [pattern.rows, pattern.scored_rows]):
@@ -185,7 +185,7 @@ def test_documents_are_kept_apart_by_every_kernel(
 
 @pytest.mark.parametrize("name", HERE)
 def test_documents_are_kept_apart_in_causal_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", 16)
+    monkeypatch.setattr(kernels, "CPU_TILE", 16)
     pattern = AttentionPattern("causal", 50, 1)
     inputs, segments = tensors(pattern, 4, 2, 3, 50, torch.float32), documents(pattern, 3)
     for made, right in zip(by_kernel(name, *inputs, pattern, segments), reference(*inputs, pattern, segments), strict=False):
@@ -220,12 +220,12 @@ def test_kernel_is_the_one_named_or_the_one_of_the_device(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("block", [4, 64])
 def test_nothing_quadratic_is_allocated(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest single allocation of forward and backward, inside the kernels too, is linear in L at a fixed tile."""
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", 64)
+    monkeypatch.setattr(kernels, "CPU_TILE", 64)
 
     def largest(name: str, length: int) -> int:
         pattern = AttentionPattern("block_diffusion", length, block)
         inputs = tensors(pattern, 2, 1, 1, pattern.rows, torch.float32)
-        attention_kernels._dense_mask.cache_clear()
+        kernels._dense_mask.cache_clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             by_kernel(name, *inputs, pattern)
         profiler.export_chrome_trace(str(tmp_path / "trace.json"))

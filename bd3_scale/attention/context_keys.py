@@ -1,7 +1,7 @@
 """Context parallelism inside of a layer: the keys and values that a rank asks for, brought from the ranks of its row.
 
 Everything else of a layer is row by row and needs no other rank. Of block diffusion the clean half alone travels, of the key/value heads
-that the tensor rank has; noisy rows see noisy ones of their own block only, which is not cut (see `objectives.attention_mask`). In the
+that the tensor rank has; noisy rows see noisy ones of their own block only, which is not cut (see `attention.mask`). In the
 backward the gradients of what was gathered are summed on the rank that it came from.
 
 Or nothing is gathered (`AttentionPattern.ring`): what travels goes from each rank to the next, so that every rank meets that of every
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bd3_scale.attention.mask import AttentionPattern
 from bd3_scale.megatron_core import gather_from_sequence_parallel_region, parallel_state
-from bd3_scale.objectives.attention_mask import AttentionPattern
 
 
 def all_keys(k: Tensor, v: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_scale.distributed.context_keys import travelling, travelling_with_gradients
-from bd3_scale.objectives.attention_mask import AttentionPattern
+from bd3_scale.attention.context_keys import travelling, travelling_with_gradients
+from bd3_scale.attention.mask import AttentionPattern
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 """(q [batch, heads, n, d], k, v [batch, kv_heads, m, d], mask) -> output [batch, heads, n, d], natural log-sum-exp [batch, heads, n]."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bd3_scale.objectives.attention_mask import (
+from bd3_scale.attention.mask import (
     AttentionPattern,
     block_sparse_indices,
     decoding_mask,

@@ -14,15 +14,11 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
-<<<<<<< HEAD:tests/unit/distributed/test_context_keys.py
-from bd3_scale.distributed.context_keys import in_order
-from bd3_scale.model import attention_kernels, tiled_attention
-=======
-from bd3_scale.model import attention_kernels, context_keys
->>>>>>> fb29374 (A ring by FlexAttention: parts merged by log-sum-exp, each differentiated once more in the backward):tests/unit/model/test_context_keys.py
-from bd3_scale.model.attention_kernels import attend, block_mask, document_block_mask
-from bd3_scale.objectives.attention_mask import AttentionPattern, dense
-from tests.unit.model.test_attention_kernels import TOLERANCE, documents, reference, tensors
+from bd3_scale.attention import context_keys, kernels
+from bd3_scale.attention.context_keys import in_order
+from bd3_scale.attention.kernels import attend, block_mask, document_block_mask
+from bd3_scale.attention.mask import AttentionPattern, dense
+from tests.unit.attention.test_kernels import TOLERANCE, documents, reference, tensors
 
 PATTERNS = [
     AttentionPattern("block_diffusion", 32, 1),
@@ -50,7 +46,7 @@ def everywhere(pattern: AttentionPattern) -> list[tuple[AttentionPattern, int]]:
 @pytest.mark.parametrize("target", [4, 16, 128])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=named)
 def test_shares_are_the_undivided_attention(pattern: AttentionPattern, target: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    monkeypatch.setattr(kernels, "CPU_TILE", target)
     for (whole, ranks), of_documents, scored in itertools.product(everywhere(pattern), (False, True), (False, True)):
         if of_documents and whole.kind == "full":
             continue
@@ -88,7 +84,7 @@ IN_A_RING += [("flex", 128, pattern) for pattern in (PATTERNS[1], PATTERNS[3], P
 )
 def test_a_ring_is_the_undivided_attention(kernel: str, target: int, pattern: AttentionPattern, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here. Each is given its own rows alone, and the segments of all."""
-    monkeypatch.setattr(attention_kernels, "CPU_TILE", target)
+    monkeypatch.setattr(kernels, "CPU_TILE", target)
     # Its dense form has a backward on CPU, too, and what torch says is that its kernel has none.
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     turn = threading.Lock()  # of whoever computes: torch's tracing is of one thread at a time

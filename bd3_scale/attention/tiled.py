@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_scale.distributed.context_keys import travelling, travelling_with_gradients
-from bd3_scale.objectives.attention_mask import AttentionPattern, tile_mask
+from bd3_scale.attention.context_keys import travelling, travelling_with_gradients
+from bd3_scale.attention.mask import AttentionPattern, tile_mask
 
 HIDDEN = -1e30
 """Added to the logits of keys of another segment. Not -inf: a query may see no key of an earlier tile, and its log-sum-exp must stay a

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bd3_scale.model.attention_kernels import block_mask, document_block_mask, flex_with_lse
-from bd3_scale.model.compiling import COMPILE_MODES, compiled_whole, wrap_blocks
+from bd3_scale.attention.kernels import block_mask, document_block_mask, flex_with_lse
+from bd3_scale.attention.mask import AttentionPattern
+from bd3_scale.compiling import COMPILE_MODES, compiled_whole, wrap_blocks
 from bd3_scale.model.transformer import Transformer
-from bd3_scale.objectives.attention_mask import AttentionPattern
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import BlockDiffusion
 from bd3_scale.recipe.schema import ModelConfig
@@ -148,7 +148,7 @@ def test_what_cannot_be_one_graph_is_an_error() -> None:
 
 
 def test_too_many_variants_are_an_error_and_no_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bd3_scale.model.compiling.VARIANTS", 3)
+    monkeypatch.setattr("bd3_scale.compiling.VARIANTS", 3)
     double = compiled_whole(lambda x: 2 * x, backend="eager")
     for size in range(2, 5):
         double(torch.ones(size))
