@@ -14,6 +14,7 @@ import sys
 
 from bd3_scale import __version__
 from bd3_scale.errors import RecipeError
+from bd3_scale.program import run_program
 
 VERBS = {
     "train": "train a model by a recipe, alone or under torchrun",
@@ -66,4 +67,4 @@ def _reader_left() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -28,6 +28,7 @@ from pathlib import Path
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import UserError, one_line, without_credentials
 from bd3_scale.files import expanded
+from bd3_scale.program import run_program
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.schema import DataConfig, SourceConfig
 
@@ -424,4 +425,4 @@ CHECKS: tuple[Callable[[Recipe], Finding], ...] = (
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bd3_scale.cli import CommandParser, end_with, own_world, rank_and_size
 from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.messages import show
+from bd3_scale.program import run_program
 from bd3_scale.sample import add_sampler_options, chosen
 
 if TYPE_CHECKING:
@@ -223,4 +223,4 @@ COMMANDS = {"likelihood": _likelihood, "generation": _generation}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from bd3_scale.checkpoint.index import FORMAT_VERSION
 from bd3_scale.checkpoint.region import Region
 from bd3_scale.checkpoint.store import Checkpoint, locate
 from bd3_scale.errors import UserError
+from bd3_scale.program import run_program
 
 
 def describe(checkpoint: Checkpoint, verified: bool) -> dict[str, Any]:
@@ -101,4 +101,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

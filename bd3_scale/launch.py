@@ -13,6 +13,7 @@ import sys
 from bd3_scale.errors import UserError
 from bd3_scale.launching import job as jobs
 from bd3_scale.launching import kubernetes, slurm
+from bd3_scale.program import run_program
 
 TARGETS = ("slurm", "kubernetes")
 
@@ -63,4 +64,4 @@ def _size(job: jobs.Job) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.program import run_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,4 +76,4 @@ def plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bd3_scale.messages import show
+from bd3_scale.program import run_program
 from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import draw
 
@@ -49,4 +50,4 @@ def _fail(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

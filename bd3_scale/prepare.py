@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from bd3_scale.data.preparation.records import LONGEST
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import DataError, RecipeError, UserError
 from bd3_scale.files import expanded
+from bd3_scale.program import run_program
 from bd3_scale.recipe.environment import settle
 from bd3_scale.recipe.schema import DataConfig
 
@@ -185,4 +185,4 @@ def _for_people(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

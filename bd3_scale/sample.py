@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -30,6 +29,7 @@ from bd3_scale.generation.prompts_file import SLOTS, generate_file, read_prompts
 from bd3_scale.generation.sampler import ENTROPY_WINDOW, Result, own_sampler
 from bd3_scale.generation.token_sampling import DEFAULT_THRESHOLD, SAMPLERS, SamplingOptions
 from bd3_scale.messages import show
+from bd3_scale.program import run_program
 
 if TYPE_CHECKING:
     from bd3_scale.generation.load_model import LoadedNetwork
@@ -244,4 +244,4 @@ def _write(path: Path, texts: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from bd3_scale.fault_tolerance.early_exit import exit_on_early_signal
 from bd3_scale.launcher import launched
 from bd3_scale.launching.elastic import wait_for_nodes
 from bd3_scale.messages import show
+from bd3_scale.program import run_program
 from bd3_scale.rules.validate import validate
 
 if TYPE_CHECKING:
@@ -127,4 +127,4 @@ def _optimize(recipe: recipes.Recipe, layout: Layout, monitor: RankMonitor | Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -49,6 +49,7 @@ from benchmark_network import (
 from benchmark_runs import benchmark_sampling, benchmark_tuner
 from benchmark_world import benchmark_world
 
+from bd3_scale.program import run_program
 from bd3_scale.recipe import KEYS
 
 COMMANDS = {
@@ -130,4 +131,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -35,6 +35,7 @@ from bd3_scale.data.open import Data, open_data
 from bd3_scale.data.preparation.packing import Document
 from bd3_scale.data.preparation.prepare import SHARD_BYTES, Packing, prepare
 from bd3_scale.data.tokenizer import load_tokenizer
+from bd3_scale.program import run_program
 from bd3_scale.recipe.schema import DataConfig
 
 SEED = 1
@@ -167,4 +168,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

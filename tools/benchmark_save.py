@@ -28,6 +28,7 @@ from bd3_scale.distributed import layout
 from bd3_scale.engines.initialise import initialise
 from bd3_scale.model.transformer import Transformer
 from bd3_scale.objectives.table import BlockDiffusion
+from bd3_scale.program import run_program
 from bd3_scale.recipe.schema import CheckpointConfig, ModelConfig, ParallelConfig
 from bd3_scale.saving.background import Saver
 
@@ -134,4 +135,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

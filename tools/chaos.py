@@ -43,6 +43,8 @@ from typing import Any
 from chaos_job import MOMENTS, REFUSED, ROOT, Job, Second, Watch
 from chaos_trace import Trace, compare_metrics, compare_samples, rank_main
 
+from bd3_scale.program import run_program
+
 FIXED = ("run.device=cpu", "tracking.every=1", "tracking.wandb=disabled", "tracking.progress=false", "tracking.sample_tokens=0",
          "tracking.plots=false", "parallel.timeout=120")  # fmt: skip
 TERM_LIMIT = 30.0
@@ -401,4 +403,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

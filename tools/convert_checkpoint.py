@@ -1,8 +1,7 @@
 """`bd3 convert` under its former name."""
 
-import sys
-
 from bd3_scale.convert.__main__ import main
+from bd3_scale.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

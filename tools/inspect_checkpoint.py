@@ -1,8 +1,7 @@
 """`bd3 inspect` under its former name."""
 
-import sys
-
 from bd3_scale.inspect import main
+from bd3_scale.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

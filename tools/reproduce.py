@@ -31,6 +31,7 @@ from reproduce_systems import ROOT, Runs, System
 
 from bd3_scale import recipe as recipes
 from bd3_scale.errors import RecipeError, UserError
+from bd3_scale.program import run_program
 
 TABLES = {
     "perplexity": "reproduce_perplexity",
@@ -128,4 +129,4 @@ def _about(words: list[str], budget: str, recipe: dict[str, Any]) -> dict[str, A
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -48,6 +48,7 @@ from bd3_scale.errors import UserError
 from bd3_scale.generation.load_model import load_network
 from bd3_scale.objectives.network_inputs import block_losses, counted_tokens, masked_counts
 from bd3_scale.objectives.noise import LINEAR, Schedule, schedule_named, validation_times
+from bd3_scale.program import run_program
 from bd3_scale.recipe.objective_kinds import VALIDATION_INTERVAL
 from bd3_scale.reporting.metrics import read_metrics
 from bd3_scale.reporting.plots import empty_figure
@@ -553,4 +554,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

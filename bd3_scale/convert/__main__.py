@@ -24,11 +24,11 @@ Exit status 0, or 1 (2 for the recipe's keys) with one line that says what is wr
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from bd3_scale.errors import RecipeError, UserError
 from bd3_scale.messages import show
+from bd3_scale.program import run_program
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,4 +135,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

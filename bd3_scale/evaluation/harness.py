@@ -12,7 +12,6 @@ and all get all answers. Invariant: an answer depends on its request alone, not 
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from bd3_scale.evaluation.world import load_replicas
 from bd3_scale.generation.slots import Job, generate_each, in_order
 from bd3_scale.generation.token_sampling import SamplingOptions
 from bd3_scale.messages import log, show
+from bd3_scale.program import run_program
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1, None),
@@ -242,4 +242,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

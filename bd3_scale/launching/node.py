@@ -32,6 +32,7 @@ from types import FrameType
 import psutil
 
 from bd3_scale.messages import log, show
+from bd3_scale.program import run_program
 
 UNFINISHED = 143
 """128 + SIGTERM: also what a node says that was ended from outside before this program could speak."""
@@ -218,4 +219,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

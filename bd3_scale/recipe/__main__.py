@@ -12,6 +12,7 @@ from dataclasses import fields
 from textwrap import fill
 from typing import Any
 
+from bd3_scale.program import run_program
 from bd3_scale.recipe.definition import KEYS, Recipe
 from bd3_scale.recipe.keys import Facts
 from bd3_scale.recipe.schema import SourceConfig
@@ -81,4 +82,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)
