@@ -220,19 +220,17 @@ class Trainer:
 @contextmanager
 def collected_on_demand() -> Iterator[None]:
     """Inside, Python's garbage is collected by `collect` alone, on all ranks after the same steps; afterwards as before, however it ends.
-    What exists at the beginning (imports, the model) is never looked at.
+    What exists at the beginning (imports, the model) is not looked at; what a caller froze stays frozen.
 
     By itself the collector runs at moments of its own on every rank; a pause of a tenth of a second on one of 64 ranks makes the other
     63 wait in their next collective, and nearly every step meets such a rank.
     """
-    gc.collect()
+    gc.collect()  # all of it is of the oldest generation now
     was_enabled = gc.isenabled()
     gc.disable()
-    gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
