@@ -6,12 +6,11 @@ training joins and leaves a world of its own: the threads of hundreds of groups 
 
 from __future__ import annotations
 
+from bd3_scale import compiling, train
 from bd3_scale import recipe as recipes
-from bd3_scale import train
 from bd3_scale.costs import sizes
 from bd3_scale.distributed import layout
 from bd3_scale.launcher import launched
-from bd3_scale.model import compiling
 from bd3_scale.rules.validate import validate
 from tests.distributed.worlds import worlds
 
