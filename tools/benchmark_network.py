@@ -33,7 +33,7 @@ from bd3_scale.distributed.sequence_shards import Stream
 from bd3_scale.engines.initialise import initialise
 from bd3_scale.engines.kernel_probe import Shape, probe
 from bd3_scale.errors import TrainingError
-from bd3_scale.model.attention import rotary_table
+from bd3_scale.model.attention import rotary_tables
 from bd3_scale.model.transformer import ForwardContext, Rows, Transformer
 from bd3_scale.objectives.network_inputs import NetworkInputs
 from bd3_scale.objectives.table import BlockDiffusion, MaskedDiffusion
@@ -47,7 +47,7 @@ def whole_layers(model: Transformer, inputs: NetworkInputs) -> Tensor:
     """Hidden states [rows, batch, hidden] of all rows: every layer, the last one too, on both halves."""
     x = model.embedding(inputs.tokens)
     stream = Stream(inputs.pattern)
-    rotary = rotary_table(inputs.positions, model.config)
+    rotary = rotary_tables(inputs.positions, model.config, model.layers)
     every = Rows(stream.rows)
     shared = ForwardContext(rotary, stream, None, every, every, model.kernel, segments=inputs.segments)
     for block in model.blocks.values():

@@ -1,15 +1,16 @@
-"""Causal language models in Hugging Face form: GPT-2, and the family of Llama (Llama, Mistral, OLMo 2, Qwen2, Qwen3, SmolLM3).
+"""Causal language models in Hugging Face form: GPT-2, and the family of Llama (Gemma 3, Llama, Mistral, OLMo 2, Qwen2, Qwen3, SmolLM3).
 
 A row of `FAMILIES` reads config.json into our `ModelConfig` and the table of names. Whatever a config says that our network does not
 compute (other activations, rotary positions scaled otherwise than Llama's) is refused by its name, and families that differ throughout
-by what they have (`REFUSED`). A sliding window is no difference to rows that are not longer: it limits the context. Not taken over:
-dropout rates, which are the recipe's, and GPT-2's dropout of the embedding, which we do not have.
+by what they have (`REFUSED`). What is a factor in a network and not in ours goes into the weights (Gemma 3). A sliding window is no
+difference to rows that are not longer: it limits the context. Not taken over: dropout rates, which are the recipe's, and GPT-2's dropout
+of the embedding, which we do not have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bd3_scale.convert.key_map import KeyMap, Piece, Rule
@@ -85,8 +86,13 @@ def llama_map(config: ModelConfig, mask: int | None = None) -> KeyMap:
         Rule(f"blocks.{{}}.attention.{ours}_norm.weight", (Piece(f"{attention}.{theirs}_norm.weight"),))
         for ours, theirs in (("query", "q"), ("key", "k"))
     )
-    before, after = "input_layernorm", "post_attention_layernorm"
-    attention_norm, mlp_norm = (before, after) if config.norm_place == "before" else (after, "post_feedforward_layernorm")
+    attention_norm, mlp_norm = {
+        "before": ("input_layernorm", "post_attention_layernorm"),
+        "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+        "both": ("input_layernorm", "pre_feedforward_layernorm"),
+    }[config.norm_place]
+    behind = (("attention", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")) if config.norm_place == "both" else ()
+    second = tuple(rule for half, name in behind for rule in weights_of(f"blocks.{{}}.{half}_output_norm", f"layers.{{}}.{name}", False))
     head = () if config.tied_head else (Rule("head.weight", (Piece("/lm_head.weight"),), rows="vocabulary", mask=mask),)
     embedding = Rule("embedding.weight", (Piece("embed_tokens.weight"),), rows="vocabulary", mask=mask)
     return KeyMap(
@@ -98,6 +104,7 @@ def llama_map(config: ModelConfig, mask: int | None = None) -> KeyMap:
             *weights_of("blocks.{}.attention.output", f"{attention}.o_proj", config.attention_bias == "all"),
             *(norms if config.query_key_norm else ()),
             *weights_of("blocks.{}.mlp_norm", f"layers.{{}}.{mlp_norm}", False),
+            *second,
             *ups,
             *weights_of("blocks.{}.mlp.down", "layers.{}.mlp.down_proj", mlp),
         ),
@@ -167,7 +174,39 @@ def llama(config: dict[str, Any]) -> Described:
     return Described(model, llama_map(model, config.get("mask_token_id") if kind == "Dream" else None), window)
 
 
+def _gemma3(config: dict[str, Any]) -> Described:
+    """The network of Llama with norms before and behind, GEGLU, and layers of two rotary bases, of which those with a window have the
+    local one. Its factors go into the weights: norms store w and multiply by 1 + w; embedded words are multiplied by sqrt(hidden), which a
+    tied head has not, so that the final norm takes it back; scores are divided by sqrt(query_pre_attn_scalar), not of a head's width."""
+    only(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    only(config, "attn_logit_softcapping", None, None)
+    only(config, "final_logit_softcapping", None, None)
+    only(config, "use_bidirectional_attention", False, False, None)
+    bases = config.get("rope_parameters") or {}
+    if "full_attention" in bases:  # where newer versions of transformers write it
+        local = bases["sliding_attention"].get("rope_theta")
+        config = {**config, "rope_parameters": bases["full_attention"], "rope_local_base_freq": local}
+    layers, pattern = int(value_of(config, "num_hidden_layers")), int(config.get("sliding_window_pattern") or 6)
+    kinds = config.get("layer_types") or ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
+    every = _every(config, "layer_types", [kind == "full_attention" for kind in kinds], layers) or layers + 1
+    tied = bool(config.get("tie_word_embeddings", True))
+    config = {"rope_theta": 1e6, "head_dim": 256, **config, "layer_types": kinds, "tie_word_embeddings": tied}
+    found = llama({**config, "use_sliding_window": every > 1})
+    base, size = float(config.get("rope_local_base_freq") or 10000.0), found.model.head_size
+    model = replace(found.model, norm_place="both", mlp="geglu", query_key_norm=True, rotary_local=[base, every] if every > 1 else None)
+    root = model.hidden**0.5
+    times = {"embedding.weight": root, "final_norm.weight": 1 / root if tied else 1.0}
+    times["blocks.{}.attention.query_norm.weight"] = (size / float(config.get("query_pre_attn_scalar") or 256)) ** 0.5
+
+    def stored(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        return tuple(replace(rule, plus=float("norm" in rule.name), times=times.get(rule.name, 1.0)) for rule in rules)
+
+    names = llama_map(model)
+    return Described(model, replace(names, whole=stored(names.whole), layer=stored(names.layer)), found.longest)
+
+
 FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
+    "gemma3_text": _gemma3,
     "gpt2": _gpt2,
     "llama": llama,
     "mistral": llama,
@@ -180,8 +219,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
 REFUSED = {
     "gemma": "scales its embedding (sqrt(hidden_size)) and gates its MLP by GELU",
     "gemma2": "caps its logits (attn_logit_softcapping, final_logit_softcapping) and norms behind attention and MLP",
-    "gemma3": "has images; of the text models, too, layers differ in rotary base and window (layer_types)",
-    "gemma3_text": "norms behind attention and MLP, and its layers differ in rotary base and window (layer_types)",
+    "gemma3": "has images (of Gemma 3 the text models, gemma3_text, are taken)",
     "olmo3": "has layers that differ in window and rotary scaling (layer_types)",
     "phi3": "has fused projections of its own (qkv_proj, gate_up_proj) and longrope scaling",
 }
@@ -195,7 +233,7 @@ def rotary_base(config: dict[str, Any]) -> float:
 
 
 def _rotary_scaling(config: dict[str, Any]) -> list[float] | None:
-    """Llama 3's four numbers; any other scaling is refused."""
+    """The four numbers, as Llama 3 has them; of linear scaling those by which every wave is stretched. Any other is refused."""
     key = "rope_parameters" if isinstance(config.get("rope_parameters"), dict) else "rope_scaling"
     scaling = config.get(key)
     if not isinstance(scaling, dict):
@@ -205,10 +243,12 @@ def _rotary_scaling(config: dict[str, Any]) -> list[float] | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
+    if kind == "linear":
+        return [float(value_of(scaling, "factor", key)), 1.0, 2.0, 1.0]
     if kind != "llama3":
         raise CheckpointError(
-            f"config.json has {key} of type {kind!r}, and this network's rotary positions are scaled as Llama 3's or not at all; take a "
-            "model without it (a base model of the same family before its context was extended)"
+            f"config.json has {key} of type {kind!r}, and this network's rotary positions are scaled as Llama 3's, linearly or not at all; "
+            "take a model without it (a base model of the same family before its context was extended)"
         )
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return [float(value_of(scaling, name, key)) for name in names]
@@ -217,13 +257,16 @@ def _rotary_scaling(config: dict[str, Any]) -> list[float] | None:
 def _unrotated_every(config: dict[str, Any], layers: int) -> int | None:
     """n, where every n-th layer has no positions."""
     rotated = config.get("no_rope_layers")  # 1: this layer has positions
-    every = (
-        int(config.get("no_rope_layer_interval") or 4)
-        if rotated is None
-        else next((place + 1 for place, turned in enumerate(rotated) if not turned), None)
-    )
-    if rotated is not None and [bool(turned) for turned in rotated] != [every is None or (i + 1) % every != 0 for i in range(layers)]:
-        raise unsupported("no_rope_layers", rotated)
+    if rotated is None:
+        return int(config.get("no_rope_layer_interval") or 4)
+    return _every(config, "no_rope_layers", [not turned for turned in rotated], layers)
+
+
+def _every(config: dict[str, Any], key: str, marked: list[bool], layers: int) -> int | None:
+    """n, where every n-th layer is marked; None where none is. Any other order of the layers is refused by its key."""
+    every = next((place + 1 for place, one in enumerate(marked) if one), None)
+    if marked != [every is not None and (i + 1) % every == 0 for i in range(layers)]:
+        raise unsupported(key, config[key])
     return every
 
 

@@ -56,6 +56,9 @@ class Rule:
     rows: str = ""
     mask: int | None = None
     """Of a vocabulary that has MASK already: the row that is taken for it."""
+    plus: float = 0.0
+    """Added to every number; then it is multiplied by `times`."""
+    times: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
 def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor:
     pieces = [piece.read(source, full_name(prefix, piece.name)) for piece in rule.pieces]
     tensor = pieces[0] if rule.join == "one" else interleave(pieces, sizes.head_size if rule.join == "heads" else 1)
+    if rule.plus or rule.times != 1:
+        tensor = (tensor.float() + rule.plus) * rule.times
     if rule.rows == "vocabulary":
         return with_mask(tensor, sizes.text_ids, sizes.words if rule.name == "embedding.weight" else None, rule.mask)
     if rule.rows == "positions":
@@ -155,8 +160,8 @@ def interleave(tensors: Sequence[torch.Tensor], group: int) -> torch.Tensor:
 
 def separate(rule: Rule, tensor: torch.Tensor, head_size: int) -> list[torch.Tensor]:
     """The pieces that `tensor` was joined of, where none of them was turned or is part of another: what a conversion back needs."""
-    if any(piece.transposed or piece.part != (0, 1) for piece in rule.pieces):
-        raise ValueError(f"{rule.name} is made of parts of tensors")
+    if any(piece.transposed or piece.part != (0, 1) for piece in rule.pieces) or (rule.plus, rule.times) != (0, 1):
+        raise ValueError(f"{rule.name} is made of parts of tensors, or of other numbers")
     if rule.join == "one":
         return [tensor]
     group = head_size if rule.join == "heads" else 1

@@ -39,6 +39,7 @@ SHAPE: dict[str, tuple[Any, ...]] = {
     "conditioning": ("none",),
     "head_bias": (False,),
     "rotary_scaling": (None,),
+    "rotary_local": (None,),
     "unrotated_every": (None,),
 }
 """Keys of `model` -> what the servers' network can hold."""

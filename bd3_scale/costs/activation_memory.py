@@ -12,7 +12,7 @@ heads on this rank; m: MLP units on this rank). Kept by one layer:
 | attention, tiled | w (3 n q + n k + v), and the log-sum-exp; FlexAttention: one n q less |
 | v, which is kept with the fused key/value output that it is a view of | 2 w n k, w n k where rows are put in order |
 | under context parallelism that gathers, instead k and v of all rows that are asked for, put in order | 2 w (n + L b (C - 1) / C) k |
-| MLP: GELU, SwiGLU | 2 w n m, 4 w n m |
+| MLP: GELU, SwiGLU and GEGLU | 2 w n m, 4 w n m |
 | dropout masks, bool; adaLN: what the gates multiply | 2 r h; 2 w r h |
 
 In the last layer everything behind keys and values is of the scored rows alone: of the selected ones, which are normed once more, and
@@ -97,7 +97,7 @@ class Kept:
     """Bytes that one forward of a chunk of layers leaves for its backward."""
 
     layers: int
-    """Of the layers, and the rotary table."""
+    """Of the layers, and the rotary tables."""
     head: int
     """Of the final norm and the head: its input's and its weight's gradient."""
     boundary: int
@@ -138,21 +138,21 @@ def attention_half_bytes(batch: Batch, last: bool) -> int:
 def mlp_half_bytes(batch: Batch, last: bool) -> int:
     """Norm, modulation, MLP, its dropout and gate."""
     rows = batch.computed(last)
-    units = batch.config.mlp_size // batch.tensor * (4 if batch.config.mlp == "swiglu" else 2)
+    units = batch.config.mlp_size // batch.tensor * (4 if batch.config.gated else 2)
     mlp = batch.weight * rows * units
     return _input_side_bytes(batch, batch.held(rows), last) + mlp + _output_side_bytes(batch, batch.held(rows), last)
 
 
 def _input_side_bytes(batch: Batch, rows: int, last: bool = False) -> int:
     copies = (2 if batch.config.conditioning == "adaln" else 1) + _repeated(batch, last)
-    norm = norm_bytes(batch, rows) if batch.config.norm_place == "before" else 0
+    norm = norm_bytes(batch, rows) if batch.config.norm_place != "after" else 0
     return norm + batch.weight * batch.config.hidden * rows * copies
 
 
 def _output_side_bytes(batch: Batch, rows: int, last: bool) -> int:
     dropout = 1 if batch.config.dropout else 0
     gate = batch.weight if batch.config.conditioning == "adaln" else 0
-    norm = norm_bytes(batch, rows) if batch.config.norm_place == "after" else 0
+    norm = norm_bytes(batch, rows) if batch.config.norm_place != "before" else 0
     return norm + (dropout + gate + batch.weight * _repeated(batch, last)) * rows * batch.config.hidden
 
 
@@ -217,7 +217,7 @@ def kept_bytes(batch: Batch, layers: range, vocabulary: int, *, recompute: str, 
         layer_bytes(batch, end) - recomputed_bytes(batch, end, recompute) + input_bytes(batch, end, recompute)
         for end in (index + 1 == config.layers for index in layers)
     ]
-    rotary = 4 * pattern.rows * config.head_size if config.positions == "rotary" else 0
+    rotary = 4 * pattern.rows * config.head_size * len({config.rotary_of(layer) for layer in layers} - {None})
     masked = 9 * pattern.rows * batch.rows if first and batch.tensor > 1 else 0  # the ids of other ranks
     chosen = 24 * batch.selected if last and batch.sparse else 0  # where the selected rows lie
     # The schedule holds what came from the stage before, which autograd keeps as it is, or in fp32 only, for the first norm.
@@ -249,7 +249,7 @@ def logits_bytes(batch: Batch, vocabulary: int) -> int:
 def working_bytes(batch: Batch, *, recompute: str) -> int:
     """Beside what is kept, in a backward: the part of a layer that is computed again, and the gradients inside one MLP."""
     config, everything = batch.config, batch.pattern.rows * batch.rows
-    units = config.mlp_size // batch.tensor * (3 if config.mlp == "swiglu" else 2)
+    units = config.mlp_size // batch.tensor * (3 if config.gated else 2)
     gradients = batch.weight * everything * units + 2 * batch.hidden_states
     return recomputed_bytes(batch, False, recompute) + gradients
 

@@ -187,7 +187,7 @@ def tensor_bytes(batch: Batch, layers: range, recompute: str) -> dict[str, int]:
     first, last = layers.start == 0, layers.stop == config.layers
     shared = config.kv_heads % batch.tensor != 0
     # Something behind the MLP keeps a tensor of it.
-    after = config.dropout > 0 or config.conditioning == "adaln" or config.norm_place == "after"
+    after = config.dropout > 0 or config.conditioning == "adaln" or config.norm_place != "before"
     over_heads = config.query_key_norm and config.query_key_norm_width == "heads"
     passes = (3 if recompute in ("attention", "layer") else 2) if over_heads else 0
     sums = gathers = squares = 0

@@ -108,7 +108,7 @@ def count_flops(config: ModelConfig, pattern: AttentionPattern, vocabulary: int,
     return RowFlops(
         projections=2 * hidden * (2 * width * rows + 2 * config.kv_heads * config.head_size * keys),
         attention=4 * width * pairs,
-        mlp=2 * hidden * config.mlp_size * (3 if config.mlp == "swiglu" else 2) * rows,
+        mlp=2 * hidden * config.mlp_size * (3 if config.gated else 2) * rows,
         head=2.0 * hidden * vocabulary * scored,
         embedding=2.0 * hidden * (vocabulary - 1) * pattern.scored_rows if simplex else 0.0,
     )

@@ -31,7 +31,7 @@ def packed(name: str, rows: int, model: ModelConfig) -> tuple[int, int]:
     """(matrices in the weight `name`, neighbouring rows of each): they alternate (see attention.py and layers.py)."""
     if name.endswith("attention.key_value.weight"):
         return 2, model.head_size
-    if name.endswith("mlp.up.weight") and model.mlp == "swiglu":
+    if name.endswith("mlp.up.weight") and model.gated:
         return 2, 1
     return 1, rows
 

@@ -55,7 +55,7 @@ def parameter_shapes(
 def layer_parameters(config: ModelConfig, tensor: int = 1, sequence: bool = False) -> Parameters:
     """Of one layer. What acts on the rows between the linears is known in part where `sequence` divides these."""
     hidden, head, bias = config.hidden, config.head_size, config.attention_bias
-    width, up = config.heads * head, config.mlp_size * (2 if config.mlp == "swiglu" else 1)
+    width, up = config.heads * head, config.mlp_size * (2 if config.gated else 1)
     shared = config.kv_heads % tensor != 0  # fewer key heads than ranks: each holds the weight of all, and computes one
     found = _norm("attention_norm", config, sequence)
     found |= _linear("attention.query", width, hidden, bias != "none", 0)
@@ -68,6 +68,8 @@ def layer_parameters(config: ModelConfig, tensor: int = 1, sequence: bool = Fals
     found |= _linear("attention.output", hidden, width, bias == "all", 1, sequence)
     found |= _norm("mlp_norm", config, sequence)
     found |= _linear("mlp.up", up, hidden, config.mlp_bias, 0) | _linear("mlp.down", hidden, config.mlp_size, config.mlp_bias, 1, sequence)
+    if config.norm_place == "both":
+        found |= _norm("attention_output_norm", config, sequence) | _norm("mlp_output_norm", config, sequence)
     if config.conditioning == "adaln":
         found |= _linear("modulation", 6 * hidden, config.conditioning_size, True, -1, sequence)
     return found

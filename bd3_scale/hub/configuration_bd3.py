@@ -36,6 +36,7 @@ class BD3Config(PretrainedConfig):
         dropout: float = 0.0,
         rotary_base: float = 10000.0,
         rotary_scaling: Any = None,
+        rotary_local: Any = None,
         unrotated_every: Any = None,
         vocab_size: int = 50258,
         mask_token_id: int = 50257,
@@ -52,7 +53,7 @@ class BD3Config(PretrainedConfig):
         self.mlp, self.mlp_hidden, self.mlp_bias = mlp, mlp_hidden, mlp_bias
         self.conditioning, self.conditioning_size = conditioning, conditioning_size
         self.tied_head, self.head_bias, self.dropout, self.rotary_base = tied_head, head_bias, dropout, rotary_base
-        self.rotary_scaling, self.unrotated_every = rotary_scaling, unrotated_every
+        self.rotary_scaling, self.rotary_local, self.unrotated_every = rotary_scaling, rotary_local, unrotated_every
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.objective, self.block_size, self.clean_half = objective, block_size, clean_half
         super().__init__(**others)

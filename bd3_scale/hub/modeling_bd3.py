@@ -43,11 +43,11 @@ def norm_of(config: BD3Config) -> Norm:
     return Norm(config.hidden, config.norm == "rmsnorm", config.norm_bias, config.norm_epsilon)
 
 
-def rotate(x: Tensor, positions: Tensor, config: BD3Config) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, config: BD3Config, local: bool) -> Tensor:
     """Rotate the second half of the head dimension against the first. x [batch, rows, heads, d], positions [rows]."""
-    size = x.shape[-1]
-    rate = config.rotary_base ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
-    if config.rotary_scaling is not None:  # as Llama 3: long waves are stretched by the factor
+    size, base = x.shape[-1], config.rotary_local[0] if local else config.rotary_base
+    rate = base ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
+    if config.rotary_scaling is not None and not local:  # as Llama 3: long waves are stretched by the factor
         factor, low, high, context = config.rotary_scaling
         kept = ((context * rate / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         rate = rate * (kept + (1 - kept) / factor)
@@ -63,6 +63,7 @@ class Attention(nn.Module):
         self.config, bias = config, config.attention_bias != "none"
         every = config.unrotated_every
         self.rotated = config.positions == "rotary" and (every is None or (index + 1) % every != 0)
+        self.local = config.rotary_local is not None and (index + 1) % int(config.rotary_local[1]) != 0
         self.query = nn.Linear(config.hidden, config.heads * config.head_width, bias)
         self.key_value = nn.Linear(config.hidden, 2 * config.key_value_heads * config.head_width, bias)
         self.output = nn.Linear(config.heads * config.head_width, config.hidden, config.attention_bias == "all")
@@ -83,7 +84,7 @@ class Attention(nn.Module):
             else:
                 q, k = self.query_norm(q), self.key_norm(k)
         if self.rotated:
-            q, k = rotate(q, positions, config), rotate(k, positions, config)
+            q, k = rotate(q, positions, config, self.local), rotate(k, positions, config, self.local)
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         grouped = config.heads != config.key_value_heads
@@ -95,16 +96,16 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: BD3Config) -> None:
         super().__init__()
-        self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.hidden, config.mlp_hidden * (2 if self.gated else 1), config.mlp_bias)
+        self.kind = config.mlp
+        self.up = nn.Linear(config.hidden, config.mlp_hidden * (1 if self.kind == "gelu" else 2), config.mlp_bias)
         self.down = nn.Linear(config.mlp_hidden, config.hidden, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if not self.gated:
+        if self.kind == "gelu":
             return self.down(F.gelu(x, approximate="tanh"))
         gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return self.down(F.silu(gate) * value)
+        return self.down((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * value)
 
 
 class NoiseCondition(nn.Module):
@@ -120,8 +121,8 @@ class NoiseCondition(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), or x + norm(attention(x)) and so on; with adaLN each branch is shifted, scaled and
-    gated."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or x + norm(attention(x)), or both, and so on; with adaLN each branch is shifted,
+    scaled and gated."""
 
     def __init__(self, config: BD3Config, index: int) -> None:
         super().__init__()
@@ -131,14 +132,19 @@ class Block(nn.Module):
         self.attention = Attention(config, index)
         self.mlp_norm = norm_of(config)
         self.mlp = MLP(config)
+        self.attention_output_norm = norm_of(config) if config.norm_place == "both" else None
+        self.mlp_output_norm = norm_of(config) if config.norm_place == "both" else None
         self.modulation = nn.Linear(config.conditioning_size, 6 * config.hidden) if config.conditioning == "adaln" else None
 
     def forward(self, x: Tensor, condition: Any, positions: Tensor, mask: Tensor, past: Past) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         parts = [None] * 6 if self.modulation is None else self.modulation(condition).chunk(6, -1)
         y, kept = self.attention(modulate(x if self.norms_after else self.attention_norm(x), *parts[:2]), positions, mask, past)
-        x = self._add(x, self.attention_norm(y) if self.norms_after else y, parts[2])
+        x = self._add(x, self._normed(self.attention_norm, self.attention_output_norm, y), parts[2])
         y = self.mlp(modulate(x if self.norms_after else self.mlp_norm(x), *parts[3:5]))
-        return self._add(x, self.mlp_norm(y) if self.norms_after else y, parts[5]), kept
+        return self._add(x, self._normed(self.mlp_norm, self.mlp_output_norm, y), parts[5]), kept
+
+    def _normed(self, norm: nn.Module, own: Any, y: Tensor) -> Tensor:
+        return own(y) if own is not None else norm(y) if self.norms_after else y
 
     def _add(self, x: Tensor, y: Tensor, gate: Any) -> Tensor:
         y = F.dropout(y, self.dropout, self.training)

@@ -28,14 +28,21 @@ DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 """Of torch's kernels: all but cuDNN's, which makes a plan for each shape that it meets, and a cache that grows has a new one every time."""
 
 Rotary = tuple[Tensor, Tensor] | None
-"""cos and sin, fp32 [rows, 1, 1, head_size / 2], or of every sample, [rows, batch, 1, head_size / 2]; None where positions are learned."""
+"""cos and sin, fp32 [rows, 1, 1, head_size / 2], or of every sample, [rows, batch, 1, head_size / 2]; None: nothing is turned."""
 
 
-def rotary_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Rotary angles of the given position ids (int64 [rows], or [batch, rows]); once per forward, shared by all layers."""
-    size = config.head_size
-    rate = config.rotary_base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
-    if config.rotary_scaling is not None:
+def rotary_tables(positions: Tensor, config: ModelConfig, layers: range) -> dict[str | None, Rotary]:
+    """Of every kind that these layers have (`ModelConfig.rotary_of`), angles of the given position ids (int64 [rows], or [batch, rows]);
+    once per forward, shared by all layers."""
+    kinds = {config.rotary_of(layer) for layer in layers}
+    return {kind: _rotary_table(positions, config, kind) if kind else None for kind in kinds}
+
+
+def _rotary_table(positions: Tensor, config: ModelConfig, kind: str) -> tuple[Tensor, Tensor]:
+    size, local = config.head_size, config.rotary_local if kind == "local" else None
+    base = config.rotary_base if local is None else local[0]
+    rate = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    if config.rotary_scaling is not None and local is None:
         factor, low, high, context = config.rotary_scaling
         turns = context * rate / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -61,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, factory: TensorParallelFactory, index: int) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.rotated = config.unrotated_every is None or (index + 1) % config.unrotated_every != 0
+        self.rotary_kind = config.rotary_of(index)
         bias = config.attention_bias != "none"
         self.query = factory.column(config.hidden, config.heads * config.head_size, bias)
         self.key_value = factory.key_value(config.hidden, config.kv_heads, config.head_size, bias)
@@ -80,18 +87,19 @@ class Attention(nn.Module):
 
     def forward(self, asking: Tensor, x: Tensor, shared: ForwardContext, mask: Any, selected: SelectedRows | None = None) -> Tensor:
         """`asking`: the first rows of x; or, [n, hidden], those that are `selected`. `mask`: FlexAttention's for that many rows."""
-        rotary, stream = shared.rotary if self.rotated else None, shared.stream
+        rotary, stream = shared.rotary[self.rotary_kind], shared.stream
         q, k, v = self.project(asking, x)
         q, k, v = stream.gather_halves(q) if selected is None else selected.spread(q), stream.gather_halves(k), stream.gather_halves(v)
         k, v = all_keys(rotate(k, rotary), v, stream.pattern)
         out = attend(rotate(q, rotary), k, v, stream.pattern, shared.kernel, shared.segments, mask).flatten(2)
         return self.output(stream.split_halves(out) if selected is None else selected.collect(out))
 
-    def decode(self, x: Tensor, rotary: Rotary, mask: Tensor | None, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(
+        self, x: Tensor, rotaries: dict[str | None, Rotary], mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the cached rows and to these, under `sdpa_kernel(DECODING)`: (output, rotated k, v) of these; nothing is stored."""
         q, k, v = self.project(x, x)
-        rotary = rotary if self.rotated else None
-        q, k = rotate(torch.cat([q, k], 2), rotary).split([q.shape[2], k.shape[2]], 2)
+        q, k = rotate(torch.cat([q, k], 2), rotaries[self.rotary_kind]).split([q.shape[2], k.shape[2]], 2)
         seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k]), torch.cat([past[1], v]))
         q, seen_k, seen_v = (t.permute(1, 2, 0, 3) for t in (q, seen_k, seen_v))
         out = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=q.shape[1] != seen_k.shape[1])

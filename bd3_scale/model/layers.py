@@ -227,21 +227,21 @@ class LearnedPositions(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh form) or SwiGLU, with the gate and the value of one hidden unit side by side in the fused weight."""
+    """GELU (tanh form), SwiGLU or GEGLU, with the gate and the value of one hidden unit side by side in the fused weight."""
 
     def __init__(self, config: ModelConfig, factory: TensorParallelFactory) -> None:
         super().__init__()
-        self.gated = config.mlp == "swiglu"
-        self.up = factory.column(config.hidden, config.mlp_size * (2 if self.gated else 1), bias=config.mlp_bias)
+        self.kind = config.mlp
+        self.up = factory.column(config.hidden, config.mlp_size * (2 if config.gated else 1), bias=config.mlp_bias)
         self.down = factory.row(config.mlp_size, config.hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.gated:
-            # Interleaved, so that dividing the weight by rows keeps every pair on one rank, at any tensor size.
-            gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
-            return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(x, approximate="tanh"))
+        if self.kind == "gelu":
+            return self.down(F.gelu(x, approximate="tanh"))
+        # Interleaved, so that dividing the weight by rows keeps every pair on one rank, at any tensor size.
+        gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return self.down((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * value)
 
 
 class Modulation(nn.Module):

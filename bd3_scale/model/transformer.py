@@ -22,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from bd3_scale.attention.kernels import block_mask_of
 from bd3_scale.compiling import of_any_size
 from bd3_scale.distributed.sequence_shards import Stream
-from bd3_scale.model.attention import DECODING, Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_table
+from bd3_scale.model.attention import DECODING, Attention, KeyValueCache, Rotary, SlotCache, SlotRows, rotary_tables
 from bd3_scale.model.layers import (
     MLP,
     DropoutWords,
@@ -63,7 +63,8 @@ class Rows:
 class ForwardContext:
     """What all layers of one forward use."""
 
-    rotary: Rotary
+    rotary: dict[str | None, Rotary]
+    """By the kind that a layer has."""
     stream: Stream
     condition: Tensor | None
     """[batch or 1, conditioning_size]; where rows are in groups, [groups + 1, batch, conditioning_size]."""
@@ -85,8 +86,8 @@ class ForwardContext:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or, `model.norm_place: after`, x + norm(attention(x)) and so on. With adaLN each
-    branch is shifted, scaled and gated."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or, as `model.norm_place` has it, x + norm(attention(x)), or both, and so on. With
+    adaLN each branch is shifted, scaled and gated."""
 
     def __init__(self, config: ModelConfig, factory: TensorParallelFactory, index: int) -> None:
         super().__init__()
@@ -95,6 +96,9 @@ class Block(nn.Module):
         self.attention = Attention(config, factory, index)
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config, factory)
+        both = config.norm_place == "both"
+        self.attention_output_norm = Norm(config) if both else None
+        self.mlp_output_norm = Norm(config) if both else None
         self.modulation = Modulation(config, 6) if config.conditioning == "adaln" else None
         self.attention_dropout = KeyedDropout(config.dropout, 0)
         self.mlp_dropout = KeyedDropout(config.dropout, 1)
@@ -119,28 +123,37 @@ class Block(nn.Module):
             x = rows.selected.take(x)
             asking = modulated(self._before(self.attention_norm, x), modulation, rows.selected)
         y = self.attention(asking, entering, shared, shared.scored_mask if last else shared.mask, rows.selected)
-        y = self.attention_dropout(self._after(self.attention_norm, y), words)
+        y = self.attention_dropout(self._after(self.attention_norm, self.attention_output_norm, y), words)
         return gated_add(x, y, modulation, rows.conditioned)
 
     def mlp_half(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows | None, words: DropoutWords | None) -> Tensor:
         """The second; without `rows` (decoding) all rows of a sample are conditioned alike."""
         conditioned = rows.conditioned if rows is not None else None
-        y = self._after(self.mlp_norm, self.mlp(modulated(self._before(self.mlp_norm, x), modulation, conditioned)))
-        return gated_add(x, self.mlp_dropout(y, words), modulation, conditioned)
+        y = self.mlp(modulated(self._before(self.mlp_norm, x), modulation, conditioned))
+        y = self.mlp_dropout(self._after(self.mlp_norm, self.mlp_output_norm, y), words)
+        return gated_add(x, y, modulation, conditioned)
 
     def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
         return x if self.norms_after else norm(x)
 
-    def _after(self, norm: nn.Module, y: Tensor) -> Tensor:
+    def _after(self, norm: nn.Module, own: nn.Module | None, y: Tensor) -> Tensor:
+        """`own`: the norm that stands behind alone."""
+        if own is not None:
+            return own(y)
         return norm(y) if self.norms_after else y
 
     def decode(
-        self, x: Tensor, rotary: Rotary, condition: Tensor | None, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        rotary: dict[str | None, Rotary],
+        condition: Tensor | None,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same on rows that attend to a cache: (x, rotated k, v)."""
         modulation = self._modulation(condition)
         y, k, v = self.attention.decode(modulated(self._before(self.attention_norm, x), modulation[:3]), rotary, mask, past)
-        x = gated_add(x, self._after(self.attention_norm, y), modulation[:3])
+        x = gated_add(x, self._after(self.attention_norm, self.attention_output_norm, y), modulation[:3])
         return self.mlp_half(x, modulation[3:], None, None), k, v
 
     def _modulation(self, condition: Tensor | None) -> tuple[Tensor, ...]:
@@ -198,7 +211,7 @@ class Transformer(nn.Module):
         if x is None:
             tokens = inputs.tokens if inputs.simplex is not None else stream.in_gathered_order(inputs.tokens)
             x = self._embedded(tokens, inputs.positions[rows], inputs.simplex)
-        rotary = self._rotary(inputs.positions)
+        rotary = rotary_tables(inputs.positions, self.config, self.layers)
         levels, pattern = inputs.noise_levels, inputs.pattern
         by_block = levels is not None and levels.dim() == 2
         condition = self._condition(F.pad(levels, (0, 1)) if levels is not None and by_block else levels, x)  # clean rows are at 0
@@ -254,9 +267,6 @@ class Transformer(nn.Module):
             words[-1] = DropoutWords(of_any_size(keys[-1][:, selected.samples], 1), selected.row_ids, channels)
         return words
 
-    def _rotary(self, positions: Tensor) -> Rotary:
-        return None if self.config.positions == "learned" else rotary_table(positions, self.config)
-
     def _layers(self) -> Iterable[tuple[nn.Module, bool]]:
         """The blocks, each with whether it is the network's last."""
         return ((block, int(index) + 1 == self.config.layers) for index, block in self.blocks.items())
@@ -284,7 +294,7 @@ class Transformer(nn.Module):
             x = self._embedded(tokens.roll(noisy, 1), positions.roll(noisy, -1), simplex).roll(-noisy, 0)
         else:
             x = self._embedded(tokens, positions, None)
-        rotary = self._rotary(positions)
+        rotary = rotary_tables(positions, self.config, self.layers)
         condition = self._condition(noise_levels, x)
         keys, values = [], []
         with sdpa_kernel(DECODING):

@@ -295,7 +295,7 @@ def hidden_exchange(cluster: ClusterPlan, phase: Phase, pipeline_rank: int, prod
     hidden, held = 0.0, [index + 1 == model.layers for layers in cluster.stages_of(pipeline_rank) for index in layers]
     for last in set(held):
         asking = batch.computed(last)
-        linears = [(asking, model.heads * model.head_size), (asking, model.mlp_size * (2 if model.mlp == "swiglu" else 1))]
+        linears = [(asking, model.heads * model.head_size), (asking, model.mlp_size * (2 if model.gated else 1))]
         linears += [] if shared else [(batch.computed(False), key_value)]
         for rows, outputs in linears:
             taken = product(rows, model.hidden, outputs / tensor)

@@ -156,7 +156,7 @@ def half_products(batch: Batch, last: bool, half: str) -> Iterator[tuple[int, in
     every, handed = batch.computed(False), batch.computed(last)
     if half == "mlp":
         units = config.mlp_size // tensor
-        yield handed, config.hidden, units * (2 if config.mlp == "swiglu" else 1)
+        yield handed, config.hidden, units * (2 if config.gated else 1)
         yield handed, units, config.hidden
         return
     query = config.heads * config.head_size // tensor

@@ -62,8 +62,10 @@ def attention_half(batch: Batch, last: bool, compiled: bool) -> Passes:
     queries = batch.pattern.scored_rows * batch.rows if last else everything
     query = queries * config.heads * config.head_size // batch.tensor
     key = everything * max(1, config.kv_heads // batch.tensor) * config.head_size
-    before = config.norm_place == "before"
+    before = config.norm_place != "after"
     total = _norm(held if before else asking, w, compiled, residual_terms=0)
+    if config.norm_place == "both":
+        total += _norm(asking, w, compiled, residual_terms=0)
     if last and batch.sparse:
         # Taken, normed once more; queries spread and attention's output collected, and the same backwards.
         moved = 2 * w * (2 * asking + 2 * batch.selected * config.heads * config.head_size // batch.tensor + query)
@@ -86,11 +88,13 @@ def mlp_half(batch: Batch, last: bool, compiled: bool) -> Passes:
     config, w = batch.config, batch.weight
     rows = batch.computed(last)
     held, units = batch.held(rows) * config.hidden, rows * (config.mlp_size // batch.tensor)
-    gated = config.mlp == "swiglu"
+    gated = config.gated
     swiglu = Passes(3 * w, 5 * w, 1, 1) if compiled else Passes(5 * w, 13 * w, 2, 4)
     activation = swiglu if gated else Passes(2 * w, 3 * w, 1, 1)
     # Compiled, attention's residual is added here, and once more with the MLP's: neither sum is kept.
     total = _norm(held, w, compiled, residual_terms=5) + _of(units, activation)
+    if config.norm_place == "both":
+        total += _norm(held, w, compiled, residual_terms=0)
     if config.mlp_bias:
         total += Passes(0, w * (units * (2 if gated else 1) + held), 0, 2)
     return total + _output_side(held, config, w, compiled)

@@ -1,6 +1,6 @@
 """`python -m bd3_scale.recipe [SECTION or KEY]`: keys of a recipe, each with its default, what it may be, and its meaning.
 
-Without an argument it prints the page docs/recipe.md, which a test holds equal. Invariant: all of it is read from `schema.py`.
+Without an argument it prints the page docs/recipe.md, which a test holds equal. Invariant: all is read from `schema.py` and `network.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bd3_scale.recipe.text import as_yaml
 
 HEAD = """# Keys of a recipe
 
-Made by `bd3 recipe > docs/recipe.md` from `bd3_scale/recipe/schema.py`. In brackets stands what a key may be, and whether a
-continued run may change it: *free*, it may; *amend*, from a step on, where `run.amend` names it; else it defines the run and may not."""
+Made by `bd3 recipe > docs/recipe.md` from `bd3_scale/recipe/schema.py` and `network.py`. In brackets stands what a key may be, and whether
+a continued run may change it: *free*, it may; *amend*, from a step on, where `run.amend` names it; else it defines the run and may not."""
 
 
 def page() -> str:

@@ -116,6 +116,14 @@ def rotary_scaling_is_sound(case: Case) -> Problem | None:
     return Problem(text, lambda: ["set model.rotary_scaling=[8,1,4,8192] (Llama 3.1)", "set model.rotary_scaling=null"])
 
 
+def rotary_local_is_sound(case: Case) -> Problem | None:
+    local = case.recipe.model.rotary_local
+    if local is None or (len(local) == 2 and local[0] > 0 and local[1] >= 1 and local[1] == int(local[1])):
+        return None
+    text = f"model.rotary_local is {as_yaml(local)} but must be [base, n] with base > 0 and n a whole number of layers"
+    return Problem(text, lambda: ["set model.rotary_local=[10000,6] (Gemma 3)", "set model.rotary_local=null"])
+
+
 def mixture_is_sound(case: Case) -> Problem | None:
     data, plain = case.recipe.data, DataConfig()
     if not data.mixture:
@@ -394,6 +402,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     key_value_heads_divide_heads,
     norm_has_its_bias,
     rotary_scaling_is_sound,
+    rotary_local_is_sound,
     mixture_is_sound,
     cache_has_a_remote,
     *RUN_RULES,

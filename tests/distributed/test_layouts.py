@@ -48,6 +48,8 @@ MODELS = {
               "model.attention_bias=query_key_value"],
     "olmo2": ["model.norm=rmsnorm", "model.mlp=swiglu", "model.mlp_hidden=48", "model.norm_place=after", "model.query_key_norm=true",
               "model.query_key_norm_width=heads"],
+    "gemma3": ["model.norm=rmsnorm", "model.mlp=geglu", "model.mlp_hidden=48", "model.norm_place=both", "model.query_key_norm=true",
+               "model.rotary_local=[100,2]", "model.tied_head=true"],
     "tied": ["model.tied_head=true", "model.norm=rmsnorm"],
     # Five rows for four ranks: two, two, one, and none.
     "uneven": ["model.conditioning=adaln", "model.conditioning_size=5", "training.epsilon=1e-4", *TUNED],
@@ -147,6 +149,8 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "olmo2: tensor 4, sequence, shared key heads": (4, "olmo2", layout(4, 1, 1, SEQUENCE)),
     "olmo2: tensor 2, data 2, zero 3": (4, "olmo2", layout(2, 1, 3)),
     "olmo2: compiled: tensor 2, data 2": (4, "olmo2", layout(2, 1, 1, COMPILED)),
+    "gemma3: tensor 2, pipeline 2, sequence": (4, "gemma3", layout(2, 2, 1, SEQUENCE)),
+    "gemma3: compiled: tensor 2, data 2": (4, "gemma3", layout(2, 1, 1, COMPILED)),
     "ssdlm: data 3": (3, "ssdlm", layout(1, 1, 1, WHOLE)),
     "block sizes that change: data 2, zero 3": (2, "stages", layout(1, 1, 3)),
     "block sizes that change: pipeline 2, zero 3": (2, "stages", layout(1, 2, 3)),
@@ -266,7 +270,8 @@ SAID_BY_OTHERS = {
     "7 rows: data 4, zero 3", "data 3, zero 3", "data 4, zero 1", "pipeline 2 x 2 interleaved", "mdlm: pipeline 2",
     "muon: data 3", "compiled: data 4, zero 3, recomputed", "uneven: data 4, fsdp, zero 2", "block sizes that change: pipeline 2, zero 3",
     "sedd: tensor 2, pipeline 2, sequence", "bf16: tensor 2, pipeline 2, sequence",
-    "olmo2: tensor 2, data 2, zero 3", "olmo2: compiled: tensor 2, data 2",
+    "olmo2: tensor 2, data 2, zero 3", "olmo2: compiled: tensor 2, data 2", "gemma3: compiled: tensor 2, data 2",
+    "gemma3: tensor 2, pipeline 2, sequence",
 }  # fmt: skip
 assert LAYOUTS.keys() >= SAID_BY_OTHERS
 CHOSEN = os.environ.get("BD3_LAYOUTS")

@@ -57,7 +57,9 @@ TRAFFIC: dict[str, tuple[int, int, list[str]]] = {
     "tensor 4, shared key heads, norms over heads and behind, attention recomputed": (
         4, 1, layout(4, 1, 1, "training.recompute=attention", *OLMO)
     ),
-    "tensor 2, sequence, norms over heads and behind": (2, 1, layout(2, 1, 1, SEQUENCE, *OLMO)),
+    "tensor 2, sequence, norms over heads, before and behind, MLPs recomputed": (
+        2, 1, layout(2, 1, 1, SEQUENCE, "training.recompute=mlp", *OLMO, "model.norm_place=both")
+    ),
     "tensor 2, data 4, sequence, adaln, dropout, recomputed": (
         8, 1, layout(2, 1, 1, SEQUENCE, RECOMPUTE, "model.dropout=0.1", *ADALN)
     ),

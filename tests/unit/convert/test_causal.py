@@ -1,4 +1,4 @@
-"""GPT-2, Llama, Qwen and OLMo 2 from Hugging Face directories: our network of the imported weights computes their logits."""
+"""GPT-2, Llama, Qwen, OLMo 2 and Gemma 3 from Hugging Face directories: our network of the imported weights computes their logits."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("Llama", {**ODD, "rope_theta": 20.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
     "olmo2": ("Olmo2", {**ODD, "tie_word_embeddings": False, "rope_theta": 500.0, "rms_norm_eps": 1e-4}),
+    "gemma3": ("Gemma3", {**ODD, "num_hidden_layers": 5, "head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 32,
+                          "sliding_window_pattern": 2, "rope_theta": 500.0, "rope_local_base_freq": 20.0,
+                          "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     "smollm3": ("SmolLM3", {**ODD, "num_hidden_layers": 5, "no_rope_layer_interval": 2, "rope_theta": 500.0, "pad_token_id": 0}),
 }  # fmt: skip
 
@@ -51,7 +54,7 @@ def make(transformers: Any, name: str, folder: Path, **save: Any) -> Any:
     family, options = MODELS[name]
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(
-        getattr(transformers, f"{family}Config")(**options)
+        getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")(**options)
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # every parameter drawn, so that every path matters
@@ -139,6 +142,8 @@ def test_a_recipe_gives_all_but_the_network(transformers: Any, tmp_path: Path, c
         ("qwen2, padded ids", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ("qwen2, padded ids", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1]}, "no_rope_layers = [1, 0, 0, 1, 1]"),
+        ("gemma3", {"layer_types": ["full_attention", *["sliding_attention"] * 4]}, "layer_types = ['full_attention', 'sliding_"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ("llama, grouped", {"model_type": "gemma2"}, "gemma2 caps its logits (attn_logit_softcapping"),
         ("llama, grouped", {"model_type": "olmo3"}, "olmo3 has layers that differ in window"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
@@ -160,7 +165,9 @@ def test_what_does_not_fit_is_refused(
     assert not list(tmp_path.glob("run/*"))
 
 
-@pytest.mark.parametrize(("name", "change"), [("qwen2, padded ids", {"use_sliding_window": True}), ("mistral, window", {})])
+@pytest.mark.parametrize(("name", "change"), [
+    ("qwen2, padded ids", {"use_sliding_window": True}), ("mistral, window", {}), ("gemma3", {"layer_types": None})
+])  # fmt: skip
 def test_rows_are_not_longer_than_a_sliding_window(
     name: str, change: dict[str, Any], transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,8 @@ NETWORKS: dict[str, list[str]] = {
     "mdlm": ["objective.kind=mdlm"],
     "olmo2": ["model.norm=rmsnorm", "model.mlp=swiglu", "model.key_value_heads=2", "model.query_key_norm=true",
               "model.query_key_norm_width=heads", "model.norm_place=after", "objective.block_size=4"],
+    "gemma3": ["model.norm=rmsnorm", "model.mlp=geglu", "model.key_value_heads=2", "model.query_key_norm=true", "model.norm_place=both",
+               "model.rotary_local=[50,2]", "model.rotary_scaling=[8,1,2,1]", "model.tied_head=true", "objective.block_size=4"],
 }  # fmt: skip
 
 

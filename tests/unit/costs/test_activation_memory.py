@@ -24,6 +24,7 @@ V, CONTEXT, ROWS = 503, 256, 2
 PLAIN = ModelConfig(context=CONTEXT, layers=3, hidden=64, heads=4)
 LLAMA = replace(PLAIN, norm="rmsnorm", mlp="swiglu", key_value_heads=2)
 OLMO = replace(LLAMA, query_key_norm=True, query_key_norm_width="heads", norm_place="after")
+GEMMA = replace(LLAMA, mlp="geglu", query_key_norm=True, norm_place="both", rotary_local=[500.0, 2])
 PAPER = replace(PLAIN, conditioning="adaln", conditioning_size=16, dropout=0.1, mlp_bias=True, head_bias=True)
 CASES: dict[str, tuple[ModelConfig, str, str, bool]] = {
     # name: (model, objective, recomputation, bf16)
@@ -41,10 +42,12 @@ CASES: dict[str, tuple[ModelConfig, str, str, bool]] = {
     "gpt2": (replace(PLAIN, positions="learned", attention_bias="all", norm_bias=True), "bd3", "none", False),
     "qwen3, bf16": (replace(LLAMA, query_key_norm=True), "bd3", "none", True),
     "olmo2": (OLMO, "bd3", "none", False),
+    "gemma3, bf16": (GEMMA, "bd3", "none", True),
     "dense": (replace(PLAIN, attention="dense"), "bd3", "none", False),
     "3 draws": (LLAMA, "3 draws", "none", False),
     "mdlm": (PLAIN, "mdlm", "none", False),
     "mdlm, qwen3, bf16": (replace(LLAMA, query_key_norm=True), "mdlm", "none", True),
+    "mdlm, gemma3": (GEMMA, "mdlm", "none", False),
     "mdlm, olmo2, bf16": (OLMO, "mdlm", "none", True),
     "mdlm, llama, recomputed": (LLAMA, "mdlm", "layer", False),
     "sedd": (PAPER, "sedd", "none", False),

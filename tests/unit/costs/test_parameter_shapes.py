@@ -27,6 +27,7 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
     "attention_bias": ("query_key_value", "all"),
     "query_key_norm": (False, True),
     "query_key_norm_width": ("head", "heads"),
+    "norm_place": ("before", "both"),
     "norm_bias": (False, True),
     "mlp": ("gelu", "swiglu"),
     "mlp_bias": (False, True),

@@ -175,14 +175,15 @@ def test_where_parameters_are_divided() -> None:
     assert TensorParallelFactory(dtype=torch.bfloat16).column(2, 2).weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu", "geglu"])
 def test_mlp_units_lie_as_they_are_documented(kind: str) -> None:
-    """SwiGLU: the gate and the value of unit i are rows 2i and 2i + 1."""
+    """Gated: the gate and the value of unit i are rows 2i and 2i + 1."""
     mlp = MLP(ModelConfig(hidden=HIDDEN, mlp=kind, mlp_hidden=24, mlp_bias=True), TensorParallelFactory())
     filled(mlp)
     x = torch.randn(7, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
     pre = F.linear(x, mlp.up.weight, mlp.up.bias)
-    units = F.silu(pre[..., 0::2]) * pre[..., 1::2] if kind == "swiglu" else F.gelu(pre, approximate="tanh")
+    gate = F.silu(pre[..., 0::2]) if kind == "swiglu" else F.gelu(pre if kind == "gelu" else pre[..., 0::2], approximate="tanh")
+    units = gate if kind == "gelu" else gate * pre[..., 1::2]
     torch.testing.assert_close(mlp(x), F.linear(units, mlp.down.weight, mlp.down.bias), rtol=1e-5, atol=1e-4)
 
 

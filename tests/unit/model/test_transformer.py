@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
               "attention_bias": "query_key_value"},
     "olmo2": {"norm": "rmsnorm", "mlp": "swiglu", "key_value_heads": 2, "query_key_norm": True, "query_key_norm_width": "heads",
               "norm_place": "after"},
+    "gemma3": {"norm": "rmsnorm", "mlp": "geglu", "key_value_heads": 2, "query_key_norm": True, "norm_place": "both",
+               "rotary_local": [500.0, 2], "tied_head": True},
 }  # fmt: skip
 
 
