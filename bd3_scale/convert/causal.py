@@ -217,9 +217,9 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
 }
 """model_type -> what its config.json says. Each raises CheckpointError."""
 REFUSED = {
-    "gemma": "scales its embedding (sqrt(hidden_size)) and gates its MLP by GELU",
-    "gemma2": "caps its logits (attn_logit_softcapping, final_logit_softcapping) and norms behind attention and MLP",
-    "gemma3": "has images (of Gemma 3 the text models, gemma3_text, are taken)",
+    "gemma": "scales its embedding (sqrt(hidden_size)) and multiplies by 1 + w in norms (of its kin only Gemma 3 is read)",
+    "gemma2": "caps its logits (attn_logit_softcapping, final_logit_softcapping), those of attention inside of its kernel",
+    "gemma3": "has images (its text models, gemma3_text, have none)",
     "olmo3": "has layers that differ in window and rotary scaling (layer_types)",
     "phi3": "has fused projections of its own (qkv_proj, gate_up_proj) and longrope scaling",
 }

@@ -57,6 +57,7 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("model.hidden=36 model.heads=12", 1, "cpu", "set model.heads=9"),
         ("model.hidden=36 model.heads=12 model.key_value_heads=6", 1, "cpu", "set model.heads=6"),
         ("model.heads=8 model.key_value_heads=3", 1, "cpu", "set model.key_value_heads=2"),
+        ("model.rotary_local=[10000,2.5]", 1, "cpu", "set model.rotary_local=[10000,6] (Gemma 3), or set model.rotary_local=null"),
         ("training.tokens=5", 1, "cpu", "set training.tokens=null"),
         ("training.steps=null", 1, "cpu", "set training.steps="),
         ("training.betas=[0.9,1.5]", 1, "cpu", "set training.betas="),
