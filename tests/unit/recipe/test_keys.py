@@ -41,7 +41,7 @@ def test_documents_name_keys_that_exist() -> None:
 def test_one_section_or_key_is_printed_and_an_unknown_one_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model.mlp", "tracking"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("`model.mlp` = `gelu` (gelu | swiglu): ")
+    assert printed.startswith("`model.mlp` = `gelu` (gelu | swiglu | geglu): ")
     assert re.findall(r"^`([\w.]+)` = ", printed, re.MULTILINE) == ["model.mlp", *(key for key in KEYS if key.startswith("tracking."))]
     for wrong in ("modle", "model.hiden", "training.betas.0"):
         assert main([wrong]) == 2 and wrong in capsys.readouterr().err
