@@ -85,6 +85,7 @@ class Sizes:
     """Ids of the tokenizer; MASK is the one after."""
     words: np.ndarray
     """Those of them that stand for text: int64."""
+    end_of_text: int
     context: int
     head_size: int
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -145,7 +146,7 @@ def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor
     if rule.plus or rule.times != 1:
         tensor = (tensor.float() + rule.plus) * rule.times
     if rule.rows == "vocabulary":
-        return with_mask(tensor, sizes.text_ids, sizes.words if rule.name == "embedding.weight" else None, rule.mask)
+        return with_mask(tensor, sizes, rule.mask, head=rule.name != "embedding.weight")
     if rule.rows == "positions":
         return tensor[: sizes.context]
     return tensor
@@ -168,21 +169,23 @@ def separate(rule: Rule, tensor: torch.Tensor, head_size: int) -> list[torch.Ten
     return [piece.flatten(0, 1) for piece in tensor.unflatten(0, (-1, len(rule.pieces), group)).unbind(1)]
 
 
-def with_mask(rows: torch.Tensor, text_ids: int, words: np.ndarray | None, mask: int | None = None) -> torch.Tensor:
-    """The first `text_ids` rows and one for MASK: row `mask` where there is one, else the mean of the rows `words`, or zeros."""
-    if len(rows) < text_ids:
+def with_mask(rows: torch.Tensor, sizes: Sizes, mask: int | None = None, *, head: bool) -> torch.Tensor:
+    """The rows of the tokenizer's ids and one for MASK: row `mask` where there is one, else the mean of the words' rows, or zeros of a
+    head. Special ids may be more than the rows (Gemma 3's of images): they get that mean, too."""
+    text_ids, words, known = sizes.text_ids, sizes.words, min(len(rows), sizes.text_ids)
+    if known <= max(int(words[-1]), sizes.end_of_text):
         raise CheckpointError(f"the weights have {len(rows)} ids, but the tokenizer has {text_ids}; name the tokenizer of the weights")
     result = torch.zeros(text_ids + 1, *rows.shape[1:])
-    result[:text_ids] = rows[:text_ids]
+    result[:known] = rows[:known]
+    if known < text_ids or not (head or mask is not None):  # rows of ids that no text has were never trained, and may be anything
+        total = torch.zeros(rows.shape[1:], dtype=torch.float64)
+        for part in torch.from_numpy(words).split(MEAN_ROWS):
+            total += rows[part].sum(0, dtype=torch.float64)
+        result[known : text_ids + (not head)] = (total / len(words)).float()
     if mask is not None:
         if not 0 <= mask < len(rows):
             raise CheckpointError(f"config.json has mask_token_id = {mask}, but the weights have {len(rows)} ids")
         result[text_ids] = rows[mask]
-    elif words is not None:  # rows of ids that no text has were never trained, and may be anything
-        total = torch.zeros(rows.shape[1:], dtype=torch.float64)
-        for part in torch.from_numpy(words).split(MEAN_ROWS):
-            total += rows[part].sum(0, dtype=torch.float64)
-        result[text_ids] = (total / len(words)).float()
     return result
 
 

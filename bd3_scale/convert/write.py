@@ -97,7 +97,7 @@ def write(found: Import, out: Path, *, tokenizer: str, data: str | None, overrid
     recipe = _recipe(found, out, _kept_tokenizer(tokenizer, out), data, overrides)
     fingerprint = _fingerprint(recipe.data, recipe.model.context, text) if data is not None else None
     shapes = {name: one.shape for name, one in parameter_shapes(recipe.model, text.model_vocabulary_size).items()}
-    sizes = Sizes(text.vocabulary_size, text.words, recipe.model.context, recipe.model.head_size, shapes)
+    sizes = Sizes(text.vocabulary_size, text.words, text.end_of_text, recipe.model.context, recipe.model.head_size, shapes)
     made = makers(found.source, found.key_map, recipe.model.layers, sizes)
     states = recipe.training.states
     kept = {name: ["weight"] for name in shapes}

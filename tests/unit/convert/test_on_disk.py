@@ -188,6 +188,19 @@ def test_mask_begins_at_the_mean_of_what_stands_for_text(model: Path, tmp_path: 
     torch.testing.assert_close(embedding[401], tensors["model.embed_tokens.weight"][:10].mean(0))
 
 
+def test_special_ids_without_a_row_begin_as_mask_does(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 3 names an id of images that its text models have no row for; an end of text must have one."""
+    tokenizer_with_holes(model, "</s>", **{"<image_soft_token>": 401})
+    assert convert("import", model, tmp_path / "run") == 0
+    theirs, ours = load_file(model / "model.safetensors"), weights(tmp_path / "run")
+    words = theirs["model.embed_tokens.weight"][:10].mean(0)
+    torch.testing.assert_close(ours["embedding.weight"][401:], torch.stack([words, words]))
+    torch.testing.assert_close(ours["head.weight"][401], theirs["lm_head.weight"][:10].mean(0))
+    changed(model / "tokenizer_config.json", eos_token="<image_soft_token>")
+    assert convert("import", model, tmp_path / "other") == 1
+    assert "the weights have 401 ids, but the tokenizer has 402" in capsys.readouterr().err
+
+
 def test_training_at_high_mask_rates_begins_without_a_spike(model: Path, tmp_path: Path) -> None:
     """The first 50 gradient norms are those of the same model without its extreme rows, and none stands out."""
     tokenizer_with_holes(model, "</s>")
