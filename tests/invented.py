@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+LETTERS = "aeiounstrlmk"
+PROMPT_LETTERS, ANSWER_LETTERS = LETTERS.upper() + "_", LETTERS + " "
+"""Of `prepare_filled`: no token of a prompt is one of an answer."""
+
 
 def prepare_invented(folder: Path, context: int) -> Path:
     """Make `folder` a data folder of bytes in rows of `context`."""
@@ -21,13 +25,14 @@ def prepare_invented(folder: Path, context: int) -> Path:
 
 
 def prepare_filled(folder: Path, context: int) -> Path:
-    """Make `folder` a data folder of prompts and answers, a pair in each row of `context` bytes, which is filled up."""
+    """Make `folder` a data folder of prompts in capitals and answers in small letters, a pair in each row of `context` bytes, filled up."""
     from bd3_scale.data.preparation.prepare import Packing
     from bd3_scale.data.preparation.prepare_corpus import Corpus, prepare_corpus
     from bd3_scale.data.tokenizer import load_tokenizer
 
     corpus = folder.with_suffix(".jsonl")
-    pairs = [(text[: number % 9], text[number % 9 : 9 + number % 20]) for number, text in enumerate(invented_texts(600, 10))]
+    texts = enumerate(invented_texts(600, 10))
+    pairs = [(text[: number % 9].upper().replace(" ", "_"), text[number % 9 : 9 + number % 20]) for number, text in texts]
     corpus.write_text("".join(json.dumps({"prompt": one, "response": other}) + "\n" for one, other in pairs))
     packing = Packing(load_tokenizer("bytes"), context, shard_bytes=16384, kind="document", records="prompts")
     prepare_corpus(folder, packing, Corpus((str(corpus),), held_out_last=100), workers=1, progress=False)
@@ -37,7 +42,7 @@ def prepare_filled(folder: Path, context: int) -> Path:
 def invented_texts(count: int, length: int) -> list[str]:
     """Texts of `length` words."""
     random = np.random.Generator(np.random.Philox(1))
-    words = ["".join(random.choice(list("aeiounstrlmk"), size)) for size in random.integers(2, 8, 300)]
+    words = ["".join(random.choice(list(LETTERS), size)) for size in random.integers(2, 8, 300)]
     usual = 1 / np.arange(1, 301)  # Zipf's law
     chosen = [random.choice(words, length, p=usual / usual.sum()) for _ in range(count)]
     return [". ".join(" ".join(one[first : first + 10]) for first in range(0, length, 10)) for one in chosen]

@@ -20,6 +20,7 @@ import pytest
 from tests.distributed.conftest import metrics
 from tests.distributed.forked import run_ranks
 from tests.distributed.launch import ALL
+from tests.invented import ANSWER_LETTERS, PROMPT_LETTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE, BF16 = 1e-5, 2e-3
@@ -56,7 +57,7 @@ MODELS = {
     "stages": ["objective.block_size=[[0,32],[10,8],[15,1]]"],
     "mixture": ["objective.block_size={4: 0.5, 32: 0.5}", *TUNED],
     "documents": ["objective.block_size=4", "data.document_mask=true"],
-    # A document in each row: how many tokens count is another number in every row, and in every replica's share
+    # A prompt and its answer in each row: how many tokens count is another number in every row, and in every replica's share
     "filled": ["objective.block_size=4", "data.path=FILLED", *TUNED],
     "ar, filled": ["objective.kind=ar", "objective.block_size=null", "data.path=FILLED"],
     "mdlm, filled": ["objective.kind=mdlm", "objective.block_size=null", "data.path=FILLED", *TUNED],
@@ -113,7 +114,6 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "data 4, one micro-batch": (4, "base", layout(1, 1, 1, "parallel.micro_batch=null")),
     # DeepSpeed at the ZeRO stages that are megatron-core's by default; on one process, the comparison of two engines
     "deepspeed": (1, "base", layout(1, 1, 1, DEEPSPEED)),
-    "tensor 2, sequence, deepspeed": (2, "base", layout(2, 1, 1, SEQUENCE, DEEPSPEED)),
     "data 4, deepspeed, zero 0": (4, "base", layout(1, 1, 0, DEEPSPEED)),
     "data 4, deepspeed, zero 1": (4, "base", layout(1, 1, 1, DEEPSPEED)),
     # torch's fully_shard: where stages share with ZeRO 2 and 3, and by name
@@ -161,6 +161,9 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "documents: tensor 2, pipeline 2, sequence": (4, "documents", layout(2, 2, 1, SEQUENCE)),
     "filled: pipeline 2 x 2 interleaved, data 2": (4, "filled", layout(1, 2, 1, VIRTUAL)),
     "filled: data 3, zero 3": (3, "filled", layout(1, 1, 3)),
+    "filled: tensor 2, sequence, deepspeed, fused loss": (2, "filled", layout(2, 1, 1, SEQUENCE, DEEPSPEED, "model.head_loss=fused")),
+    "filled: pipeline 2 x 2 interleaved, context 2, zero 3": (4, "filled", layout(1, 2, 3, VIRTUAL, CONTEXT.format(2))),
+    "filled: ring: tensor 2, context 2, sequence": (4, "filled", layout(2, 1, 1, SEQUENCE, CONTEXT.format(2), RING)),
     "ar, filled: tensor 2, sequence": (2, "ar, filled", layout(2, 1, 1, SEQUENCE)),
     "mdlm, filled: data 4, deepspeed, zero 1": (4, "mdlm, filled", layout(1, 1, 1, DEEPSPEED)),
     "draws: tensor 2, pipeline 2, sequence": (4, "draws", layout(2, 2, 1, SEQUENCE)),
@@ -239,6 +242,7 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
 }  # fmt: skip
 
 SAID_BY_OTHERS = {
+    "documents: pipeline 2 x 2 interleaved, context 2, zero 3", "ring: L'=1: tensor 2, context 2, sequence",
     "ring: L'=16: context 2", "ring: L'=L: context 4", "ring: ar: context 4", "ring: draws: context 2, data 2",
     "ring: ssdlm: context 2, data 2", "ring: pipeline 2 x 2 interleaved, context 2, zero 3, recomputed", "ring: compiled: context 2",
     "tensor 2, context 2, sequence", "context 2, zero 0", "context 2, fsdp, zero 3", "L'=16: context 2", "L'=L: context 2, data 2, zero 2",
@@ -345,6 +349,16 @@ def test_layout_equals_one_process(runs: Path, name: str, record_property: Calla
     assert max(worst.values()) < (BF16 if model == "bf16" else TOLERANCE), worst
     assert intervals[0] == intervals[1] and densities[0] == densities[1]
     assert len(intervals[0]) == (2 if tuned else 0) * (2 if model == "mixture" else 1)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if "filled" in LAYOUTS[name][1]])
+def test_tokens_of_prompts_have_no_loss(runs: Path, name: str) -> None:
+    """To the bit, on every rank that scores, in training and validation. Prompts of this data share no token with answers."""
+    of_ranks = [np.load(file) for file in sorted((runs / slug(name)).glob("loss_of_tokens.*.npy"))]
+    assert of_ranks
+    for losses in of_ranks:
+        assert not losses[[ord(letter) for letter in PROMPT_LETTERS]].any()
+        assert losses[[ord(letter) for letter in ANSWER_LETTERS]].all()
 
 
 @pytest.mark.skipif(CHOSEN is not None, reason="BD3_LAYOUTS names some layouts")
