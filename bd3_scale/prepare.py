@@ -37,6 +37,7 @@ from bd3_scale.data.preparation.records import LONGEST
 from bd3_scale.data.tokenizer import load_tokenizer
 from bd3_scale.errors import DataError, RecipeError, UserError
 from bd3_scale.files import expanded
+from bd3_scale.messages import show
 from bd3_scale.program import run_program
 from bd3_scale.recipe.environment import settle
 from bd3_scale.recipe.schema import DataConfig
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.adopt is not None and options.source is not None:
         parser.error("--adopt takes tokens and --source takes text; give one of them")
+    show()
     try:
         settle()
         report = _run(options)

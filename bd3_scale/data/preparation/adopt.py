@@ -12,8 +12,9 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from bd3_scale.data.preparation.destination import CONTENT, claimed, publish
 from bd3_scale.data.tokenizer import Tokenizer
 from bd3_scale.errors import DataError
 from bd3_scale.files import expanded
+from bd3_scale.messages import log
 
+FILLING = 16
+"""So many times the same id at the end of a row look like filling."""
 WIDTHS = ("<i8", "<i4", "<u2")
 """Of ids that are stored as bytes, the widest first."""
 
@@ -66,6 +70,8 @@ class _Seen:
     begins: bool = True
     """All rows begin with an end of text."""
     closes: bool = True
+    filled: Counter[int] = field(default_factory=Counter)
+    """Rows that look filled up, by the id at their end."""
 
 
 def adopt(folder: Path, source: str, tokenizer: Tokenizer, *, context: int | None, column: str | None, validation: str) -> Manifest:
@@ -92,6 +98,7 @@ def adopt(folder: Path, source: str, tokenizer: Tokenizer, *, context: int | Non
                 pieces["train"], pieces["validation"] = _divided(train, pieces["train"], validation, tokenizer, seen)
             else:
                 pieces["validation"] = _checked(held, tokenizer, seen)
+            _tell_of_filling(train.folder, seen, sum(piece.rows for split in pieces.values() for piece in split))
             manifest = _write(scratch / CONTENT, {"train": train, "validation": held or train}, pieces, tokenizer, seen, rule, options)
             publish(folder)
         except OSError as error:
@@ -178,12 +185,23 @@ def _checked(foreign: Foreign, tokenizer: Tokenizer, seen: _Seen) -> list[Piece]
             raise DataError(f"{path}: holds {len(rows)} rows, its index says {said.get('samples')}; restore it")
         seen.begins &= bool((rows[:, 0] == tokenizer.end_of_text).all())
         seen.closes &= bool((rows[:, -1] == tokenizer.end_of_text).all())
+        seen.filled.update(rows[(rows[:, -FILLING:] == rows[:, -1:]).all(1), -1].tolist())
         if len(rows):
             ends = int((rows == tokenizer.end_of_text).sum())
             pieces.append(Piece(path, len(content), xxh64(content), 0, len(rows), ends))
     if not pieces:
         raise DataError(f"{foreign.folder}: holds no row; give a folder with some")
     return pieces
+
+
+def _tell_of_filling(folder: Path, seen: _Seen, rows: int) -> None:
+    """Of more rows than end so by chance."""
+    for token, count in seen.filled.most_common(1):
+        if count > rows / 100:
+            log.warning(
+                f"{folder}: {count:,} of {rows:,} rows end with id {token}, {FILLING} times or more; if that is filling, it is learnt as "
+                "text: prepare the text with --packing document or best_fit, whose filling does not count"
+            )
 
 
 def _content(path: Path, said: dict[str, Any]) -> bytes:

@@ -229,6 +229,18 @@ def test_what_is_no_data_is_said_by_file_and_row(
     assert not (tmp_path / "data").exists()
 
 
+def test_filling_that_no_mask_tells_of_is_a_warning(
+    rows: dict[str, list[Rows]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [np.where(np.arange(CONTEXT) < 40, row, 9) if number % 4 == 0 else row for number, row in enumerate(rows["train"])]
+    for name, written in (("filled", filled), ("whole", rows["train"])):
+        arrow(tmp_path / name, written, INT64)
+        assert adopt(tmp_path / f"data of {name}", tmp_path / name) == 0
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    told = f"bd3_scale: warning: {tmp_path / 'filled'}: {-(-len(filled) // 4)} of {len(filled)} rows end with id 9, 16 times or more"
+    assert told in warning and "--packing document" in warning
+
+
 def test_compressed_and_cut_shards_are_said(rows: dict[str, list[Rows]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns, folder = {"tokens": "ndarray:int32"}, tmp_path / "zipped"
     with import_streaming().MDSWriter(columns=columns, out=str(folder), compression="zstd:3") as writer:
