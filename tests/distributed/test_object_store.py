@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 
 from bd3_scale.data import cache
@@ -28,6 +28,7 @@ from bd3_scale.data.tokenizer import ByteTokenizer
 from bd3_scale.errors import CheckpointError, DataError
 from bd3_scale.prepare import main as prepare
 from bd3_scale.saving import fetch
+from tests.distributed.conftest import metrics
 from tests.distributed.faulty_store import ALWAYS, KINDS, Fault, FaultyStore
 from tests.distributed.launch import ROOT
 
@@ -204,47 +205,51 @@ def test_of_every_fault_of_a_store_there_is_the_right_content_or_an_error(
     assert not silent
 
 
-@pytest.mark.skipif(not ALL, reason="minutes; BD3_ALL_FAULTS=1")
-@pytest.mark.timeout(900)
-def test_the_quickstart_from_s3_on_two_processes_killed_twice_is_the_local_run(store: str, tmp_path: Path) -> None:
-    few = ["data.source_tokens=300000", "data.tokenizer=bytes", "training.steps=12", "validation.every=6", "validation.rows=16",
-           "checkpoint.every=3", "tracking.every=1", "tracking.sample_tokens=0", "tracking.plots=false", "run.device=cpu",
-           "data.window=2", "model.layers=2", "model.hidden=64"]  # fmt: skip
+@pytest.mark.skipif(not ALL, reason="half an hour; BD3_ALL_FAULTS=1")
+@pytest.mark.timeout(5400)
+def test_the_quickstart_from_s3_on_two_processes_killed_twice_is_the_local_run(
+    store: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """All of the recipe as it is, with every loss written down. After the first kill the local disk is lost, too."""
+    recipe, command = str(ROOT / "recipes" / "quickstart.yaml"), [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
 
-    def ranks(run: str, *more: str, kill_at: int | None = None) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "bd3_scale.train", str(ROOT / "recipes" / "quickstart.yaml"), *few, f"run.dir={run}", *more]
-        world = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
-        log = tmp_path / f"{run}.log"
+    def train(run: str, *more: str, kill_at: int | None = None) -> dict[int, float]:
+        """The losses that stand in the run's folder at the end, or after SIGKILL to both ranks once that step is among them."""
+        began, log = time.monotonic(), tmp_path / f"{run}.log"
+        arguments = ["--nproc-per-node", "2", "-m", "bd3_scale.train", recipe, "run.device=cpu", "tracking.every=1", f"run.dir={run}"]
         with log.open("ab") as said:
-            each = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-            both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said) for environment in each]
+            torchrun = subprocess.Popen([*command, *arguments, *more], cwd=tmp_path, env=environment, stdout=said, stderr=said)
         try:
-            if kill_at is not None:
-                while all(one.poll() is None for one in both) and max(losses(tmp_path / run), default=0) < kill_at:
-                    time.sleep(0.05)
-                for one in both:
-                    one.send_signal(signal.SIGKILL)
-            wanted = [0 if kill_at is None else -signal.SIGKILL] * 2
-            assert [one.wait(timeout=400) for one in both] == wanted, log.read_text()[-3000:]
+            while torchrun.poll() is None and (kill_at is None or max(losses(tmp_path / run), default=0) < kill_at):
+                time.sleep(0.5)
+            ranks = psutil.Process(torchrun.pid).children() if torchrun.poll() is None else []
+            for rank in ranks:
+                rank.kill()
+            assert (torchrun.wait(timeout=60) != 0) is (len(ranks) == 2) is (kill_at is not None), log.read_text()[-3000:]
         finally:
-            for one in both:
-                one.kill()
+            for rank in psutil.Process(torchrun.pid).children() if torchrun.poll() is None else []:
+                rank.kill()
+            torchrun.kill()
+        found = losses(tmp_path / run)
+        record_property("table", f"{run}: steps {min(found)} to {max(found)}, {time.monotonic() - began:.0f} s")
+        return found
 
-    made = ["--context", "128", "--tokenizer", "bytes", "--tokens", "300000", "--shard-bytes", "40000", "--json"]
-    assert prepare(["--source", "documentation", "--path", str(tmp_path / "documentation"), *made]) == 0
-    ranks("local", "data.path=documentation")
+    options = ["--context", "128", "--tokenizer", "gpt2", "--tokens", "2500000", "--shard-bytes", "50000", "--json"]
+    assert prepare(["--source", "documentation", "--path", str(tmp_path / "documentation"), *options]) == 0
+    whole = train("local", "data.path=documentation")
     upload(tmp_path / "documentation")
-    remote = ["data.path=cache", "data.remote=s3://corpus/data", "data.cache_bytes=450000", "checkpoint.remote=s3://runs/quickstart"]
-    ranks("remote", *remote, kill_at=5)
+    remote = ["data.path=cache", "data.remote=s3://corpus/data", "data.cache_bytes=2000000", "checkpoint.remote=s3://runs/quickstart"]
+    first = train("remote", *remote, kill_at=450)
     shutil.rmtree(tmp_path / "cache")
-    ranks("remote", *remote, kill_at=9)
-    ranks("remote", *remote)
-    whole, killed = losses(tmp_path / "local"), losses(tmp_path / "remote")
-    assert len(whole) == 12 and killed == whole
-    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("local", "remote")]
-    held = [[line["nelbo"] for line in of_run if line["kind"] == "validation"] for of_run in lines]
-    assert len(held[0]) == 2 and held[0] == held[1]
+    shutil.rmtree(tmp_path / "remote")
+    second = train("remote", *remote, kill_at=750)
+    last = train("remote", *remote)
+    assert list(whole) == list(range(1, 901)) and min(second) == min(last) == 301, "the second goes on from the store's checkpoint"
+    assert first.keys() | last.keys() == whole.keys()
+    assert all(found == {step: whole[step] for step in found} for found in (first, second, last))
+    validated, again = (
+        {line["step"]: line["nelbo"] for line in metrics(tmp_path / run) if line["kind"] == "validation"} for run in ("local", "remote")
+    )
+    assert list(again) == [600, 900] and validated.items() >= again.items()
