@@ -58,7 +58,6 @@ def keep(path: Path, entry: FileEntry, checked: Checked) -> None:
     """Leave for the others what was found in the file at `path`."""
     if (place := _place(path, entry)) is not None:
         with contextlib.suppress(OSError):
-            sweep()
             _write(place, checked)
             _mine.add(place)
 
