@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -57,7 +58,7 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
         written = text, OmegaConf.from_dotlist(_replacing(text, overrides))
         for part in written:
             _check_written(OmegaConf.to_container(part, resolve=False))
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), *written)
+        merged = OmegaConf.merge(_defaults(), *written)
         OmegaConf.resolve(merged)
         recipe = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -71,6 +72,12 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     if compiled_in_pieces(recipe.training, recipe.parallel) and recipe.parallel.engine == "auto":
         recipe.parallel.engine = "fsdp"
     return recipe
+
+
+@cache
+def _defaults() -> DictConfig:
+    """All keys with their types; whoever merges into it gets a copy."""
+    return OmegaConf.structured(Recipe)
 
 
 def _replacing(text: DictConfig, overrides: list[str]) -> list[str]:
