@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def benchmark_context(options: argparse.Namespace) -> dict[str, Any]:
 def measure(context: int, block_size: int, layers: int, hidden: int, heads: int, recompute: str, exchange: str) -> dict[str, Any]:
     """On this rank."""
     import numpy as np
+    import torch.distributed as dist
     from benchmark_measure import kept_and_peak_bytes
 
     from bd3_scale.distributed import layout
@@ -58,6 +60,13 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
     rows = np.random.default_rng(0).integers(0, vocabulary - 1, (1, context))
     given = share.of(objective.training_inputs(rows, np.zeros(1, np.int64), 0, 0, 1))
     losses: list[Any] = []
+    exchanged = dist.all_to_all_single
+
+    def exchange(*tensors: Any, **options: Any) -> None:
+        exchanged(*tensors, **options)
+        time.sleep(0.01)  # gloo's thread lets go of what was sent: it would be the last to hold it, and what it frees is not counted
+
+    dist.all_to_all_single = exchange
     kept, peak = kept_and_peak_bytes(lambda: losses.append(engine.forward_backward([given], objective.scored_tokens_per_row)))
     total = float(here.sum_of_replicas(losses[0]))
     ranks = here.all_gather((peak, given.pattern.visible_pairs, kept))
