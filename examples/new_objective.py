@@ -24,7 +24,7 @@ from bd3_scale.objectives.network_inputs import NetworkInputs
 LARGEST_WEIGHT = 5.0
 
 
-@register_objective(Kind("capped_bd3", unused_keys=("schedule",)))
+@register_objective(Kind("capped_bd3", unused_keys=("noise_schedule",)))
 @dataclass(frozen=True)
 class CappedBlockDiffusion(BlockDiffusion):
     """Block diffusion with weights min(1/t, LARGEST_WEIGHT). What it does not override is that of `bd3`, its noise above all."""

@@ -62,11 +62,11 @@ def measure(context: int, block_size: int, layers: int, hidden: int, heads: int,
     losses: list[Any] = []
     exchanged = dist.all_to_all_single
 
-    def exchange(*tensors: Any, **options: Any) -> None:
+    def exchanged_and_let_go(*tensors: Any, **options: Any) -> None:
         exchanged(*tensors, **options)
         time.sleep(0.01)  # gloo's thread lets go of what was sent: it would be the last to hold it, and what it frees is not counted
 
-    dist.all_to_all_single = exchange
+    dist.all_to_all_single = exchanged_and_let_go
     kept, peak = kept_and_peak_bytes(lambda: losses.append(engine.forward_backward([given], objective.scored_tokens_per_row)))
     total = float(here.sum_of_replicas(losses[0]))
     ranks = here.all_gather((peak, given.pattern.visible_pairs, kept))

@@ -77,7 +77,7 @@ class Arm:
             return ["objective.kind=ar"]
         return [
             f"objective.block_size={self.block_size}",
-            f"objective.schedule={self.schedule}",
+            f"objective.noise_schedule={self.schedule}",
             f"objective.interval=[{self.interval[0]},{self.interval[1]}]",
         ]
 

@@ -152,7 +152,7 @@ def selected_share(objective: ObjectiveConfig, pattern: AttentionPattern, tuning
         return 1.0
     (beta, omega), learned = (objective.interval, ()) if tuning is None else (tuning.interval, tuning.density)
     return expected_masked(
-        objective.schedule, time_density((beta, omega), objective.density, tuple(objective.density_shape or ()), learned)
+        objective.noise_schedule, time_density((beta, omega), objective.density, tuple(objective.density_shape or ()), learned)
     )
 
 

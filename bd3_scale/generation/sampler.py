@@ -129,7 +129,7 @@ def begin(
     size, windows = objective.block_size, one_block(objective)
     text = Texts(tokens, known, size, size // 2 if windows else size, mask_id, options, end_of_text, until)
     kind = RemaskingPolicy if options.sampler == REMASKING else UnmaskingPolicy
-    policy = kind(options, size, schedule_named(objective.schedule), seed, rows)
+    policy = kind(options, size, schedule_named(objective.noise_schedule), seed, rows)
     if objective.traits.predicts_next_token:
         return text, _next_token(text, policy)
     sampler = SimplexSampler(options, size, seed, rows) if objective.traits.on_simplex else policy

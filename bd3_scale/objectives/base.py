@@ -33,7 +33,7 @@ class Objective(Protocol):
         """L': tokens that are generated at a time. 1 for ar, L for mdlm and sedd."""
 
     @property
-    def schedule(self) -> str:
+    def noise_schedule(self) -> str:
         """Name of its noise schedule; linear for kinds that take none."""
 
     @property
@@ -64,7 +64,7 @@ class ObjectiveBase:
     """Answers shared by all objectives; a class names its kind's `traits`."""
 
     traits: ClassVar[Kind] = KINDS["bd3"]
-    schedule: str = "linear"
+    noise_schedule: str = "linear"
 
     context: int
     pattern: AttentionPattern

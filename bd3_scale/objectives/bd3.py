@@ -38,7 +38,7 @@ class AbsorbingDiffusion(ObjectiveBase):
     mask_id: int
     block_size: int
     interval: tuple[float, float]
-    schedule: str
+    noise_schedule: str
     density: str
     density_shape: tuple[float, ...]
     learned: tuple[float, ...]
@@ -51,12 +51,12 @@ class AbsorbingDiffusion(ObjectiveBase):
     def _check(self) -> None:
         check_shape(self.context, self.block_size)
         check_padding(self.pad_to)
-        check_schedule(self.schedule)
+        check_schedule(self.noise_schedule)
         object.__setattr__(self, "interval", checked_interval(self.interval))
         object.__setattr__(self, "density_shape", tuple(self.density_shape or ()))
         if self.resample:
             check_resampling(self.block_size)
-        check_draws(self.draws, self.pairs, self.schedule, "learned" if self.learned else self.density)
+        check_draws(self.draws, self.pairs, self.noise_schedule, "learned" if self.learned else self.density)
 
     @property
     def times(self) -> TimeDensity:
@@ -65,7 +65,7 @@ class AbsorbingDiffusion(ObjectiveBase):
 
     def training_inputs(self, rows: np.ndarray, slots: np.ndarray, step: int, seed: int, global_batch: int) -> NetworkInputs:
         """As `Objective.training_inputs`: t of the interval and density, the schedule's mask probability and weight."""
-        schedule, noisy = schedule_named(self.schedule), NoisyRows.of(slots, global_batch, self.draws, self.pairs)
+        schedule, noisy = schedule_named(self.noise_schedule), NoisyRows.of(slots, global_batch, self.draws, self.pairs)
         of_draws, folded = (seed, step, noisy.slots), fold(self.pairs, self.interval)
         positions = noise.block_times(*of_draws, noisy.batch, self.blocks, (0.0, 1.0), noisy.mirrored, folded)
         times, corrections = self.times.draw(positions)
@@ -159,7 +159,7 @@ class BlockDiffusion(AbsorbingDiffusion):
     interval: tuple[float, float] = VALIDATION_INTERVAL
     """[beta, omega] of training; validation never looks at it."""
     clean_half: str = "block_causal"
-    schedule: str = "linear"
+    noise_schedule: str = "linear"
     pad_to: int = 1
     """The number of selected positions is padded to a multiple of this, so that shapes repeat."""
     resample: bool = False

@@ -22,7 +22,7 @@ class MaskedDiffusion(AbsorbingDiffusion):
     mask_id: int
     context: int
     interval: tuple[float, float] = VALIDATION_INTERVAL
-    schedule: str = "linear"
+    noise_schedule: str = "linear"
     pad_to: int = 1
     resample: bool = False
     density: str = "uniform"

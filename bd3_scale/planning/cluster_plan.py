@@ -124,7 +124,7 @@ class _Key:
         self.values = (
             recipe.objective.kind,
             tuple(recipe.objective.interval),
-            recipe.objective.schedule,
+            recipe.objective.noise_schedule,
             (recipe.objective.density, *(recipe.objective.density_shape or ())),
             repr(recipe.model),
             parallel.pipeline * parallel.virtual_stages,

@@ -65,6 +65,9 @@ class Recipe:
 KEYS = facts_of(Recipe)
 """{dotted key: its facts}, of every key of every section."""
 
+FORMER_NAMES = {f"{name.partition('.')[0]}.{facts.was}": name for name, facts in KEYS.items() if facts.was}
+"""{dotted key as earlier versions called it: its name of today}."""
+
 
 def free_keys(section: str) -> set[str]:
     """Keys of a section that may change whenever a run is continued."""

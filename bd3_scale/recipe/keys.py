@@ -31,6 +31,8 @@ class Facts:
     """The value that an error proposes, where the default (None) would not do."""
     refused: Mapping[Any, str] = field(default_factory=dict)
     """Values that people expect to work, each with why it does not and what to set."""
+    was: str = ""
+    """What the key was called in its section, where it has another name now."""
     former: Mapping[bool, Any] = field(default_factory=dict)
     """A key that once was true or false: what these mean in a saved recipe, and the cure where somebody writes them."""
 

@@ -29,13 +29,14 @@ def load(path: str | Path, overrides: list[str] | None = None, *, saved: bool = 
     """Defaults, then the YAML file (a path, or the name of a shipped recipe), then `dotted.key=value` overrides. Raises RecipeError; does
     not `validate`.
 
-    `saved`: the file was written by this program, maybe by an earlier version: former values are read as what they mean now.
+    `saved`: the file was written by this program, maybe by an earlier version: former values are read as what they mean now, and no note
+    says which names are former ones.
     """
     path = Path(path)
     if not path.exists() and str(path) in (recipes := shipped()):
         path = recipes[str(path)]
     try:
-        text = OmegaConf.load(io.StringIO(written_recipe(path.read_text("utf-8-sig"))))
+        text = OmegaConf.load(io.StringIO(written_recipe(path.read_text("utf-8-sig"), note=not saved)))
     except RecipeError:
         raise
     except FileNotFoundError:

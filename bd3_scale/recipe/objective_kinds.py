@@ -73,7 +73,7 @@ KINDS = {
         ),
         Kind(
             "ssdlm",
-            ("schedule", "density", "density_shape", "resample", "pairs"),
+            ("noise_schedule", "density", "density_shape", "resample", "pairs"),
             scores_every_token=True,
             noise_conditioned=True,
             unconditioned="bd3",
@@ -82,7 +82,7 @@ KINDS = {
         ),
         Kind(
             "ar",
-            ("block_size", "interval", "density", "density_shape", "clean_half", "schedule", "resample", "draws", "pairs"),
+            ("block_size", "interval", "density", "density_shape", "clean_half", "noise_schedule", "resample", "draws", "pairs"),
             scores_every_token=True,
             predicts_next_token=True,
         ),

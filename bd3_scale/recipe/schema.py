@@ -73,7 +73,7 @@ class ObjectiveConfig:
     """Of beta [a, b], both above 0; null: [2, 2]. Of pareto [alpha], above -1, which would be uniform; null: [-0.5]."""
     clean_half: str = key("block_causal", choices=("block_causal", "causal"))
     """How clean tokens see each other: whole blocks, or causally inside a block, too. For bd3 and ssdlm."""
-    schedule: str = "linear"
+    noise_schedule: str = key("linear", was="schedule")
     """Mask probability over time t: linear | cosine | square | sqrt | log. `interval` bounds t. The reported NELBO is always
     linear. Not for ar, nor for ssdlm, whose Gaussian noise has a cosine schedule of its own."""
     resample: bool = key(False, change="amend")
@@ -87,7 +87,7 @@ class ObjectiveConfig:
     pairs: str = key("independent", choices=("independent", "complement", "antithetic"))
     """How draws 2j and 2j + 1 of a row belong together (objectives/draws.py); all but independent need even `draws`. antithetic: the
     second is made of the mirrored random numbers of the first. complement: it masks what the first leaves, at 1 - t, for every t whose
-    1 - t lies in `interval`, too; needs schedule=linear and a uniform density. Each draw by itself is distributed as ever. For bd3."""
+    1 - t lies in `interval`, too; needs noise_schedule=linear and a uniform density. Each draw is distributed as ever. For bd3."""
 
     @property
     def traits(self) -> Kind:
@@ -211,7 +211,7 @@ class TrainingConfig:
     """Applied to matrices only."""
     warmup: int = key(2500, least=0, change="amend")
     """Steps of linear warm-up."""
-    schedule: str = key("constant", choices=("constant", "cosine", "wsd"), change="amend")
+    learning_rate_schedule: str = key("constant", was="schedule", choices=("constant", "cosine", "wsd"), change="amend")
     """Learning rate after the warm-up; wsd: stable, then decay. cosine and wsd reach learning_rate * final_fraction at the last step."""
     final_fraction: float = key(0.1, change="amend")
     """Learning rate after cosine or wsd, as a fraction of `learning_rate`, in [0, 1]."""

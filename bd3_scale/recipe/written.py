@@ -2,7 +2,7 @@
 
 YAML takes 0012 for ten, 12:30:00 for 45000 seconds, 1e5 for a number and `on` for true. Invariants: a key whose type is text takes what was
 written, character for character, plain or quoted, from a file and from the command line; a number with leading zeros or colons is a
-`RecipeError`; everything else is as in YAML.
+`RecipeError`; a key by its former name is that key; everything else is as in YAML.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from bd3_scale.errors import RecipeError, one_line
-from bd3_scale.recipe.definition import KEYS, Recipe
+from bd3_scale.launcher import launched
+from bd3_scale.messages import log
+from bd3_scale.recipe.definition import FORMER_NAMES, KEYS, Recipe
 
 _TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
-def written_recipe(text: str) -> str:
-    """The YAML of a recipe with its texts quoted. Raises RecipeError, yaml.YAMLError."""
+def written_recipe(text: str, note: bool = True) -> str:
+    """The YAML of a recipe with its texts quoted; a `note` names former names. Raises RecipeError, yaml.YAMLError."""
     node = yaml.compose(text, yaml.SafeLoader)
-    return "" if node is None else _quoted(node, Recipe, "")
+    return "" if node is None else _quoted(node, Recipe, "", note)
 
 
 def written_override(item: str) -> str:
     """`dotted.key=value` with its texts quoted. Raises RecipeError."""
     key, _, value = item.partition("=")
+    key = _today(key)
     try:
         node = yaml.compose(value, yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -48,25 +51,37 @@ def written_override(item: str) -> str:
     return f"{key}={_quoted(node, kind, key)}"
 
 
-def _quoted(node: yaml.Node, kind: Any, key: str) -> str:
-    _check(node, kind, key)
+def _today(key: str, note: bool = True) -> str:
+    """A dotted key by its name of today."""
+    today = FORMER_NAMES.get(key, key)
+    if today != key and note and launched().rank == 0:
+        log.info(f"{key} is called {today} now, and read as that")
+    return today
+
+
+def _quoted(node: yaml.Node, kind: Any, key: str, note: bool = True) -> str:
+    _check(node, kind, key, note)
     written: str = yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=float("inf"))
     return written
 
 
-def _check(node: yaml.Node, kind: Any, key: str) -> None:
+def _check(node: yaml.Node, kind: Any, key: str, note: bool) -> None:
     if isinstance(node, yaml.MappingNode):
+        for name, _ in node.value if is_dataclass(kind) else ():
+            name.value = _today(f"{key}.{name.value}", note).rpartition(".")[2]
         names = [name.value for name, _ in node.value]
         for name, value in node.value:
             if names.count(name.value) > 1:
                 raise RecipeError(f"{key or 'the recipe'} has {name.value} twice; keep one of them")
-            _check(name, get_args(kind)[0] if get_origin(kind) is dict else None, key)
-            _check(value, _below(kind, name.value), f"{key}.{name.value}".lstrip("."))
+            _check(name, get_args(kind)[0] if get_origin(kind) is dict else None, key, note)
+            _check(value, _below(kind, name.value), f"{key}.{name.value}".lstrip("."), note)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _check(value, _below(kind, ""), key)
+            _check(value, _below(kind, ""), key, note)
     elif isinstance(node, yaml.ScalarNode) and node.style is None and "${" not in node.value:
         kinds = get_args(kind) or (kind,)
+        if key == "run.amend":
+            node.value = _today(node.value, note)
         former = key in KEYS and KEYS[key].former
         if str in kinds and node.value and not former and not (NoneType in kinds and node.tag == _NULL):
             node.tag, node.style = _TEXT, "'"

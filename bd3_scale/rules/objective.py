@@ -45,8 +45,8 @@ def check_objective(config: ObjectiveConfig, context: int, document_mask: bool =
         if config.resample:
             check_resampling(size)
     check_clean_half(config.clean_half)
-    check_schedule(config.schedule)
-    check_draws(config.draws, config.pairs, config.schedule, config.density)
+    check_schedule(config.noise_schedule)
+    check_draws(config.draws, config.pairs, config.noise_schedule, config.density)
     check_density(config)
 
 
@@ -116,7 +116,7 @@ def check_draws(draws: int, pairs: str = "independent", schedule: str = "linear"
     if pairs == "complement" and schedule != "linear":
         raise RecipeError(
             f"objective.pairs=complement masks what is left at 1 - t, which is the complement of the linear schedule alone, not of "
-            f"objective.schedule={schedule}; set objective.pairs=antithetic or objective.schedule=linear"
+            f"objective.noise_schedule={schedule}; set objective.pairs=antithetic or objective.noise_schedule=linear"
         )
     if pairs == "complement" and density != "uniform":
         raise RecipeError(
@@ -128,7 +128,7 @@ def check_draws(draws: int, pairs: str = "independent", schedule: str = "linear"
 def check_schedule(name: str) -> None:
     """Raises RecipeError for a name that is not in NOISE_SCHEDULES."""
     if name not in NOISE_SCHEDULES:
-        raise RecipeError(f"objective.schedule is {name!r}, which does not exist; set one of {', '.join(NOISE_SCHEDULES)}")
+        raise RecipeError(f"objective.noise_schedule is {name!r}, which does not exist; set one of {', '.join(NOISE_SCHEDULES)}")
 
 
 def checked_interval(interval: Sequence[float]) -> Interval:
@@ -171,10 +171,10 @@ def check_tuner(tuner: TunerConfig, objective: ObjectiveConfig) -> None:
             f"tuner.enabled is on, but objective.kind={kind.name} has no likelihood bound whose variance could be tuned; set "
             "tuner.enabled=false"
         )
-    if objective.schedule != "linear":
+    if objective.noise_schedule != "linear":
         raise RecipeError(
-            f"tuner.enabled is on, but its statistic is that of the linear schedule, not of objective.schedule={objective.schedule}; "
-            "set objective.schedule=linear or tuner.enabled=false"
+            f"tuner.enabled is on, but its statistic is that of the linear schedule, not of "
+            f"objective.noise_schedule={objective.noise_schedule}; set objective.noise_schedule=linear or tuner.enabled=false"
         )
     if tuner.kind != "interval" and objective.resample:
         raise RecipeError(

@@ -19,11 +19,11 @@ from bd3_scale.rules.suggestions import Case, Problem
 def decay_has_its_schedule(case: Case) -> Problem | None:
     training = case.recipe.training
     decay, room = training.decay, case.recipe.total_steps - training.warmup
-    if training.schedule != "wsd":
+    if training.learning_rate_schedule != "wsd":
         if decay == 0:
             return None
-        text = f"training.decay = {decay} is for wsd, but training.schedule = {training.schedule}"
-        return Problem(text, lambda: ["set training.decay=0", "set training.schedule=wsd"])
+        text = f"training.decay = {decay} is for wsd, but training.learning_rate_schedule = {training.learning_rate_schedule}"
+        return Problem(text, lambda: ["set training.decay=0", "set training.learning_rate_schedule=wsd"])
     if 0 < decay <= room:
         return None
     text = f"training.decay = {decay} must lie between 1 and training.steps - training.warmup = {room} because wsd decays in the last steps"

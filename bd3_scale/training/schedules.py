@@ -36,9 +36,9 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     """The same where the block size never changed."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    if config.schedule == "constant":
+    if config.learning_rate_schedule == "constant":
         return config.learning_rate
-    if config.schedule == "wsd":
+    if config.learning_rate_schedule == "wsd":
         progress = min(1.0, max(0.0, (step - (total_steps - config.decay)) / max(1, config.decay)))
         falling = 1 - math.sqrt(progress)
     else:

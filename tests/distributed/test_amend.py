@@ -16,7 +16,7 @@ RATE = ["training.learning_rate=1e-3", "training.clip=0.1"]
 AMEND = [*RATE, "run.amend=[training.learning_rate,training.clip]"]
 SKIP = "data.skip=[[88,104],[120,121]]"
 STAGES = ["objective.block_size=[[0,32],[12,8]]", "training.rewarmup=3"]
-COSINE = ["training.schedule=cosine"]
+COSINE = ["training.learning_rate_schedule=cosine"]
 DIVERGES = """
 import contextlib, io, os, re, sys
 os.environ.pop("RANK")
@@ -141,7 +141,10 @@ def test_another_block_size_warms_up_and_is_compared_with_its_own_norms(folder: 
 
 def test_a_longer_budget_says_what_jumps(folder: Path) -> None:
     (warning,) = [line for line in metrics(folder / "longer") if line["kind"] == "warning"]
-    assert "the learning rate of step 10 jumps from 0.0003 to 0.00" in warning["text"] and "training.schedule=cosine" in warning["text"]
+    assert (
+        "the learning rate of step 10 jumps from 0.0003 to 0.00" in warning["text"]
+        and "training.learning_rate_schedule=cosine" in warning["text"]
+    )
     assert not [line for name in ("amended", "in parts") for line in metrics(folder / name) if line["kind"] == "warning"]
 
 

@@ -34,7 +34,7 @@ LAST = 10
 COMMON = [
     f"run.device={DEVICE.type}", f"model.context={CONTEXT}", "model.dropout=0.1", "objective.block_size=16",
     "data.source=null", "data.tokenizer=bytes",
-    f"training.steps={STEPS}", "training.schedule=constant", "training.learning_rate=2e-3", f"training.warmup={STEPS // 6}",
+    f"training.steps={STEPS}", "training.learning_rate_schedule=constant", "training.learning_rate=2e-3", f"training.warmup={STEPS // 6}",
     "validation.every=0", "validation.rows=32", "checkpoint.every=0",
     "tracking.every=1", "tracking.plots=false", "tracking.progress=false", "tracking.sample_tokens=0",
 ]  # fmt: skip

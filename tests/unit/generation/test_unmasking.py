@@ -112,7 +112,7 @@ def test_the_mass_of_the_scores_decides_what_is_revealed(sampler: str, schedule:
     slope = np.ones(4) if schedule == "linear" else np.pi / 2 * np.sin(np.pi / 2 * times)
     exact, rate = 1 - masked[1:] / masked[:-1], (times[:-1] - times[1:]) * slope[:-1] / masked[:-1]
     factors = (exact if sampler == "analytic" else rate).tolist()
-    counts = texts(scores(probability, uneven), ScoreEntropy(3, AXES + 1, schedule=schedule), 12000, sampler=sampler, steps=steps)
+    counts = texts(scores(probability, uneven), ScoreEntropy(3, AXES + 1, noise_schedule=schedule), 12000, sampler=sampler, steps=steps)
     assert chi_square_excess(counts, law(probability, factors, uneven).ravel()) < BOUND_1E4
     assert chi_square_excess(counts, law(probability, factors, one).ravel()) > 2 * BOUND_1E4
 
@@ -150,7 +150,7 @@ def probabilities(network: Table) -> np.ndarray:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_stepping_samplers_tell_the_time_of_each_step(schedule: str) -> None:
     network, steps = Table(lambda query, positions, tokens: scrambled(query, positions, tokens) - 9), 5  # nothing before the last
-    sample(network, ScoreEntropy(WORDS, 8, schedule=schedule), [[]] * 40, 8, sampler="analytic", steps=steps)
+    sample(network, ScoreEntropy(WORDS, 8, noise_schedule=schedule), [[]] * 40, 8, sampler="analytic", steps=steps)
     times = 1 - np.arange(steps) / steps
     expected = times if schedule == "linear" else 1 - np.cos(np.pi / 2 * times)
     np.testing.assert_allclose(probabilities(network), np.repeat(expected[:, None], 40, 1), rtol=1e-5)

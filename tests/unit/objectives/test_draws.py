@@ -151,7 +151,7 @@ def test_the_second_masks_what_the_first_leaves(interval: tuple[float, float], r
 def test_what_cannot_be_is_refused() -> None:
     for wrong, said in (
         ({"draws": 3, "pairs": "antithetic"}, "set objective.draws=4"),
-        ({"draws": 2, "pairs": "complement", "schedule": "cosine"}, "set objective.pairs=antithetic"),
+        ({"draws": 2, "pairs": "complement", "noise_schedule": "cosine"}, "set objective.pairs=antithetic"),
         ({"draws": 2, "pairs": "complement", "density": "beta"}, "set objective.pairs=antithetic or objective.density=uniform"),
         ({"kind": "mdlm", "draws": 2}, "objective.draws is 2, which means nothing to objective.kind=mdlm"),
         ({"kind": "ar", "draws": 2}, "objective.draws is 2, which means nothing to objective.kind=ar"),

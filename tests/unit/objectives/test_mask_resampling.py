@@ -72,7 +72,7 @@ def test_every_subset_of_a_size_is_equally_probable() -> None:
 )
 def test_training_keeps_every_block_inside(shape: tuple[int, int], interval: tuple[float, float], schedule: str, step: int) -> None:
     length, block_size = shape
-    objective = BlockDiffusion(9, length, block_size, interval, schedule=schedule, resample=True)
+    objective = BlockDiffusion(9, length, block_size, interval, noise_schedule=schedule, resample=True)
     rows, slots = np.ones((6, length), np.int64), np.arange(6)
     masked = objective.training_inputs(rows, slots, step, 0, 6).tokens[:, :length].numpy() == 9
     assert not masked[:, 0].any()

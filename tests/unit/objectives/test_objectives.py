@@ -78,7 +78,7 @@ def _row(length: int, seed: int = 0) -> np.ndarray:
 def test_monte_carlo_loss_is_the_exact_bound(schedule: str, interval: tuple[float, float], block_size: int) -> None:
     """Property 5, and the second half of property 4 at L' = 1: the mean over steps meets the enumeration for every block."""
     steps, global_batch, blocks = 150, 32, 3
-    objective = BlockDiffusion(MASK, blocks * block_size, block_size, interval, schedule=schedule)
+    objective = BlockDiffusion(MASK, blocks * block_size, block_size, interval, noise_schedule=schedule)
     model, row = TabularModel(blocks, block_size), _row(blocks * block_size)
     rows, slots = np.tile(row, (global_batch, 1)), np.arange(global_batch)
     # Strata tie the slots of one step together; steps are independent and carry the standard error.
@@ -96,14 +96,14 @@ def test_monte_carlo_loss_is_the_exact_bound(schedule: str, interval: tuple[floa
 
 def test_validation_meets_the_exact_bound_whatever_training_does() -> None:
     """NELBO: t ~ U[1e-3, 1] and weight 1/t, also when training clips and bends its schedule."""
-    objective = BlockDiffusion(MASK, 9, 3, (0.45, 0.95), schedule="square")
+    objective = BlockDiffusion(MASK, 9, 3, (0.45, 0.95), noise_schedule="square")
     model, row, count = TabularModel(3, 3), _row(9), 6000
     inputs = objective.validation_inputs(np.tile(row, (count, 1)), np.arange(count), 0)
     values = row_nelbo(inputs, model.nll(inputs))
     exact = (model.exact(row, (1e-3, 1.0)) / (1 - 1e-3) * counted_tokens(objective.pattern)).sum() / 8
     error = values.std(ddof=1) / np.sqrt(count)
     assert abs(values.mean() - exact) < 4 * error and error / exact < 0.02
-    again = replace(objective, interval=(0.1, 0.2), schedule="log").validation_inputs(row[None], np.array([17]), 0)
+    again = replace(objective, interval=(0.1, 0.2), noise_schedule="log").validation_inputs(row[None], np.array([17]), 0)
     np.testing.assert_array_equal(again.tokens[0], inputs.tokens[17])
 
 
@@ -128,7 +128,7 @@ def test_block_size_1_at_full_masking_is_the_autoregressive_likelihood(kind: str
 def test_layout_of_the_inputs(block_size: int, schedule: str) -> None:
     rows = np.stack([_row(16, seed) for seed in range(5)])
     slots = np.array([7, 0, 3, 2, 5])
-    objective = BlockDiffusion(MASK, 16, block_size, (0.2, 0.9), schedule=schedule)
+    objective = BlockDiffusion(MASK, 16, block_size, (0.2, 0.9), noise_schedule=schedule)
     inputs = objective.training_inputs(rows, slots, 4, 1, 8)
     noisy, clean = inputs.tokens.numpy()[:, :16], inputs.tokens.numpy()[:, 16:]
     np.testing.assert_array_equal(clean, rows[:, : 16 - block_size])  # nobody sees the last block's
@@ -203,14 +203,14 @@ def test_losses_divide_by_data_tokens() -> None:
 
 
 def test_a_schedule_refuses_what_cannot_work() -> None:
-    built = ObjectiveSchedule(ObjectiveConfig(block_size=4, interval=(0.3, 0.8), schedule="log"), 16, 5, pad_to=8).at(0)
+    built = ObjectiveSchedule(ObjectiveConfig(block_size=4, interval=(0.3, 0.8), noise_schedule="log"), 16, 5, pad_to=8).at(0)
     assert built == BlockDiffusion(5, 16, 4, (0.3, 0.8), "block_causal", "log", 8)
     for config, message in (
         (ObjectiveConfig(kind="gpt"), "objective.kind is 'gpt'"),
         (ObjectiveConfig(block_size=5), "objective.block_size is 5 .* divide model.context = 16.*set it to 4"),
         (ObjectiveConfig(block_size=0), "objective.block_size is 0"),
         (ObjectiveConfig(interval=(0.8, 0.3)), "objective.interval"),
-        (ObjectiveConfig(schedule="bent"), "objective.schedule is 'bent'"),
+        (ObjectiveConfig(noise_schedule="bent"), "objective.noise_schedule is 'bent'"),
         (ObjectiveConfig(clean_half="full"), "objective.clean_half is 'full'"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -220,7 +220,7 @@ def test_a_schedule_refuses_what_cannot_work() -> None:
 def test_masked_diffusion_is_one_block_without_the_clean_stream() -> None:
     """Same noise, weights, targets, losses and rows of the network as block diffusion with L' = L."""
     rows, slots = np.stack([_row(8, seed) for seed in range(5)]), np.array([3, 0, 4, 1, 2])
-    for settings in ({}, {"interval": (0.3, 0.8), "schedule": "cosine", "pad_to": 16}, {"interval": (0.3, 0.8), "resample": True}):
+    for settings in ({}, {"interval": (0.3, 0.8), "noise_schedule": "cosine", "pad_to": 16}, {"interval": (0.3, 0.8), "resample": True}):
         alone = MaskedDiffusion(MASK, 8, **settings)  # type: ignore[arg-type]
         twin = BlockDiffusion(MASK, 8, 8, **settings)  # type: ignore[arg-type]
         for inputs, reference in (
@@ -313,7 +313,7 @@ def test_block_sizes_over_training() -> None:
 def test_keys_that_a_kind_does_not_use_are_refused() -> None:
     for kind, settings in (
         ("mdlm", {"block_size": 4, "clean_half": "causal"}),
-        ("ar", {"block_size": 1, "clean_half": "causal", "interval": [0.3, 0.8], "schedule": "log", "resample": True}),
+        ("ar", {"block_size": 1, "clean_half": "causal", "interval": [0.3, 0.8], "noise_schedule": "log", "resample": True}),
     ):
         for key, value in settings.items():
             with pytest.raises(

@@ -76,8 +76,8 @@ def test_an_objective_of_sixty_lines_is_trained_planned_and_loaded(example: Modu
 
 
 def test_its_row_is_what_the_rules_ask(example: ModuleType, base: Path) -> None:
-    with pytest.raises(RecipeError, match=r"objective\.schedule is 'log', which means nothing to objective\.kind=capped_bd3"):
-        validate(recipes.load(base, [CAPPED, "objective.schedule=log"]))
+    with pytest.raises(RecipeError, match=r"objective\.noise_schedule is 'log', which means nothing to objective\.kind=capped_bd3"):
+        validate(recipes.load(base, [CAPPED, "objective.noise_schedule=log"]))
     register_objective(Kind("told", noise_conditioned=True))(example.CappedBlockDiffusion)
     with pytest.raises(RecipeError, match=r"objective\.kind = told .* model\.conditioning = none; set model\.conditioning=adaln$"):
         validate(recipes.load(base, ["objective.kind=told"]))

@@ -171,7 +171,7 @@ def test_ids_that_are_no_words_are_refused() -> None:
     ("changes", "says"),
     [
         ({"block_size": 25}, "block_size is 25 but must divide model.context = 128, because a row is cut into equal blocks; set it to 32"),
-        ({"schedule": "square"}, "means nothing to objective.kind=ssdlm"),
+        ({"noise_schedule": "square"}, "means nothing to objective.kind=ssdlm"),
         ({"resample": True}, "means nothing to objective.kind=ssdlm"),
         ({"interval": (0.9, 0.1)}, "set 0 <= beta <= omega"),
         ({"clean_half": "none"}, "set block_causal or causal"),

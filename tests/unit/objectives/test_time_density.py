@@ -40,7 +40,7 @@ DENSITIES: dict[str, dict] = {
 )
 def test_the_expected_loss_is_the_exact_bound(density: str, interval: Interval, schedule: str, size: int) -> None:
     """To 1e-6, by quadrature over the position in [0, 1) that t is drawn from, and by enumeration of the masks at each t."""
-    objective = BlockDiffusion(MASK, 2 * size, size, interval, schedule=schedule, **DENSITIES[density])
+    objective = BlockDiffusion(MASK, 2 * size, size, interval, noise_schedule=schedule, **DENSITIES[density])
     row = np.random.default_rng(0).integers(0, MASK, 2 * size)
     table = np.log(np.random.default_rng(1).dirichlet(np.full(MASK, 0.7), size=((MASK + 1) ** size, size)))
     masks = (np.arange(2**size)[:, None] >> np.arange(size)) & 1 == 1

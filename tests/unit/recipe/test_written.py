@@ -8,6 +8,8 @@ import pytest
 
 from bd3_scale import recipe as recipes
 from bd3_scale import train
+from bd3_scale.errors import RecipeError
+from bd3_scale.recipe.definition import FORMER_NAMES
 from tests.unit.refusing import refused
 
 TEXTS = ["0012", "12:30:00", "1e5", "on", "No", "0x1F", "1_000", "2026-11-27", ".5", "null", "~", "+7", "é", "a b  c", "-1", "yes", "1.10"]
@@ -42,6 +44,31 @@ def test_quotes_comments_and_references(base: Path, monkeypatch: pytest.MonkeyPa
     assert recipes.load(base, ["data.remote=null"]).data.remote is None and recipes.load(base, ["data.remote=~"]).data.remote is None
     changed = recipes.load(base, ["training.learning_rate=1e-4", "training.tokens=10_000", "tracking.progress=off", "run.seed=0"])
     assert (changed.training.learning_rate, changed.training.tokens, changed.tracking.progress) == (1e-4, 10_000, False)
+
+
+def test_a_key_by_its_former_name_is_that_key(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "former.yaml"
+    path.write_text("run: {amend: [training.schedule]}\ntraining: {schedule: wsd}\nobjective:\n  schedule: cosine\n")
+    with caplog.at_level("INFO", "bd3_scale"):
+        recipe = recipes.load(path)
+    assert (recipe.training.learning_rate_schedule, recipe.objective.noise_schedule) == ("wsd", "cosine")
+    assert recipe.run.amend == ["training.learning_rate_schedule"]
+    assert {record.message for record in caplog.records} == {
+        f"{former} is called {today} now, and read as that" for former, today in FORMER_NAMES.items()
+    }
+    for written in (["training.schedule=wsd", "objective.schedule=cosine"], ["training={schedule: wsd}", "objective={schedule: cosine}"]):
+        assert recipes.load(base, [*written, "run.amend=[training.schedule]"]) == recipes.load(
+            base, ["training.learning_rate_schedule=wsd", "objective.noise_schedule=cosine", f"run.amend=[{recipe.run.amend[0]}]"]
+        )
+    assert (
+        recipes.load(base, ["training.schedule=wsd", "training.learning_rate_schedule=cosine"]).training.learning_rate_schedule == "cosine"
+    )
+    caplog.clear()
+    recipes.load(path, saved=True)
+    assert not caplog.records
+    path.write_text("training: {schedule: wsd, learning_rate_schedule: cosine}")
+    with pytest.raises(RecipeError, match="training has learning_rate_schedule twice"):
+        recipes.load(path)
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,14 @@ def test_swapped_computes_with_the_average_and_gives_the_weights_back() -> None:
 def test_learning_rate_warms_up_then_stays_or_falls_as_a_cosine() -> None:
     constant = TrainingConfig(learning_rate=1.0, warmup=10)
     assert [learning_rate(constant, step, 100) for step in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
-    cosine = TrainingConfig(learning_rate=1.0, warmup=10, schedule="cosine", final_fraction=0.1)
+    cosine = TrainingConfig(learning_rate=1.0, warmup=10, learning_rate_schedule="cosine", final_fraction=0.1)
     rates = [learning_rate(cosine, step, 110) for step in range(10, 111)]
     assert rates[0] == 1.0 and abs(rates[50] - 0.55) < 1e-9 and abs(rates[-1] - 0.1) < 1e-9
     assert all(later < earlier for earlier, later in pairwise(rates))
 
 
 def test_a_decay_starts_from_any_checkpoint_of_wsd() -> None:
-    wsd = TrainingConfig(learning_rate=1.0, warmup=10, schedule="wsd", decay=25, final_fraction=0.2)
+    wsd = TrainingConfig(learning_rate=1.0, warmup=10, learning_rate_schedule="wsd", decay=25, final_fraction=0.2)
     for total in (60, 100):
         rates = [learning_rate(wsd, step, total) for step in range(total + 1)]
         assert rates[:10] == [(step + 1) / 10 for step in range(10)] and set(rates[10 : total - 24]) == {1.0}

@@ -268,7 +268,7 @@ def test_when_and_with_what_it_runs() -> None:
     check_tuner(TunerConfig(), ObjectiveConfig(kind="ar"))
     for settings, config, message in (
         (on, ObjectiveConfig(kind="ar"), "objective.kind=ar has no interval"),
-        (on, ObjectiveConfig(schedule="cosine"), "objective.schedule=cosine"),
+        (on, ObjectiveConfig(noise_schedule="cosine"), "objective.noise_schedule=cosine"),
         (on, ObjectiveConfig(interval=(0.2, 0.77)), r"objective.interval is \[0.2, 0.77\].*tuner.enabled=false"),
         (on, ObjectiveConfig(block_size=[[0, 8], [5, 1]], interval=(0.3, 0.8)), "candidates of block size 1"),
         (TunerConfig(every=0), ObjectiveConfig(), "tuner.every is 0"),
