@@ -35,6 +35,7 @@ from bd3_scale.objectives.network_inputs import NetworkInputs, row_nelbo
 from bd3_scale.objectives.sedd import ScoreEntropy
 from bd3_scale.objectives.ssdlm import SimplexDiffusion
 from bd3_scale.recipe import Recipe
+from bd3_scale.recipe.definition import FORMER_NAMES
 from bd3_scale.recipe.objective_kinds import KINDS, ROW_MULTIPLE, SELECTED_MULTIPLE, Kind
 from bd3_scale.recipe.schema import ObjectiveConfig, ParallelConfig
 from bd3_scale.rules.objective import Interval, check_objective
@@ -64,12 +65,15 @@ def register_objective(traits: Kind) -> Callable[[Class], Class]:
     """Class decorator: recipes may name this class, a frozen dataclass that is an `Objective`, as `objective.kind=<traits.name>`.
 
     The class is built from those of its fields that are named as a key of `objective` (`block_size` is the one of its step), `mask_id`,
-    `context`, `pad_to`, `document_end` or `row_multiple`. Raises ValueError for a name that is taken.
+    `context`, `pad_to`, `document_end` or `row_multiple`. Raises ValueError for a name that is taken, or of a key by its former name.
     """
 
     def register(objective: Class) -> Class:
         if traits.name in KINDS:
             raise ValueError(f"the objective kind {traits.name!r} exists already; register {objective.__name__} under another name")
+        for name in (*traits.unused_keys, *(field.name for field in fields(objective))):  # type: ignore[arg-type]  # as the docstring says
+            if today := FORMER_NAMES.get(f"objective.{name}"):
+                raise ValueError(f"{objective.__name__} and its row call {today} {name!r}, its former name; rename it")
         objective.traits = traits
         KINDS[traits.name], OBJECTIVES[traits.name] = traits, objective
         return objective

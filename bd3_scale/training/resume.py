@@ -102,7 +102,8 @@ def _compare(checkpoint: Checkpoint, recipe: Recipe, data: Data, remarks: list[s
     if abs(now - before) > 1e-6 * before and step < recipe.total_steps:
         remarks.append(
             f"the learning rate of step {step} jumps from {before:.3g} to {now:.3g}: "
-            f"training.learning_rate_schedule={saved.training.learning_rate_schedule} is another curve over {recipe.total_steps} steps than over {saved.total_steps}"
+            f"training.learning_rate_schedule={saved.training.learning_rate_schedule} is another curve "
+            f"over {recipe.total_steps} steps than over {saved.total_steps}"
         )
     return Found(checkpoint, [*earlier, *made], remarks)
 

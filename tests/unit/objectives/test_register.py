@@ -83,6 +83,8 @@ def test_its_row_is_what_the_rules_ask(example: ModuleType, base: Path) -> None:
         validate(recipes.load(base, ["objective.kind=told"]))
     with pytest.raises(RecipeError, match=r"objective\.kind=told has no sampler that conditions its blocks on noise"):
         check(example.CappedBlockDiffusion(5, 16, 4), SamplingOptions(), 16)
+    with pytest.raises(ValueError, match=r"call objective\.noise_schedule 'schedule', its former name; rename it"):
+        register_objective(Kind("old", unused_keys=("schedule",)))(example.CappedBlockDiffusion)
     with pytest.raises(ValueError, match="'bd3' exists already; register CappedBlockDiffusion under another name"):
         register_objective(Kind("bd3"))(example.CappedBlockDiffusion)
 

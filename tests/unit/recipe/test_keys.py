@@ -10,6 +10,7 @@ import pytest
 
 from bd3_scale.recipe import KEYS, Recipe
 from bd3_scale.recipe.__main__ import main, meanings_of, page
+from bd3_scale.recipe.definition import FORMER_NAMES
 from bd3_scale.recipe.schema import SourceConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +36,7 @@ def test_documents_name_keys_that_exist() -> None:
     pages = [page for folder in (".", "cluster", "docs") for page in (ROOT / folder).glob("*.md")]
     named = {match[0] for page in pages for match in NAMED.finditer(page.read_text())} - FILES
     assert len(named) > 50
-    assert {name for name in named if not name.endswith(".md")} <= set(KEYS), named - set(KEYS)
+    assert {name for name in named if not name.endswith(".md")} <= {*KEYS, *FORMER_NAMES}, named - set(KEYS)
 
 
 def test_one_section_or_key_is_printed_and_an_unknown_one_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
