@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bd3_scale.costs.sizes import LARGEST_BUCKET
 from bd3_scale.distributed.layout import Layout
 from bd3_scale.engines.engine import Engine, MasterSlice, clip, global_norm, master_slices, owns
+from bd3_scale.light_imports import uncompiled
 from bd3_scale.megatron_core import parallel_state
 from bd3_scale.optimizers.settings import OptimizerSettings
 
@@ -202,6 +203,9 @@ def _import_deepspeed(device: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.utils import logger
+
+    with uncompiled():  # it looks whether an optimizer is its Muon, which it would compile: half a second for the whole compiler
+        import deepspeed.runtime.zero.muon.original_muon
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -19,10 +19,12 @@ def test_a_training_brings_along_only_what_it_uses() -> None:
         "import sys, bd3_scale.training.build, bd3_scale.engines.megatron_engine, bd3_scale.generation.generate; "
         "from bd3_scale.data.formats.streaming_compat import import_streaming, prepare_torchvision; import_streaming().MDSWriter; "
         f"print([name for name in {HEAVY} if name in sys.modules]); "
+        "from bd3_scale.engines.zero_engine import _import_deepspeed; _import_deepspeed('cpu'); "
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam; print('torch._inductor.compile_fx' in sys.modules); "
         "prepare_torchvision(); import torch, transformers; print(transformers.PreTrainedModel.__module__, torch.compile.__module__)"
     )
     answer = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert answer.stdout.splitlines()[-2:] == ["[]", "transformers.modeling_utils torch"]
+    assert answer.stdout.splitlines()[-3:] == ["[]", "False", "transformers.modeling_utils torch"]
 
 
 def test_what_is_there_stays_and_what_stood_in_goes() -> None:
