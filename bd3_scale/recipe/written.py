@@ -2,7 +2,7 @@
 
 YAML takes 0012 for ten, 12:30:00 for 45000 seconds, 1e5 for a number and `on` for true. Invariants: a key whose type is text takes what was
 written, character for character, plain or quoted, from a file and from the command line; a number with leading zeros or colons is a
-`RecipeError`; a key by its former name is that key; everything else is as in YAML.
+`RecipeError`; a key by its former name is that key, also in `run.amend` and in ${...}; everything else is as in YAML.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bd3_scale.recipe.definition import FORMER_NAMES, KEYS, Recipe
 _TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_REFERENCE = re.compile(r"(?<=\$\{)[\w.]+(?=\})")
 
 
 def written_recipe(text: str, note: bool = True) -> str:
@@ -42,7 +43,7 @@ def written_override(item: str) -> str:
             f"override {item!r} is not YAML ({why}); quote the value: {key}='...', inside of the quotes of the shell"
         ) from None
     if node is None:
-        return item
+        return f"{key}={value}"
     if isinstance(node, yaml.ScalarNode) and node.style is None:
         node.value = value  # with what would be a comment
     kind: Any = Recipe
@@ -67,8 +68,9 @@ def _quoted(node: yaml.Node, kind: Any, key: str, note: bool = True) -> str:
 
 def _check(node: yaml.Node, kind: Any, key: str, note: bool) -> None:
     if isinstance(node, yaml.MappingNode):
-        for name, _ in node.value if is_dataclass(kind) else ():
-            name.value = _today(f"{key}.{name.value}", note).rpartition(".")[2]
+        for name, _ in node.value:
+            if (former := f"{key}.{name.value}") in FORMER_NAMES:
+                name.value = _today(former, note).rpartition(".")[2]
         names = [name.value for name, _ in node.value]
         for name, value in node.value:
             if names.count(name.value) > 1:
@@ -78,10 +80,13 @@ def _check(node: yaml.Node, kind: Any, key: str, note: bool) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _check(value, _below(kind, ""), key, note)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and "${" not in node.value:
+    if not isinstance(node, yaml.ScalarNode):
+        return
+    if key == "run.amend":
+        node.value = _today(node.value, note)
+    node.value = _REFERENCE.sub(lambda found: _today(found[0], note), node.value)
+    if node.style is None and "${" not in node.value:
         kinds = get_args(kind) or (kind,)
-        if key == "run.amend":
-            node.value = _today(node.value, note)
         former = key in KEYS and KEYS[key].former
         if str in kinds and node.value and not former and not (NoneType in kinds and node.tag == _NULL):
             node.tag, node.style = _TEXT, "'"

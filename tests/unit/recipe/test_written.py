@@ -66,9 +66,26 @@ def test_a_key_by_its_former_name_is_that_key(base: Path, tmp_path: Path, caplog
     caplog.clear()
     recipes.load(path, saved=True)
     assert not caplog.records
+    path.write_text("run: {name: 'x-${training.schedule}', amend: ['training.schedule']}\ntraining: {schedule: wsd}\n")
+    for recipe in (recipes.load(path), recipes.load(path, ["run.name=x-${training.schedule}", "run.amend=['training.schedule']"])):
+        assert (recipe.run.name, recipe.run.amend) == ("x-wsd", ["training.learning_rate_schedule"])
     path.write_text("training: {schedule: wsd, learning_rate_schedule: cosine}")
     with pytest.raises(RecipeError, match="training has learning_rate_schedule twice"):
         recipes.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("training: {warmup.steps: 7}", "Key 'warmup.steps' not in 'TrainingConfig'"),
+        ("x.training: {steps: 7}", "Key 'x.training' not in 'Recipe'"),
+        ("training.steps: 7", "Key 'training.steps' not in 'Recipe'"),
+    ],
+)
+def test_a_key_with_dots_is_not_its_last_part(text: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "dots.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=named):
+        recipes.load(tmp_path / "dots.yaml")
 
 
 @pytest.mark.parametrize(
