@@ -159,7 +159,7 @@ def llama(config: dict[str, Any]) -> Described:
         head_width=width if width and width * heads != hidden else None,
         norm="rmsnorm",
         norm_place="after" if kind == "olmo2" else "before",
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-5 if kind == "olmo2" else 1e-6)),
         mlp="swiglu",
         mlp_hidden=int(value_of(config, "intermediate_size")),
         mlp_bias=bool(config.get("mlp_bias", False)) and kind in ("llama", "smollm3"),
@@ -183,9 +183,11 @@ def _gemma3(config: dict[str, Any]) -> Described:
     only(config, "final_logit_softcapping", None, None)
     only(config, "use_bidirectional_attention", False, False, None)
     bases = config.get("rope_parameters") or {}
-    if "full_attention" in bases:  # where newer versions of transformers write it
-        local = bases["sliding_attention"].get("rope_theta")
-        config = {**config, "rope_parameters": bases["full_attention"], "rope_local_base_freq": local}
+    if {"full_attention", "sliding_attention"} & set(bases):  # where newer versions of transformers write it
+        full, local = (value_of(bases, kind, "rope_parameters") for kind in ("full_attention", "sliding_attention"))
+        if _rotary_scaling({"rope_parameters": local}) is not None:
+            raise unsupported("rope_parameters.sliding_attention", local)
+        config = {**config, "rope_parameters": full, "rope_local_base_freq": local.get("rope_theta")}
     layers, pattern = int(value_of(config, "num_hidden_layers")), int(config.get("sliding_window_pattern") or 6)
     kinds = config.get("layer_types") or ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
     every = _every(config, "layer_types", [kind == "full_attention" for kind in kinds], layers) or layers + 1

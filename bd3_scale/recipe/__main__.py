@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from bd3_scale.program import run_program
-from bd3_scale.recipe.definition import KEYS, Recipe
+from bd3_scale.recipe.definition import FORMER_NAMES, KEYS, Recipe
 from bd3_scale.recipe.keys import Facts
 from bd3_scale.recipe.schema import SourceConfig
 from bd3_scale.recipe.text import as_yaml
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in wanted:
         section = name.split(".")[0]
         lines = describe(getattr(recipe, section), f"{section}.") if section in {part.name for part in fields(recipe)} else {}
-        found = [line for key, line in lines.items() if name in (key, section)]
+        found = [line for key, line in lines.items() if FORMER_NAMES.get(name, name) in (key, section)]
         if not found:
             sections = ", ".join(part.name for part in fields(recipe))
             print(f"bd3_scale: error: a recipe has no section or key {name!r}; name one of {sections}, or a key", file=sys.stderr)

@@ -69,8 +69,8 @@ def _quoted(node: yaml.Node, kind: Any, key: str, note: bool = True) -> str:
 def _check(node: yaml.Node, kind: Any, key: str, note: bool) -> None:
     if isinstance(node, yaml.MappingNode):
         for name, _ in node.value:
-            if (former := f"{key}.{name.value}") in FORMER_NAMES:
-                name.value = _today(former, note).rpartition(".")[2]
+            if f"{key}.{name.value}" in FORMER_NAMES:
+                name.value = _today(f"{key}.{name.value}", note).rpartition(".")[2]
         names = [name.value for name, _ in node.value]
         for name, value in node.value:
             if names.count(name.value) > 1:

@@ -144,6 +144,12 @@ def test_a_recipe_gives_all_but_the_network(transformers: Any, tmp_path: Path, c
         ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1]}, "no_rope_layers = [1, 0, 0, 1, 1]"),
         ("gemma3", {"layer_types": ["full_attention", *["sliding_attention"] * 4]}, "layer_types = ['full_attention', 'sliding_"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": 500.0}}}, "no rope_parameters.sliding_attention"),
+        (
+            "gemma3",
+            {"rope_parameters": {kind: {"rope_type": "linear", "factor": 8.0} for kind in ("full_attention", "sliding_attention")}},
+            "rope_parameters.sliding_attention = {'rope_type': 'linear'",
+        ),
         ("llama, grouped", {"model_type": "gemma2"}, "gemma2 caps its logits (attn_logit_softcapping"),
         ("llama, grouped", {"model_type": "olmo3"}, "olmo3 has layers that differ in window"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),

@@ -44,5 +44,6 @@ def test_one_section_or_key_is_printed_and_an_unknown_one_is_an_error(capsys: py
     printed = capsys.readouterr().out
     assert printed.startswith("`model.mlp` = `gelu` (gelu | swiglu | geglu): ")
     assert re.findall(r"^`([\w.]+)` = ", printed, re.MULTILINE) == ["model.mlp", *(key for key in KEYS if key.startswith("tracking."))]
+    assert main(["objective.schedule"]) == 0 and capsys.readouterr().out.startswith("`objective.noise_schedule` = ")
     for wrong in ("modle", "model.hiden", "training.betas.0"):
         assert main([wrong]) == 2 and wrong in capsys.readouterr().err
