@@ -182,8 +182,7 @@ def _gemma3(config: dict[str, Any]) -> Described:
     only(config, "attn_logit_softcapping", None, None)
     only(config, "final_logit_softcapping", None, None)
     only(config, "use_bidirectional_attention", False, False, None)
-    bases = config.get("rope_parameters") or {}
-    if {"full_attention", "sliding_attention"} & set(bases):  # where newer versions of transformers write it
+    if bases := config.get("rope_parameters") or {}:  # where newer versions of transformers write it
         full, local = (value_of(bases, kind, "rope_parameters") for kind in ("full_attention", "sliding_attention"))
         if _rotary_scaling({"rope_parameters": local}) is not None:
             raise unsupported("rope_parameters.sliding_attention", local)
@@ -198,7 +197,9 @@ def _gemma3(config: dict[str, Any]) -> Described:
     model = replace(found.model, norm_place="both", mlp="geglu", query_key_norm=True, rotary_local=[base, every] if every > 1 else None)
     root = model.hidden**0.5
     times = {"embedding.weight": root, "final_norm.weight": 1 / root if tied else 1.0}
-    times["blocks.{}.attention.query_norm.weight"] = (size / float(config.get("query_pre_attn_scalar") or 256)) ** 0.5
+    if (scalar := float(config.get("query_pre_attn_scalar", 256))) <= 0:
+        raise unsupported("query_pre_attn_scalar", scalar)
+    times["blocks.{}.attention.query_norm.weight"] = (size / scalar) ** 0.5
 
     def stored(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         return tuple(replace(rule, plus=float("norm" in rule.name), times=times.get(rule.name, 1.0)) for rule in rules)
@@ -237,9 +238,9 @@ def rotary_base(config: dict[str, Any]) -> float:
 def _rotary_scaling(config: dict[str, Any]) -> list[float] | None:
     """The four numbers, as Llama 3 has them; of linear scaling those by which every wave is stretched. Any other is refused."""
     key = "rope_parameters" if isinstance(config.get("rope_parameters"), dict) else "rope_scaling"
-    scaling = config.get(key)
+    scaling = config.get(key) or {}
     if not isinstance(scaling, dict):
-        return None
+        raise unsupported(key, scaling)
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise unsupported(f"{key}.partial_rotary_factor", scaling["partial_rotary_factor"])
     kind = scaling.get("rope_type", scaling.get("type", "default"))

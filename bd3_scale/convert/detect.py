@@ -10,7 +10,7 @@ from bd3_scale.convert import bd3_export, causal, deepspeed, diffusion, publishe
 from bd3_scale.convert.source import Source, open_source, read_json
 from bd3_scale.convert.write import Import
 from bd3_scale.data.tokenizer_files import UNCHANGED
-from bd3_scale.errors import CheckpointError, RecipeError
+from bd3_scale.errors import CheckpointError, RecipeError, one_line
 from bd3_scale.recipe import Recipe
 from bd3_scale.recipe.objective_kinds import KINDS, block_sizes
 from bd3_scale.recipe.schema import ModelConfig, ObjectiveConfig
@@ -42,7 +42,11 @@ def detect(
         return _continued(found, objective, None), tokenizer or "gpt2"
     kind, families = str(config.get("model_type")), {**causal.FAMILIES, **diffusion.FAMILIES}
     if kind in families:
-        said = families[kind](config)
+        try:
+            said = families[kind](config)
+        except (TypeError, ValueError, AttributeError) as error:
+            text = f"config.json of {path} has a value that is none of its key ({one_line(error)})"
+            raise CheckpointError(f"{text}; take the config.json that belongs to the weights") from None
         recipe = replace(Recipe(), model=said.model)
         found = Import(source, said.names, recipe, said.longest, f"{kind} (Hugging Face)", note=said.note)
         return _continued(found, objective or said.objective, block_size), tokenizer or _their_tokenizer(path, config)

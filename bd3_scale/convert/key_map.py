@@ -107,6 +107,19 @@ class LazyFragment(Fragment):
         return values.contiguous().view(-1)
 
 
+class Shapes:
+    """A source whose tensors have a shape and no numbers."""
+
+    def __init__(self, source: Source) -> None:
+        self.path, self.shapes = source.path, source.shapes
+
+    def require(self, names: Iterable[str]) -> None:
+        """All are there."""
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+
 def prefix_of(names: Iterable[str], key_map: KeyMap) -> str:
     """The prefix under which the first of the map's names stands. Raises CheckpointError."""
     names, first = set(names), key_map.whole[0].pieces[0].name
@@ -133,6 +146,15 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
     if set(sizes.expected) != {rule.name for rule in rules}:
         odd = min(set(sizes.expected) ^ {rule.name for rule in rules})
         raise CheckpointError(f"{source.path}: parameter {odd} is in only one of the source and the network of the recipe")
+
+    for rule in rules:
+        found, wanted = tuple(_make(rule, Shapes(source), prefix, sizes).shape), sizes.expected[rule.name]
+        if found != wanted:
+            names = ", ".join(full_name(prefix, one.name) for one in rule.pieces)
+            raise CheckpointError(
+                f"{source.path}: {rule.name} would be {list(found)}, made of {names}, "
+                f"but this network needs {list(wanted)}; take the config.json that belongs to the weights"
+            )
 
     def maker(rule: Rule) -> Callable[[], torch.Tensor]:
         return lambda: _make(rule, source, prefix, sizes)
@@ -175,10 +197,10 @@ def with_mask(rows: torch.Tensor, sizes: Sizes, mask: int | None = None, *, head
     text_ids, words, known = sizes.text_ids, sizes.words, min(len(rows), sizes.text_ids)
     if known <= max(int(words[-1]), sizes.end_of_text):
         raise CheckpointError(f"the weights have {len(rows)} ids, but the tokenizer has {text_ids}; name the tokenizer of the weights")
-    result = torch.zeros(text_ids + 1, *rows.shape[1:])
+    result = rows.new_zeros(text_ids + 1, *rows.shape[1:], dtype=torch.float32)
     result[:known] = rows[:known]
     if known < text_ids or not (head or mask is not None):  # rows of ids that no text has were never trained, and may be anything
-        total = torch.zeros(rows.shape[1:], dtype=torch.float64)
+        total = rows.new_zeros(rows.shape[1:], dtype=torch.float64)
         for part in torch.from_numpy(words).split(MEAN_ROWS):
             total += rows[part].sum(0, dtype=torch.float64)
         result[known : text_ids + (not head)] = (total / len(words)).float()

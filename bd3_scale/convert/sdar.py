@@ -23,6 +23,7 @@ from bd3_scale.convert.key_map import Rule, full_name, separate
 from bd3_scale.data.tokenizer_files import write_tokenizer
 from bd3_scale.errors import RecipeError
 from bd3_scale.recipe.schema import ModelConfig
+from bd3_scale.recipe.text import as_yaml
 
 MASK_ID = 151669
 """MASK, as the servers have it: the id after those of Qwen3's tokenizer."""
@@ -71,12 +72,13 @@ def _require(opened: Opened) -> None:
             f"objective.kind={objective.kind} with a {objective.pattern.clean_half} clean half is nothing that SDAR's servers decode; they "
             "take objective.kind=bd3 with objective.clean_half=block_causal"
         )
+    shape = ", ".join(f"model.{key}={as_yaml(values[0])}" for key, values in SHAPE.items())
     for key, allowed in SHAPE.items():
         if (value := getattr(model, key)) not in allowed:
             raise RecipeError(
                 f"model.{key}={value} does not fit into the network of SDAR's servers, which has {' or '.join(map(str, allowed))}; "
-                "train a network of Qwen3's shape (import one, or set these keys: model.norm=rmsnorm model.mlp=swiglu "
-                "model.query_key_norm=true), or export a directory of our own"
+                f"train a network of Qwen3's shape (import one, or set {shape}), "
+                "or export a directory of our own"
             )
     if mask != MASK_ID:
         raise RecipeError(

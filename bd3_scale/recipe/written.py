@@ -93,7 +93,9 @@ def _check(node: yaml.Node, kind: Any, key: str, note: bool) -> None:
         elif _OCTAL.fullmatch(node.value):
             raise RecipeError(f"{key} is {node.value}, but a number has no leading zeros; set {key}={int(node.value.replace('_', ''))}")
         elif _SEXAGESIMAL.fullmatch(node.value):
-            raise RecipeError(f"{key} is {node.value}, but a number has no colons; write the number of seconds, rows or steps itself")
+            raise RecipeError(
+                f"{key} is {node.value}, but a number has no colons; write the number itself, or of a mapping a space behind its colon"
+            )
 
 
 def _below(kind: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from bd3_scale.recipe.schema import DataConfig
 from bd3_scale.recipe.stages import at_least
 from bd3_scale.recipe.text import as_text, as_yaml
 from bd3_scale.rules.device import DEVICE_RULES
+from bd3_scale.rules.network import NETWORK_RULES
 from bd3_scale.rules.run import RUN_RULES
 from bd3_scale.rules.suggestions import Case, Problem, divisors, fitting_micro_batches, nearest, nearest_layout
 
@@ -99,29 +100,6 @@ def key_value_heads_divide_heads(case: Case) -> Problem | None:
         f"model.key_value_heads = {kv_heads} must divide model.heads = {heads} because query heads share them equally",
         lambda: [_first(case, key_value_heads_divide_heads, "model.key_value_heads", nearest(divisors(heads), kv_heads))],
     )
-
-
-def norm_has_its_bias(case: Case) -> Problem | None:
-    if not case.recipe.model.norm_bias or case.recipe.model.norm == "layernorm":
-        return None
-    text = "model.norm_bias is true, but model.norm = rmsnorm has no bias"
-    return Problem(text, lambda: ["set model.norm_bias=false", "set model.norm=layernorm"])
-
-
-def rotary_scaling_is_sound(case: Case) -> Problem | None:
-    scaling = case.recipe.model.rotary_scaling
-    if scaling is None or (len(scaling) == 4 and scaling[0] >= 1 and 0 < scaling[1] < scaling[2] and scaling[3] > 0):
-        return None
-    text = f"model.rotary_scaling is {as_yaml(scaling)} but must be [factor, low, high, context] with factor >= 1 and 0 < low < high"
-    return Problem(text, lambda: ["set model.rotary_scaling=[8,1,4,8192] (Llama 3.1)", "set model.rotary_scaling=null"])
-
-
-def rotary_local_is_sound(case: Case) -> Problem | None:
-    local = case.recipe.model.rotary_local
-    if local is None or (len(local) == 2 and local[0] > 0 and local[1] >= 1 and local[1] == int(local[1])):
-        return None
-    text = f"model.rotary_local is {as_yaml(local)} but must be [base, n] with base > 0 and n a whole number of layers"
-    return Problem(text, lambda: ["set model.rotary_local=[10000,6] (Gemma 3)", "set model.rotary_local=null"])
 
 
 def mixture_is_sound(case: Case) -> Problem | None:
@@ -400,9 +378,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     fractions_are_fractions,
     heads_suit_the_width,
     key_value_heads_divide_heads,
-    norm_has_its_bias,
-    rotary_scaling_is_sound,
-    rotary_local_is_sound,
+    *NETWORK_RULES,
     mixture_is_sound,
     cache_has_a_remote,
     *RUN_RULES,

@@ -71,7 +71,7 @@ class _Seen:
     """All rows begin with an end of text."""
     closes: bool = True
     filled: Counter[int] = field(default_factory=Counter)
-    """Rows that look filled up, by the id at their end."""
+    """Rows that look filled up, by the id that one of their ends is made of."""
 
 
 def adopt(folder: Path, source: str, tokenizer: Tokenizer, *, context: int | None, column: str | None, validation: str) -> Manifest:
@@ -147,14 +147,26 @@ def _foreign(folder: Path) -> Foreign | None:
                 f"{folder}: {name} is compressed ({packed[0]['compression']}), and rows are read where they stand; unpack the shards, or "
                 "write them with compression=None"
             )
-        return Foreign(folder, "mds", tuple(folder / one["raw_data"]["basename"] for one in shards), tuple(shards))
+        return Foreign(folder, "mds", _named(folder / "index.json", shards, "raw_data", "basename"), tuple(shards))
     if (folder / "state.json").is_file():
-        names = [one["filename"] for one in _json(folder / "state.json").get("_data_files", [])]
-        return Foreign(folder, "arrow", tuple(folder / name for name in names), ({},) * len(names))
+        files = _named(folder / "state.json", _json(folder / "state.json").get("_data_files", []), "filename")
+        return Foreign(folder, "arrow", files, ({},) * len(files))
     for kind, suffix in (("webdataset", ".tar"), ("arrow", ".arrow")):
-        if files := sorted(folder.glob(f"*{suffix}")):
-            return Foreign(folder, kind, tuple(files), ({},) * len(files))
+        if files := tuple(sorted(folder.glob(f"*{suffix}"))):
+            return Foreign(folder, kind, files, ({},) * len(files))
     return None
+
+
+def _named(index: Path, entries: Any, *keys: str) -> tuple[Path, ...]:
+    """The files that the entries of an index name, in its folder or below it."""
+    names = list(entries) if isinstance(entries, list) else [None]
+    for key in keys:
+        names = [name.get(key) if isinstance(name, dict) else None for name in names]
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(f"{index}: has an entry without {'.'.join(keys)}; restore it")
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise DataError(f"{index}: names {outside[0]}, which does not lie in its folder; write the folder again")
+    return tuple(index.parent / name for name in names)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -185,7 +197,8 @@ def _checked(foreign: Foreign, tokenizer: Tokenizer, seen: _Seen) -> list[Piece]
             raise DataError(f"{path}: holds {len(rows)} rows, its index says {said.get('samples')}; restore it")
         seen.begins &= bool((rows[:, 0] == tokenizer.end_of_text).all())
         seen.closes &= bool((rows[:, -1] == tokenizer.end_of_text).all())
-        seen.filled.update(rows[(rows[:, -FILLING:] == rows[:, -1:]).all(1), -1].tolist())
+        if "attention_mask" not in NAMES[foreign.kind](content, path):  # which has said that nothing is
+            seen.filled.update(_filling(rows, tokenizer.end_of_text))
         if len(rows):
             ends = int((rows == tokenizer.end_of_text).sum())
             pieces.append(Piece(path, len(content), xxh64(content), 0, len(rows), ends))
@@ -194,13 +207,22 @@ def _checked(foreign: Foreign, tokenizer: Tokenizer, seen: _Seen) -> list[Piece]
     return pieces
 
 
+def _filling(rows: np.ndarray, end: int) -> list[int]:
+    """The id that a row is filled up with, of those that seem so: it stands `FILLING` times or more at an end, or before an end of text."""
+    if rows.shape[1] < 2 * FILLING:
+        return []
+    inner = np.where(rows[:, -1:] == end, rows[:, -FILLING - 1 : -1], rows[:, -FILLING:])
+    found = [(edge[:, 0], (edge == edge[:, :1]).all(1)) for edge in (inner, rows[:, :FILLING])]
+    return list(np.concatenate([ids[same] for ids, same in found]))
+
+
 def _tell_of_filling(folder: Path, seen: _Seen, rows: int) -> None:
     """Of more rows than end so by chance."""
     for token, count in seen.filled.most_common(1):
         if count > rows / 100:
             log.warning(
-                f"{folder}: {count:,} of {rows:,} rows end with id {token}, {FILLING} times or more; if that is filling, it is learnt as "
-                "text: prepare the text with --packing document or best_fit, whose filling does not count"
+                f"{folder}: {count:,} of {rows:,} rows have id {token} {FILLING} times or more at an end; if that is filling, it is "
+                "learnt as text: prepare the text with --packing document or best_fit, whose filling does not count"
             )
 
 

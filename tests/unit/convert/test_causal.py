@@ -156,7 +156,12 @@ def test_a_recipe_gives_all_but_the_network(transformers: Any, tmp_path: Path, c
         ("gpt2", {"n_layer": 1}, "h.1."),
         ("gpt2", {"n_layer": 3}, "h.2.attn.c_attn.bias is missing"),
         ("llama, grouped", {"model_type": "mamba"}, "'mamba'"),
-        ("llama, grouped", {"num_key_value_heads": 4}, "key_value.weight is [32, 32] in the source, but this network needs [64, 32]"),
+        ("llama, grouped", {"num_key_value_heads": 4}, "key_value.weight would be [32, 32], made of model.layers.0.self_attn.k_proj"),
+        ("llama, grouped", {"num_attention_heads": "six"}, "has a value that is none of its key (invalid literal for int()"),
+        ("llama, grouped", {"rope_scaling": {"rope_type": "linear", "factor": [2]}}, "has a value that is none of its key (float()"),
+        ("llama, grouped", {"rope_scaling": [1, 2]}, "rope_scaling = [1, 2]"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 500.0}}, "no rope_parameters.full_attention"),
     ],
 )
 def test_what_does_not_fit_is_refused(

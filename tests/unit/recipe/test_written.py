@@ -94,6 +94,7 @@ def test_a_key_with_dots_is_not_its_last_part(text: str, named: str, tmp_path: P
         ("run.seed=010", "run.seed is 010, but a number has no leading zeros; set run.seed=10"),
         ("run.seed=-0_7", "set run.seed=-7"),
         ("training.steps=12:30:00", "training.steps is 12:30:00, but a number has no colons"),
+        ("objective.block_size={2:0.5,4:0.5}", "write the number itself, or of a mapping a space behind its colon"),
         ("training.global_batch=[[0,010]]", "training.global_batch is 010"),
         ("training.learning_rate=1:30.5", "training.learning_rate is 1:30.5"),
         ("run.name=@x", "override 'run.name=@x' is not YAML"),

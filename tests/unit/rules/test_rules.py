@@ -57,6 +57,18 @@ def cures(message: str) -> list[tuple[list[str], int | None]]:
         ("model.hidden=36 model.heads=12", 1, "cpu", "set model.heads=9"),
         ("model.hidden=36 model.heads=12 model.key_value_heads=6", 1, "cpu", "set model.heads=6"),
         ("model.heads=8 model.key_value_heads=3", 1, "cpu", "set model.key_value_heads=2"),
+        (
+            "model.rotary_local=[10000,6] model.positions=learned",
+            1,
+            "cpu",
+            "model.positions = learned turns nothing; set model.rotary_local=null, or set model.positions=rotary",
+        ),
+        (
+            "model.query_key_norm_width=heads",
+            1,
+            "cpu",
+            "that model.query_key_norm = false leaves out; set model.query_key_norm=true, or set model.query_key_norm_width=head",
+        ),
         ("model.rotary_local=[10000,2.5]", 1, "cpu", "set model.rotary_local=[10000,6] (Gemma 3), or set model.rotary_local=null"),
         ("training.tokens=5", 1, "cpu", "set training.tokens=null"),
         ("training.steps=null", 1, "cpu", "set training.steps="),

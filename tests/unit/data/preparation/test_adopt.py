@@ -61,6 +61,11 @@ def arrow(folder: Path, rows: list[Rows], kind: pyarrow.DataType, **more: pyarro
     (folder / "dataset_info.json").write_text("{}")
 
 
+def index(folder: Path, name: str, content: Any) -> None:
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(content))
+
+
 WRITERS: dict[str, Callable[[Path, list[Rows]], None]] = {
     "streaming, bytes": lambda folder, rows: mds(folder, rows, "bytes", lambda row: row.astype(np.uint16).tobytes()),
     "streaming, int32": lambda folder, rows: mds(folder, rows, "ndarray:int32", lambda row: row.astype(np.int32)),
@@ -211,6 +216,21 @@ BAD: dict[str, tuple[Callable[[Path, list[Rows]], None], list[str], str]] = {
         "its column of bytes is no row of int64, int32 or uint16 ids below 257",
     ),
     "nothing": (lambda folder, rows: folder.mkdir(), [], "holds nothing that is known"),
+    "an index without names": (
+        lambda folder, rows: index(folder, "index.json", {"shards": [{"format": "mds"}]}),
+        [],
+        "has an entry without raw_data.basename",
+    ),
+    "a state without names": (
+        lambda folder, rows: index(folder, "state.json", {"_data_files": [{"x": 1}]}),
+        [],
+        "has an entry without filename",
+    ),
+    "an index that leads away": (
+        lambda folder, rows: index(folder, "state.json", {"_data_files": [{"filename": "../other.arrow"}]}),
+        [],
+        "names ../other.arrow, which",
+    ),
     "all held out": (lambda folder, rows: arrow(folder, rows[:3], INT64), ["--validation", "last:3"], "would hold out 3 of 3 rows"),
 }
 
@@ -232,13 +252,20 @@ def test_what_is_no_data_is_said_by_file_and_row(
 def test_filling_that_no_mask_tells_of_is_a_warning(
     rows: dict[str, list[Rows]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [np.where(np.arange(CONTEXT) < 40, row, 9) if number % 4 == 0 else row for number, row in enumerate(rows["train"])]
-    for name, written in (("filled", filled), ("whole", rows["train"])):
-        arrow(tmp_path / name, written, INT64)
+    place = np.arange(CONTEXT)
+    fillings = {"behind": place >= 40, "before": place < 16, "before the end": (place >= 40) & (place < CONTEXT - 1), "whole": place < 0}
+    for name, filling in fillings.items():
+        every = [np.where(filling, 9, row) if number % 4 == 0 else row for number, row in enumerate(rows["train"])]
+        if name == "before the end":
+            every = [np.where(place == CONTEXT - 1, ByteTokenizer().end_of_text, row) for row in every]
+        arrow(tmp_path / name, every, INT64)
         assert adopt(tmp_path / f"data of {name}", tmp_path / name) == 0
-    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
-    told = f"bd3_scale: warning: {tmp_path / 'filled'}: {-(-len(filled) // 4)} of {len(filled)} rows end with id 9, 16 times or more"
-    assert told in warning and "--packing document" in warning
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        told = f"{tmp_path / name}: {-(-len(every) // 4)} of {len(every)} rows have id 9 16 times or more at an end"
+        assert len(warnings) == (name != "whole") and all(told in one and "--packing document" in one for one in warnings)
+    masked = pyarrow.array([[1] * CONTEXT] * SHARD)
+    arrow(tmp_path / "masked", [np.where(fillings["behind"], 9, row) for row in rows["train"][:SHARD]], INT64, attention_mask=masked)
+    assert adopt(tmp_path / "data of masked", tmp_path / "masked") == 0 and "warning" not in capsys.readouterr().err
 
 
 def test_compressed_and_cut_shards_are_said(rows: dict[str, list[Rows]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
