@@ -159,7 +159,7 @@ def _foreign(folder: Path) -> Foreign | None:
 
 def _named(index: Path, entries: Any, *keys: str) -> tuple[Path, ...]:
     """The files that the entries of an index name, in its folder or below it."""
-    names = list(entries) if isinstance(entries, list) else [None]
+    names: list[Any] = list(entries) if isinstance(entries, list) else [None]
     for key in keys:
         names = [name.get(key) if isinstance(name, dict) else None for name in names]
     if not all(isinstance(name, str) for name in names):
