@@ -33,6 +33,7 @@ RANK = """
 import json, os, signal, sys, time
 folder = {folder!r}
 def leave(number, frame):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as `early_exit` has it: told again while Python ends, it would die of it
     json.dump({{"doing": "stopped", "number": number}}, open(os.path.join(folder, "heartbeat.json"), "w"))
     sys.exit(0)
 time.sleep(0.5)  # not listening yet: what comes now is lost, and does not end it
