@@ -34,12 +34,12 @@ class Piece:
     part: tuple[int, int] = (0, 1)
     """(index, count): which of so many equal parts of the rows."""
 
-    def read(self, source: Source, name: str) -> torch.Tensor:
-        tensor = source.read(name)
+    def read(self, read: Callable[[str], torch.Tensor], name: str) -> torch.Tensor:
+        tensor = read(name)
         tensor = tensor.t() if self.transposed else tensor
         index, count = self.part
         if len(tensor) % count:
-            raise CheckpointError(f"{source.path}: {name} has {len(tensor)} rows, which are not {count} equal parts")
+            raise CheckpointError(f"{name} has {len(tensor)} rows, which are not {count} equal parts")
         return tensor.chunk(count)[index] if count > 1 else tensor
 
 
@@ -107,19 +107,6 @@ class LazyFragment(Fragment):
         return values.contiguous().view(-1)
 
 
-class Shapes:
-    """A source whose tensors have a shape and no numbers."""
-
-    def __init__(self, source: Source) -> None:
-        self.path, self.shapes = source.path, source.shapes
-
-    def require(self, names: Iterable[str]) -> None:
-        """All are there."""
-
-    def read(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], device="meta")
-
-
 def prefix_of(names: Iterable[str], key_map: KeyMap) -> str:
     """The prefix under which the first of the map's names stands. Raises CheckpointError."""
     names, first = set(names), key_map.whole[0].pieces[0].name
@@ -148,7 +135,9 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
         raise CheckpointError(f"{source.path}: parameter {odd} is in only one of the source and the network of the recipe")
 
     for rule in rules:
-        found, wanted = tuple(_make(rule, Shapes(source), prefix, sizes).shape), sizes.expected[rule.name]
+        # Of tensors that have a shape and no numbers.
+        made = _make(rule, lambda name: torch.empty(source.shapes[name], device="meta"), prefix, sizes)
+        found, wanted = tuple(made.shape), sizes.expected[rule.name]
         if found != wanted:
             names = ", ".join(full_name(prefix, one.name) for one in rule.pieces)
             raise CheckpointError(
@@ -157,13 +146,13 @@ def makers(source: Source, key_map: KeyMap, layers: int, sizes: Sizes) -> dict[s
             )
 
     def maker(rule: Rule) -> Callable[[], torch.Tensor]:
-        return lambda: _make(rule, source, prefix, sizes)
+        return lambda: _make(rule, source.read, prefix, sizes)
 
     return {rule.name: maker(rule) for rule in rules}
 
 
-def _make(rule: Rule, source: Source, prefix: str, sizes: Sizes) -> torch.Tensor:
-    pieces = [piece.read(source, full_name(prefix, piece.name)) for piece in rule.pieces]
+def _make(rule: Rule, read: Callable[[str], torch.Tensor], prefix: str, sizes: Sizes) -> torch.Tensor:
+    pieces = [piece.read(read, full_name(prefix, piece.name)) for piece in rule.pieces]
     tensor = pieces[0] if rule.join == "one" else interleave(pieces, sizes.head_size if rule.join == "heads" else 1)
     if rule.plus or rule.times != 1:
         tensor = (tensor.float() + rule.plus) * rule.times
