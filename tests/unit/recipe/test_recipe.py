@@ -193,6 +193,7 @@ def test_every_choice_is_accepted_and_nothing_else(base: Path, key: str, allowed
         needed = {"fsdp": ["parallel.zero=2"], "wsd": ["training.decay=5", "training.warmup=0"]}
         needed |= {kind: ["tuner.enabled=true"] for kind in ("density", "both")}
         needed |= {pairs: ["objective.draws=2"] for pairs in ("complement", "antithetic")}
+        needed |= {"heads": ["model.query_key_norm=true"]}
         validate(recipes.load(base, [f"{key}={'null' if value is None else value}", *needed.get(str(value), [])]))
     message = refused(base, [f"{key}={7 if isinstance(allowed[0], int) else 'other'}"])
     assert message.startswith(f"{key} is ") and all(str(value) in message for value in allowed)
