@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -42,7 +43,8 @@ def run_ranks(world_size: int, arguments: list[str], log: Path, timeout: float =
     server.stdin.flush()
     try:
         if not select.select([server.stdout], [], [], timeout)[0]:
-            raise AssertionError(f"not finished after {timeout} s:\n{log.read_text()[-4000:]}")
+            _end(server)  # so that its ranks say where they are
+            raise AssertionError(f"not finished after {timeout} s:\n{log.read_text()[-20000:]}")
         return Finished(json.loads(server.stdout.readline()), log.read_text())
     except BaseException:
         _end(server)
@@ -86,6 +88,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 status = os.waitstatus_to_exitcode(code)
             elif select.select([requests], [], [], 0.05)[0]:  # nothing is asked before the answer: the tests have ended
                 with contextlib.suppress(ProcessLookupError):  # it is just beginning, or has ended
+                    os.killpg(job, signal.SIGQUIT)
+                    time.sleep(1.0)
                     os.killpg(job, signal.SIGKILL)
                 return
         answers.write(json.dumps(status).encode() + b"\n")
@@ -98,6 +102,7 @@ def _run_job(world_size: int, arguments: list[str], log: str, environment: dict[
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
+    faulthandler.register(signal.SIGQUIT, file=2)  # all threads of a rank that hangs
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
