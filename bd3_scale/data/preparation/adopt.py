@@ -31,7 +31,7 @@ from bd3_scale.files import expanded
 from bd3_scale.messages import log
 
 FILLING = 16
-"""So many times the same id at the end of a row look like filling."""
+"""So many times the same id at an end of a row look like filling."""
 WIDTHS = ("<i8", "<i4", "<u2")
 """Of ids that are stored as bytes, the widest first."""
 
@@ -70,6 +70,8 @@ class _Seen:
     begins: bool = True
     """All rows begin with an end of text."""
     closes: bool = True
+    masked: bool = False
+    """Whether the last file has an `attention_mask`, which says that nothing is filling."""
     filled: Counter[int] = field(default_factory=Counter)
     """Rows that look filled up, by the id that one of their ends is made of."""
 
@@ -197,7 +199,7 @@ def _checked(foreign: Foreign, tokenizer: Tokenizer, seen: _Seen) -> list[Piece]
             raise DataError(f"{path}: holds {len(rows)} rows, its index says {said.get('samples')}; restore it")
         seen.begins &= bool((rows[:, 0] == tokenizer.end_of_text).all())
         seen.closes &= bool((rows[:, -1] == tokenizer.end_of_text).all())
-        if "attention_mask" not in NAMES[foreign.kind](content, path):  # which has said that nothing is
+        if not seen.masked:
             seen.filled.update(_filling(rows, tokenizer.end_of_text))
         if len(rows):
             ends = int((rows == tokenizer.end_of_text).sum())
@@ -251,7 +253,8 @@ def _column(kind: str, content: bytes, path: Path, seen: _Seen, tokenizer: Token
     if seen.dtype is not None and dtype != seen.dtype:
         raise DataError(f"{path}: its ids are {dtype.name}, those of the files before are {seen.dtype.name}; write the folder again")
     seen.dtype = dtype
-    if "attention_mask" in names:
+    seen.masked = "attention_mask" in names
+    if seen.masked:
         mask = COLUMNS[kind](content, path, "attention_mask")
         for row, (start, size) in enumerate(zip(mask.offsets.tolist(), mask.sizes.tolist(), strict=True)):
             if mask.dtype is not None and not np.frombuffer(content, mask.dtype, size // mask.dtype.itemsize, start).all():
